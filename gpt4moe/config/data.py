@@ -1,0 +1,79 @@
+"""What a run reads: sources, their weights and epoch caps, tokenizer, rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from gpt4moe.config.check import require, require_count, require_fraction, require_positive
+from gpt4moe.config.tokenizer import TokenizerConfig
+
+BAD_RECORD_ACTIONS = ("count", "stop")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One named source of documents: files at `paths`, or `documents`, a function that yields them.
+
+    `paths` are files, directories or globs of .txt .md .py .jsonl[.gz|.zst] .parquet .array_record; `text_field`
+    is the text column or key of those that have one. `documents` is behind the contract of
+    `gpt4moe.data.sources`. `weight` is the share of training tokens (relative to the other sources);
+    `max_epochs` caps how often the source is seen, after which it leaves the mixture (None: no cap).
+    """
+
+    name: str
+    paths: tuple[str, ...] = ()
+    documents: Callable | None = None
+    text_field: str = "text"
+    weight: float = 1.0
+    max_epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and self.name.replace("_", "").isalnum(), "name", self.name, "must be a plain word")
+        object.__setattr__(self, "paths", (self.paths,) if isinstance(self.paths, str) else tuple(self.paths))
+        require(
+            bool(self.paths) != (self.documents is not None),
+            "paths",
+            self.paths,
+            f"and documents: exactly one must be given for source {self.name!r}",
+        )
+        require_positive("weight", self.weight)
+        if self.max_epochs is not None:
+            require_positive("max_epochs", self.max_epochs)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Sources, tokenizer and rows of a run.
+
+    `exhaust_together` ignores the weights and spreads every source evenly until all reach `max_epochs` at the
+    same token. `held_out_fraction` of the documents, chosen by a hash of their text, is kept for evaluation,
+    of which at most `held_out_tokens` a source are used. `store` is where tokens are kept (None: `data/` under the
+    work directory; a shared folder lets several runs use one). `bad_records` says whether a record that cannot be
+    read is counted and passed over or stops the run.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    sequence_length: int
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    exhaust_together: bool = False
+    held_out_fraction: float = 0.02
+    held_out_tokens: int = 100_000
+    store: str | None = None
+    bad_records: str = "count"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(self.sources))
+        require(bool(self.sources), "sources", self.sources, "must name at least one source")
+        names = [source.name for source in self.sources]
+        require(len(set(names)) == len(names), "sources", names, "must have different names")
+        require_count("sequence_length", self.sequence_length)
+        require_fraction("held_out_fraction", self.held_out_fraction)
+        require_count("held_out_tokens", self.held_out_tokens)
+        require(
+            self.bad_records in BAD_RECORD_ACTIONS, "bad_records", self.bad_records, f"must be in {BAD_RECORD_ACTIONS}"
+        )
+        if self.exhaust_together:
+            capped = all(source.max_epochs is not None for source in self.sources)
+            require(capped, "exhaust_together", True, "needs max_epochs on every source")

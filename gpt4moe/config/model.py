@@ -1,0 +1,81 @@
+"""What the transformer is: depth, width, vocabulary, attention, experts, numerics."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt4moe.config.attention import AttentionConfig
+from gpt4moe.config.check import require, require_count, require_positive
+from gpt4moe.config.moe import MoeConfig
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: pre-RMSNorm, rotary attention, a mixture of experts in every `moe_every`-th layer.
+
+    With `moe_every` n > 1, layers n-1, 2n-1, ... (counted from 0) hold experts and the others a dense
+    feed-forward of `dense_hidden_dim`. `context_length` is the longest row the model is meant for; it sizes the
+    decode cache and the attention FLOPs, no parameter depends on it. Parameters are float32, matrix products run
+    in `compute_dtype`, router, softmax and loss in float32. `remat` says what the backward pass recomputes:
+    nothing, everything but matrix products (`dots`), or whole layers (`full`).
+    """
+
+    num_layers: int
+    model_dim: int
+    vocab_size: int
+    context_length: int
+    attention: AttentionConfig
+    moe: MoeConfig
+    moe_every: int = 1
+    dense_hidden_dim: int | None = None
+    tie_embeddings: bool = True
+    norm_epsilon: float = 1e-6
+    compute_dtype: str = "bfloat16"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "model_dim", "vocab_size", "context_length", "moe_every"):
+            require_count(name, getattr(self, name))
+        require(isinstance(self.attention, AttentionConfig), "attention", self.attention, "must be an AttentionConfig")
+        require(isinstance(self.moe, MoeConfig), "moe", self.moe, "must be a MoeConfig")
+        require_positive("norm_epsilon", self.norm_epsilon)
+        require(
+            self.compute_dtype in COMPUTE_DTYPES, "compute_dtype", self.compute_dtype, f"must be in {COMPUTE_DTYPES}"
+        )
+        require(self.remat in REMAT_POLICIES, "remat", self.remat, f"must be in {REMAT_POLICIES}")
+        self._check_heads()
+        self._check_layers()
+
+    def _check_heads(self) -> None:
+        heads = self.attention.num_heads
+        if self.attention.head_dim is None:
+            require(
+                self.model_dim % heads == 0 and self.model_dim // heads % 2 == 0,
+                "model_dim",
+                self.model_dim,
+                f"must be an even multiple of num_heads ({heads}) where head_dim is not set",
+                "set AttentionConfig.head_dim or change model_dim",
+            )
+
+    def _check_layers(self) -> None:
+        require(
+            self.num_layers % self.moe_every == 0,
+            "num_layers",
+            self.num_layers,
+            f"must be a multiple of moe_every ({self.moe_every})",
+        )
+        if self.moe_every > 1:
+            require_count("dense_hidden_dim", self.dense_hidden_dim)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.attention.head_dim or self.model_dim // self.attention.num_heads
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers that hold experts."""
+        return self.num_layers // self.moe_every

@@ -1,0 +1,56 @@
+"""How parameters are updated: AdamW, clipping, and the learning-rate schedule in tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from gpt4moe.config.check import require, require_fraction, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate as a fraction of its peak, over tokens: linear warm-up, then `shape` down to `final_fraction`.
+
+    `shape` is a function behind the contract of `gpt4moe.train.schedule` (None: cosine). `decay_fraction` is the
+    share of the run that a warmup-stable-decay shape spends decaying.
+    """
+
+    warmup_tokens: int = 0
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    shape: Callable | None = None
+
+    def __post_init__(self) -> None:
+        require(self.warmup_tokens >= 0, "warmup_tokens", self.warmup_tokens, "must be at least 0")
+        require_fraction("final_fraction", self.final_fraction)
+        require_fraction("decay_fraction", self.decay_fraction)
+        require(self.shape is None or callable(self.shape), "shape", self.shape, "must be a function or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter) with global-norm clipping; matrices decay, norms and vectors do not.
+
+    `build` is a function of the user's own, `build(learning_rate, config) -> optax.GradientTransformation`
+    (None: AdamW). `clip_norm` None disables clipping.
+    """
+
+    learning_rate: float
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+    build: Callable | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("learning_rate", self.learning_rate)
+        for name in ("b1", "b2"):
+            require_fraction(name, getattr(self, name))
+        require_positive("epsilon", self.epsilon)
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be at least 0")
+        if self.clip_norm is not None:
+            require_positive("clip_norm", self.clip_norm)
+        require(self.build is None or callable(self.build), "build", self.build, "must be a function or None")

@@ -1,0 +1,28 @@
+"""Which tokenizer a run uses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt4moe.config.check import require, require_count
+
+NUM_BYTES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """A byte-level BPE of `vocab_size` trained on the sources, or the user's own `tokenizer.json` at `path`.
+
+    `train_bytes` bounds the text that the merges are learned from. `byte_level_only` skips the merges: every byte
+    is a token, which tests use.
+    """
+
+    vocab_size: int = 8192
+    path: str | None = None
+    train_bytes: int = 20_000_000
+    byte_level_only: bool = False
+
+    def __post_init__(self) -> None:
+        require_count("vocab_size", self.vocab_size)
+        require(self.vocab_size > NUM_BYTES, "vocab_size", self.vocab_size, f"must exceed the {NUM_BYTES} bytes")
+        require_count("train_bytes", self.train_bytes)

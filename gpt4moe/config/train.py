@@ -1,0 +1,65 @@
+"""How long and in what batches a run trains, what it saves and when it gives up."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt4moe.config.check import require, require_count, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch ramp, checkpoints and logging of a training run.
+
+    The run ends at `steps` or `token_budget`, whichever comes first. `batch_tokens` is a number, or a ramp
+    ((tokens seen, batch tokens), ...) that starts at 0 and grows. A batch is accumulated from microbatches of
+    `microbatch_rows` rows (None: the smallest batch of the ramp in one piece); the step compiles once for all
+    batch sizes. `checkpoint_every`, `evaluate_every` and `log_every` count steps. `keep_last` and `keep_best`
+    count checkpoints. `max_skipped_steps` in a row with a non-finite loss or gradient stop the run.
+    `init_from` is a work directory or imported weights to start from.
+    """
+
+    steps: int
+    token_budget: int
+    batch_tokens: int | tuple[tuple[int, int], ...]
+    seed: int
+    checkpoint_every: int
+    microbatch_rows: int | None = None
+    evaluate_every: int | None = None
+    log_every: int = 1
+    keep_last: int = 2
+    keep_best: int = 1
+    max_skipped_steps: int = 10
+    init_from: str | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "token_budget", "checkpoint_every", "log_every", "keep_last", "max_skipped_steps"):
+            require_count(name, getattr(self, name))
+        for name in ("microbatch_rows", "evaluate_every"):
+            if getattr(self, name) is not None:
+                require_count(name, getattr(self, name))
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "must be at least 0")
+        require_count("sample_tokens", self.sample_tokens)
+        object.__setattr__(self, "sample_prompts", tuple(self.sample_prompts))
+        self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        if isinstance(self.batch_tokens, int):
+            require_count("batch_tokens", self.batch_tokens)
+            return
+        ramp = tuple((int(start), int(size)) for start, size in self.batch_tokens)
+        object.__setattr__(self, "batch_tokens", ramp)
+        require(bool(ramp) and ramp[0][0] == 0, "batch_tokens", ramp, "must start with (0, tokens)")
+        starts, sizes = zip(*ramp, strict=True)
+        ascending = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+        growing = all(a <= b for a, b in zip(sizes, sizes[1:], strict=False))
+        require(ascending and growing, "batch_tokens", ramp, "must rise in both numbers")
+        for size in sizes:
+            require_positive("batch_tokens", size)
+
+    @property
+    def ramp(self) -> tuple[tuple[int, int], ...]:
+        """The batch schedule as ((tokens seen, batch tokens), ...), one entry where it is constant."""
+        return ((0, self.batch_tokens),) if isinstance(self.batch_tokens, int) else self.batch_tokens

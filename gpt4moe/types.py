@@ -1,0 +1,34 @@
+"""The dimension key and the structs that cross folders.
+
+A letter means one thing everywhere; a tensor's name ends in its dimensions and einsum strings use the same letters:
+
+    B rows   T tokens of a row (queries)   U flattened tokens (B*T, or one routing group's)   S keys   D model
+    F expert hidden   V vocabulary   N query heads   M key/value heads   H head dim   E experts   K experts per token
+    C capacity   G routing groups   L layers   I images   P patches   R resampler latents
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Array = Any  # jax.Array on the device, numpy.ndarray on the host
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows. Segment 0 is padding; segments count from 1 in every row and positions restart in each.
+
+    tokens, targets, positions, segment_ids, source_ids: [B, T] int32; loss_weights: [B, T] float32, 0 where the
+    target is not to be learned (padding).
+    """
+
+    tokens: Array
+    targets: Array
+    loss_weights: Array
+    positions: Array
+    segment_ids: Array
+    source_ids: Array

@@ -1,0 +1,44 @@
+"""Package gpt4moe: `pip install -e .` brings what training, generation and serving need on a CPU."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "gpt4moe/__init__.py").read_text())[1]
+
+setup(
+    name="gpt4moe",
+    version=VERSION,
+    description="A JAX/Flax research framework for GPT-4-style sparse mixture-of-experts transformers",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["gpt4moe", "gpt4moe.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.12",
+        "flax>=0.12.6",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "grain>=0.2.15",
+        "chex>=0.1.90",
+        "gin-config==0.5.0",
+        "tokenizers>=0.21",
+        "tiktoken>=0.9",
+        "safetensors>=0.5",
+        "etils[epath]>=1.12",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+        "pyarrow>=16",
+        "zstandard>=0.22",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "jaxtyping>=0.3", "beartype>=0.19"],
+    },
+    entry_points={"console_scripts": ["gpt4moe=gpt4moe.launch:main"]},
+)
