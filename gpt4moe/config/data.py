@@ -55,7 +55,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]
     sequence_length: int
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     exhaust_together: bool = False
     held_out_fraction: float = 0.02
     held_out_tokens: int = 100_000

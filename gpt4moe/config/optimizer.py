@@ -42,7 +42,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     build: Callable | None = None
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from gpt4moe.config.check import require, require_count, require_positive
 
@@ -53,8 +54,8 @@ class TrainConfig:
         object.__setattr__(self, "batch_tokens", ramp)
         require(bool(ramp) and ramp[0][0] == 0, "batch_tokens", ramp, "must start with (0, tokens)")
         starts, sizes = zip(*ramp, strict=True)
-        ascending = all(a < b for a, b in zip(starts, starts[1:], strict=False))
-        growing = all(a <= b for a, b in zip(sizes, sizes[1:], strict=False))
+        ascending = all(a < b for a, b in itertools.pairwise(starts))
+        growing = all(a <= b for a, b in itertools.pairwise(sizes))
         require(ascending and growing, "batch_tokens", ramp, "must rise in both numbers")
         for size in sizes:
             require_positive("batch_tokens", size)
