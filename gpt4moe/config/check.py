@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 
+class CallerError(ValueError):
+    """A mistake of the caller's, told in one line: the setting, its value, the constraint, the mend (exit code 2)."""
+
+
 def require(condition: bool, setting: str, value: object, constraint: str, mend: str = "") -> None:
-    """Raises a one-line `ValueError` naming setting, value, constraint and mend unless `condition` holds."""
+    """Raises a one-line `CallerError` naming setting, value, constraint and mend unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{setting}={value!r} {constraint}" + (f"; {mend}" if mend else ""))
+        raise CallerError(f"{setting}={value!r} {constraint}" + (f"; {mend}" if mend else ""))
 
 
 def require_positive(setting: str, value: int | float | None) -> None:

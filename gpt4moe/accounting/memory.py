@@ -1,0 +1,27 @@
+"""Bytes that a model's state takes, from its configuration."""
+
+from __future__ import annotations
+
+from gpt4moe.accounting import parameters
+from gpt4moe.config.model import ModelConfig
+
+FLOAT32_BYTES = 4
+# Parameter, gradient and the two Adam moments, all float32.
+TRAIN_BYTES_PER_PARAMETER = 4 * FLOAT32_BYTES
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def train_state_bytes(config: ModelConfig) -> int:
+    """Returns the bytes of parameters, gradients and AdamW state; activations come on top."""
+    return parameters.count(config).total * TRAIN_BYTES_PER_PARAMETER
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Returns the bytes of the weights in the compute dtype, what inference holds."""
+    return parameters.count(config).total * DTYPE_BYTES[config.compute_dtype]
+
+
+def cache_bytes_per_token(config: ModelConfig) -> int:
+    """Returns the key/value cache bytes of one token over all layers, in the compute dtype."""
+    width = config.attention.num_kv_heads * config.head_dim
+    return 2 * config.num_layers * width * DTYPE_BYTES[config.compute_dtype]

@@ -1,0 +1,56 @@
+"""What `gpt4moe inspect` shows: parameters by component, active parameters, FLOPs and bytes of one configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt4moe.accounting import flops, memory, parameters
+from gpt4moe.config.model import ModelConfig
+
+
+def summarize(config: ModelConfig) -> dict:
+    """Returns the JSON document of `inspect`: counts in parameters, FLOPs a token, bytes."""
+    counted = parameters.count(config)
+    length = config.context_length
+    return {
+        "parameters": dataclasses.asdict(counted),
+        "total": counted.total,
+        "active": parameters.count_active(config),
+        "one_expert": counted.experts // config.moe.num_experts,
+        "forward_flops_per_token": flops.forward_flops_per_token(config),
+        "train_flops_per_token": flops.train_flops_per_token(config),
+        "attention_core_flops_per_token": flops.attention_core_flops_per_token(config, length),
+        "context_length": length,
+        "train_state_bytes": memory.train_state_bytes(config),
+        "weight_bytes": memory.weight_bytes(config),
+        "cache_bytes_per_token": memory.cache_bytes_per_token(config),
+    }
+
+
+def format_summary(document: dict) -> str:
+    """Returns the document of `summarize` as a table to read."""
+    rows = [(name, value) for name, value in document["parameters"].items() if value]
+    lines = [f"{'component':<18}{'parameters':>22}{'share':>9}"]
+    lines += [f"{name:<18}{value:>22,}{value / document['total']:>9.2%}" for name, value in rows]
+    lines.append(f"{'total':<18}{document['total']:>22,}  ({scaled(document['total'])})")
+    lines.append(f"{'active':<18}{document['active']:>22,}  ({scaled(document['active'])} a token)")
+    lines.append(f"{'one expert':<18}{document['one_expert']:>22,}  ({scaled(document['one_expert'])} over all layers)")
+    lines.append("")
+    lines.append(f"forward matmul, with head     {scaled(document['forward_flops_per_token'])}FLOP a token")
+    core = document["attention_core_flops_per_token"]
+    lines.append(
+        f"forward attention core        {scaled(core)}FLOP a token (causal, {document['context_length']:,} tokens)"
+    )
+    lines.append(f"training (3x forward matmul)  {scaled(document['train_flops_per_token'])}FLOP a token")
+    lines.append(f"weights in compute dtype      {scaled(document['weight_bytes'])}B")
+    lines.append(f"parameters, gradients, AdamW  {scaled(document['train_state_bytes'])}B")
+    lines.append(f"key/value cache               {scaled(document['cache_bytes_per_token'])}B a token")
+    return "\n".join(lines)
+
+
+def scaled(number: float) -> str:
+    """Returns a number with a decimal unit prefix: 1832623704576 is `1.833 T`."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= factor:
+            return f"{number / factor:,.2f} {prefix}"
+    return f"{number:,.0f} "

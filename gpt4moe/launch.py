@@ -1,0 +1,275 @@
+"""The `gpt4moe` command: parse gin, build one configuration, check it, save it, call.
+
+The only file that imports gin. Exit codes: 0 done, 2 the caller's mistake (one line on stderr), 1 a fault of ours or
+of the machine, 3 stopped on request and resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from gpt4moe.config.check import CallerError, require
+
+DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, 2, 3
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One word after `gpt4moe`: what its help says, its own flags, and the function that runs it."""
+
+    summary: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    overrides = [word.removeprefix("--gin.") for word in argv if word.startswith("--gin.")]
+    args = _parser().parse_args([word for word in argv if not word.startswith("--gin.")])
+    args.overrides = overrides
+    _quiet(getattr(args, "cpu_devices", None))
+    try:
+        return COMMANDS[args.command].run(args)
+    except (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if os.environ.get("GPT4MOE_TRACEBACK"):
+            raise
+        print(f"gpt4moe {args.command}: {_one_line(error)}", file=sys.stderr)
+        return CALLER_MISTAKE
+    except KeyboardInterrupt:
+        print(f"gpt4moe {args.command}: interrupted", file=sys.stderr)
+        return STOPPED
+
+
+def load(workdir: str | os.PathLike, *, step: int | None = None):
+    """Returns the model, tokenizer and configuration of a trained run.
+
+    Args:
+      workdir: the run's work directory, local or in an object store.
+      step: which checkpoint (None: the latest).
+
+    Returns:
+      A `gpt4moe.infer.trained.Trained` with `model`, `tokenizer`, `config`, `step`.
+    """
+    from gpt4moe.infer import trained
+
+    run, _ = _saved_run(workdir)
+    return trained.restore(run, workdir, step=step)
+
+
+# ---------------------------------------------------------------------------------------------------- gin
+
+
+def build_run(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()) -> tuple:
+    """Returns (`RunConfig`, operative gin text) of a run file and its overrides; raises on any that nothing reads."""
+    from gpt4moe.config.run import RunConfig
+
+    return _build(RunConfig, gin_files, overrides, search_paths)
+
+
+def build_model(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()):
+    """Returns the `ModelConfig` of a model file, or of the run file that includes one."""
+    from gpt4moe.config.model import ModelConfig
+    from gpt4moe.config.run import RunConfig
+
+    _parse(gin_files, overrides, search_paths)
+    if _is_bound(RunConfig):
+        return _construct(RunConfig, overrides)[0].model
+    return _construct(ModelConfig, overrides)[0]
+
+
+def _build(config_type: type, gin_files, overrides, search_paths) -> tuple[Any, str]:
+    _parse(gin_files, overrides, search_paths)
+    return _construct(config_type, overrides)
+
+
+def _parse(gin_files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str]) -> None:
+    import gin
+
+    require(bool(gin_files), "--gin_file", None, "must be given", "e.g. --gin_file=gin_configs/run/quickstart.gin")
+    gin.clear_config()
+    for path in (*search_paths, os.getcwd(), str(ROOT)):
+        gin.add_config_file_search_path(path)
+        if path not in sys.path:  # the user's own routers, sources and optimizers are imported from there
+            sys.path.append(path)
+    logging.getLogger().addFilter(_not_gin_search)
+    for gin_file in gin_files:
+        try:
+            gin.parse_config_file(gin_file)
+        except Exception as error:
+            raise CallerError(f"--gin_file={gin_file}: {_one_line(error)}") from error
+    for override in overrides:
+        _parse_override(gin, override)
+
+
+def _parse_override(gin, override: str) -> None:
+    name, equals, value = override.partition("=")
+    require(bool(equals and name), "--gin." + override, None, "must have the form --gin.NAME=VALUE")
+    try:
+        gin.parse_config(f"{name} = {value}")
+    except SyntaxError as error:
+        mend = f"quote strings: --gin.{name}=\"'{value}'\""
+        raise CallerError(f"--gin.{name}={value} is not a Python literal; {mend}") from error
+    except Exception as error:
+        raise CallerError(f"--gin.{override}: {_one_line(error)}{_near(name)}") from error
+
+
+def _construct(config_type: type, overrides: Sequence[str]) -> tuple[Any, str]:
+    import gin
+
+    require(_is_bound(config_type), "--gin_file", config_type.__name__, "is configured by none of the gin files")
+    try:
+        config = gin.get_configurable(config_type)()
+    except Exception as error:
+        raise CallerError(_one_line(error)) from error
+    _refuse_unread([override.partition("=")[0].strip() for override in overrides])
+    return config, gin.operative_config_str()
+
+
+def _refuse_unread(names: Sequence[str]) -> None:
+    """gin reads a misspelt macro as a new one that nothing uses: refuse every override outside the operative config."""
+    import gin
+
+    operative = gin.config._OPERATIVE_CONFIG
+    for name in names:
+        is_macro = "." not in name
+        if not ((name, "gin.macro") in operative if is_macro else _is_operative(name, operative)):
+            raise CallerError(f"--gin.{name} is read by nothing in this configuration{_near(name)}")
+
+
+def _is_operative(name: str, operative: dict) -> bool:
+    scoped, _, parameter = name.rpartition(".")
+    scope, _, selector = scoped.rpartition("/")
+    matches = (
+        values
+        for (used_scope, used), values in operative.items()
+        if (used_scope == scope or not scope) and used.endswith(selector)
+    )
+    return any(parameter in values for values in matches)
+
+
+def _near(name: str) -> str:
+    """`; did you mean ...?` with the macros and parameters whose names are near."""
+    import gin
+
+    known = set(_macros())
+    for _, selector in gin.config._CONFIG:
+        config_type = _library_type(selector)
+        fields = dataclasses.fields(config_type) if config_type else ()
+        known.update(f"{selector.removeprefix('gpt4moe.config.')}.{field.name}" for field in fields)
+    close = difflib.get_close_matches(name, sorted(known - {name}), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known macros: {', '.join(_macros())}"
+
+
+def _library_type(selector: str) -> type | None:
+    """The configuration class behind a gin selector; None for a macro or a function of the user's."""
+    module, _, name = selector.rpartition(".")
+    return getattr(sys.modules[module], name) if module.startswith("gpt4moe.config.") else None
+
+
+def _macros() -> list[str]:
+    import gin
+
+    return sorted(scope for scope, selector in gin.config._CONFIG if selector == "gin.macro")
+
+
+def _is_bound(config_type: type) -> bool:
+    import gin
+
+    name = f"{config_type.__module__}.{config_type.__name__}"
+    return any(selector == name for _, selector in gin.config._CONFIG)
+
+
+def _saved_run(workdir: str | os.PathLike) -> tuple:
+    from etils import epath
+
+    saved = epath.Path(os.fspath(workdir)) / "config.gin"
+    require(saved.exists(), "--workdir", os.fspath(workdir), "holds no run (no config.gin)", "train there first")
+    return build_run([str(saved)])
+
+
+def _not_gin_search(record: logging.LogRecord) -> bool:
+    """gin logs every folder in which a file was not found, before it raises the error that says so."""
+    return not record.getMessage().startswith("Path not found")
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _quiet(cpu_devices: int | None) -> None:
+    """A newcomer's first minute shows progress, not the logs of libraries; both must be set before JAX is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if cpu_devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flag = f" --xla_force_host_platform_device_count={cpu_devices}"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
+
+
+# ----------------------------------------------------------------------------------------------- commands
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from gpt4moe.accounting import summary
+
+    document = summary.summarize(build_model(args.gin_file, args.overrides, args.gin_search_paths))
+    _print(args, document, summary.format_summary)
+    return DONE
+
+
+def _print(args: argparse.Namespace, document: Any, to_text: Callable[[Any], str]) -> None:
+    print(json.dumps(document, indent=2) if args.json else to_text(document))
+
+
+def _gin_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gin_file", action="append", default=[], metavar="F", help="gin file; may be repeated")
+    parser.add_argument(
+        "--gin_search_paths", type=_comma_list, default=[], metavar="A,B", help="where gin files and your modules are"
+    )
+
+
+def _comma_list(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
+
+
+COMMANDS = {
+    "inspect": Command("count parameters, FLOPs and bytes of a gin file", _gin_flags, _inspect),
+}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse prints the usage before its error; ours is one line, like every mistake of the caller's."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(CALLER_MISTAKE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="gpt4moe",
+        description="Train, evaluate and serve GPT-4-style mixture-of-experts transformers.",
+        epilog="Any gin macro or parameter is set with --gin.NAME=VALUE, e.g. --gin.NUM_EXPERTS=16.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary.capitalize() + ".")
+        subparser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
+        command.add_flags(subparser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
