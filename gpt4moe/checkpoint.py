@@ -1,0 +1,195 @@
+"""Save and restore any pytree of arrays, with its shardings and a JSON record of where the run stood.
+
+A checkpoint is the folder `checkpoints/STEP` of a work directory, local or in an object store (`gs://`): `state` holds
+every array under its path in the tree (`params.layers.router`), `progress` the JSON record. Arrays are restored to
+whatever sharding the caller's abstract tree asks for, so another mesh or number of hosts may read what this one wrote.
+
+A folder gets its name only when it is complete (Orbax renames it, or writes a commit marker in an object store), so
+a process killed while saving leaves a folder which readers ignore and the next trainer removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+PyTree = Any
+
+_HELD_OUT_LOSS = "held_out_loss"
+_SHOWN_NAMES = 3
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the message names the folder, the cause and what still stands."""
+
+
+class Checkpoints:
+    """The checkpoints of one work directory, for the one process that writes them; use as a context manager.
+
+    Keeps the newest `keep_last` and, of those saved with a held-out loss, the best `keep_best`. Saving is
+    asynchronous: the arrays are copied before `save` returns, so the caller may donate them at once, and the files
+    are written behind. A write that failed behind raises `CheckpointError` in the next `save`, `check` or `close`.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, keep_last: int = 2, keep_best: int = 1) -> None:
+        self._directory = checkpoint_directory(workdir)
+        policies = [checkpoint_managers.LatestN(keep_last), _best(keep_best)]
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            save_root_metadata=False,
+        )
+        # Orbax logs the traceback of every failed write several times over; the failure itself reaches the caller.
+        logging.getLogger("absl").addFilter(_not_from_orbax)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, step: int, state: PyTree, progress: Mapping, *, held_out_loss: float | None = None) -> None:
+        """Begins to save `state` and the JSON-able `progress` as `step`; a step that is already there is left alone."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_by_path(state)), progress=ocp.args.JsonSave(progress))
+        metrics = None if held_out_loss is None else {_HELD_OUT_LOSS: float(held_out_loss)}
+        with self._explained():
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+
+    def check(self) -> None:
+        """Raises `CheckpointError` if a write that was behind has failed."""
+        with self._explained():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Waits until everything begun is written; raises `CheckpointError` if that fails."""
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            # An error on its way out must not be replaced by one of the write behind it.
+            with contextlib.suppress(CheckpointError) if kind else contextlib.nullcontext():
+                self.wait()
+        finally:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            logging.getLogger("absl").removeFilter(_not_from_orbax)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            steps = saved_steps(self._directory.parent)
+            stands = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+            raise CheckpointError(
+                f"could not save a checkpoint in {self._directory}: {_cause(error)}; {stands}; "
+                "make room and give the same command again to go on from there"
+            ) from error
+
+
+def checkpoint_directory(workdir: epath.PathLike) -> epath.Path:
+    """Where the checkpoints of a work directory are."""
+    path = epath.Path(workdir)
+    return (path if "://" in str(workdir) else path.expanduser().resolve()) / "checkpoints"
+
+
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+    """The steps of the complete checkpoints of a work directory, oldest first; empty if it has none."""
+    directory = checkpoint_directory(workdir)
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+
+
+def latest_step(workdir: epath.PathLike) -> int:
+    """The newest complete checkpoint of a work directory; raises `FileNotFoundError` if it has none."""
+    steps = saved_steps(workdir)
+    if not steps:
+        raise FileNotFoundError(f"workdir={str(workdir)!r} has no complete checkpoint; train there first")
+    return steps[-1]
+
+
+def restore_progress(workdir: epath.PathLike, step: int) -> dict:
+    """The JSON record saved with a step."""
+    with _reader() as reader:
+        items = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return reader.restore(checkpoint_directory(workdir) / str(step), items)["progress"]
+
+
+def restore(workdir: epath.PathLike, step: int, abstract: PyTree) -> PyTree:
+    """Arrays of a step in the structure, dtypes and shardings of `abstract`, which may be a part of what was saved.
+
+    `abstract` has `jax.ShapeDtypeStruct` leaves; one without a sharding is restored to the default device. To read
+    the parameters alone pass `{"params": abstract_params}`.
+
+    Raises:
+        ValueError: an array is missing or of another shape: the checkpoint is of another model.
+    """
+    path = checkpoint_directory(workdir) / str(step)
+    wanted = jax.tree.map(_with_sharding, _by_path(abstract))
+    with _reader() as reader:
+        _check_match(path, reader.metadata(path).item_metadata["state"].tree, wanted)
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+        state = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
+        arrays = reader.restore(path, ocp.args.Composite(state=state))["state"]
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    """Leaves under their dotted paths, so that the file format knows no class of any library."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
+    assert len(set(names)) == len(names), "two leaves of a tree share a path"
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_match(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    wrong = [f"{name} is missing" for name in wanted if name not in saved]
+    wrong += [
+        f"{name} has shape {tuple(saved[name].shape)}, the model {tuple(leaf.shape)}"
+        for name, leaf in wanted.items()
+        if name in saved and tuple(saved[name].shape) != tuple(leaf.shape)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN_NAMES} more" if len(wrong) > _SHOWN_NAMES else ""
+        raise ValueError(
+            f"checkpoint={str(path)!r} is of another model: {', '.join(wrong[:_SHOWN_NAMES])}{more}; "
+            "use the configuration it was trained with, or another workdir"
+        )
+
+
+def _reader() -> ocp.Checkpointer:
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _best(count: int) -> checkpoint_managers.BestN:
+    return checkpoint_managers.BestN(
+        get_metric_fn=lambda metrics: metrics[_HELD_OUT_LOSS],
+        reverse=True,  # Orbax keeps the last of the sorted, and the best loss is the lowest.
+        n=count,
+        keep_checkpoints_without_metrics=False,
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The operating system's own words where the error holds them, else its first line."""
+    text = str(error)
+    known = re.search(r"No space left on device|File too large|Permission denied|Disk quota exceeded", text)
+    return known[0] if known else (text.splitlines() or [type(error).__name__])[0]
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
