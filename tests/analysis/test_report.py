@@ -1,0 +1,169 @@
+"""The report of a run: what it shows, from records in the format of `metrics.jsonl`."""
+
+import html.parser
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from gpt4moe.analysis.figures import MAX_POINTS, smooth, thin
+from gpt4moe.analysis.history import Series, read_history
+from gpt4moe.analysis.report import write_report
+
+LAYERS, EXPERTS = 3, 4
+
+
+def logged_row(step):
+    """One line of metrics.jsonl, all keys of the contract, a function of the step alone."""
+    skew = np.array(
+        [[1 + 0.5 * math.sin(layer + expert + step / 40) for expert in range(EXPERTS)] for layer in range(3)]
+    )
+    load = skew / skew.sum(1, keepdims=True)
+    loss = 3 + 5 * math.exp(-step / 60) + 0.1 * math.sin(step)
+    row = {"step": step, "tokens": step * 4096, "loss": loss, "loss/code": loss - 0.3, "loss/text": loss + 0.4}
+    row |= {"epoch/code": step / 100, "epoch/text": step / 200, "load_balance_loss": 1.1, "router_z_loss": 0.2}
+    row |= {"grad_norm": 1 + 3 / step, "learning_rate": 1e-3 * min(step / 20, 1), "batch_tokens": 4096}
+    row |= {"tokens_per_second": 12_345.0, "model_flops_utilization": 0.31, "step_seconds": 0.33, "goodput": 0.97}
+    row |= {"moe/load": load.tolist(), "moe/load_max_over_mean": float(load.max() * EXPERTS)}
+    row |= {"moe/load_entropy": 1.3, "moe/dropped_fraction": 0.0123, "moe/router_entropy": 1.2, "skipped_steps": 0}
+    if step % 50 == 0:
+        row |= {f"eval/{source}/{key}": loss for source in ("code", "text") for key in ("loss", "bits_per_byte")}
+    return row
+
+
+EVALUATION = {
+    "step": 200,
+    "sets": {
+        "code": {
+            "loss": 2.51,
+            "bits_per_byte": 1.62,
+            "tokens": 9000,
+            "unigram_loss": 7.25,
+            "unigram_bits_per_byte": 4.6,
+        },
+        "text": {
+            "loss": 3.21,
+            "bits_per_byte": 2.02,
+            "tokens": 8000,
+            "unigram_loss": 7.5,
+            "unigram_bits_per_byte": 4.9,
+        },
+    },
+}
+SAMPLES = [{"prompt": "def f(", "text": "x):\n    return <b>x</b> & 1"}, {"prompt": "The", "text": " end."}]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    lines = [json.dumps(logged_row(step)) for step in range(1, 201)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (tmp_path / "samples.json").write_text(json.dumps(SAMPLES))
+    (tmp_path / "config.gin").write_text("NUM_LAYERS = 3\n# a <tag> & more\n")
+    (tmp_path / "environment.json").write_text(json.dumps({"jax": "0.10.2"}))
+    return tmp_path
+
+
+class Page(html.parser.HTMLParser):
+    """Text and structure of a page; counts tags left open."""
+
+    VOID = ("meta", "link", "br", "path", "use")
+
+    def __init__(self, source):
+        super().__init__()
+        self.text, self.tags, self.depth = "", [], 0
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.depth += tag not in ("meta", "link", "br")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        self.depth -= 1
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_report_shows_the_run_and_stands_alone(workdir):
+    path = write_report(workdir)
+    source = path.read_text()
+    page = Page(source)
+    assert page.depth == 0
+    assert page.tags.count("svg") == 8
+    assert len(source) < 2_000_000
+    for shown in ("819,200", "12,345", "31.0%", "2.510", "7.250", "1.620", "4.600", "9,000", "1.23%", "NUM_LAYERS = 3"):
+        assert shown in page.text, shown
+    # Escaped, so that what a model writes is shown and never run.
+    assert "<b>x</b> & 1" in page.text and "<b>x</b>" not in source
+    assert not re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"", source)
+    assert "script" not in page.tags
+    assert "#010203" not in source and "currentColor" in source
+
+
+def test_report_of_a_run_without_its_last_files(workdir):
+    for name in ("evaluation.json", "samples.json", "config.gin", "environment.json"):
+        (workdir / name).unlink()
+    page = Page(write_report(workdir).read_text())
+    assert "819,200" in page.text and "Samples" not in page.text and "Held-out" not in page.text
+
+
+def test_report_before_the_first_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "No step has been logged yet" in write_report(tmp_path).read_text()
+
+
+def test_directory_without_a_run_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"^workdir='.*' has no metrics\.jsonl; give"):
+        write_report(tmp_path)
+
+
+def test_torn_last_line_is_passed_over_and_a_broken_one_before_it_refused(workdir):
+    log = workdir / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 201, "tok')
+    assert read_history(workdir).last("step") == 200
+    log.write_text('{"step": \n' + whole)
+    with pytest.raises(ValueError, match="line 1 of"):
+        read_history(workdir)
+
+
+def test_history_gives_series_over_tokens(workdir):
+    history = read_history(workdir)
+    held_out = history.series("eval/code/loss")
+    assert held_out.tokens.tolist() == [4096 * step for step in (50, 100, 150, 200)]
+    assert history.series("moe/load").values.shape == (200, LAYERS, EXPERTS)
+    assert history.names(r"loss/(.+)") == ("code", "text")
+    assert history.series("absent").values.shape == (0,) and history.last("absent") is None
+    np.testing.assert_allclose(history.total("step_seconds"), 66.0)
+
+
+def test_a_skipped_step_without_a_loss_leaves_a_gap(workdir):
+    log = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows[5]["loss/code"], rows[6]["loss/code"] = None, float("nan")
+    log.write_text("\n".join(json.dumps(row) for row in rows))
+    assert np.flatnonzero(np.isnan(read_history(workdir).series("loss/code").values)).tolist() == [5, 6]
+    assert write_report(workdir).exists()
+
+
+def test_thinning_keeps_the_mean_and_the_last_token():
+    values = np.random.default_rng(0).normal(size=(5 * MAX_POINTS, 2, 3))
+    thinned = thin(Series(np.arange(5.0 * MAX_POINTS), values))
+    assert thinned.values.shape == (MAX_POINTS, 2, 3)
+    np.testing.assert_allclose(thinned.values.mean(0), values.mean(0), atol=1e-12)
+    np.testing.assert_allclose(thinned.values[3], values[15:20].mean(0), atol=1e-12)
+    assert thinned.tokens[-1] == 5 * MAX_POINTS - 1
+
+
+def test_smoothing_equals_a_slow_loop_and_steps_over_gaps():
+    values = np.random.default_rng(1).normal(size=301)
+    values[[40, 41, 200]] = np.nan
+    reach = 4  # 3 % of 301 points, half to each side
+    expected = [np.nanmean(values[max(place - reach, 0) : place + reach + 1]) for place in range(301)]
+    np.testing.assert_allclose(smooth(values), expected, atol=1e-12)
