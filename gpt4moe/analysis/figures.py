@@ -59,7 +59,7 @@ def _loss(history: History, evaluation: dict) -> Chart | None:
             if unigram is not None:
                 axes.axhline(unigram, color=colour, linestyle=":", linewidth=1.2, label=f"{source}, unigram entropy")
         axes.set_ylabel("nats per token")
-        axes.legend(ncols=min(len(sources), 3), fontsize=8)
+        _legend(axes, columns=min(len(sources), 3))
 
     caption = "Cross-entropy of each source. Points: held-out text. Dotted: what counting tokens alone would reach."
     return Chart("Loss", caption, _draw(draw, "loss", (9.0, 3.6)), wide=True)
@@ -109,7 +109,7 @@ def _balance(history: History) -> Chart | None:
         axes.plot(load.tokens, relative.min((1, 2)), color=PALETTE[0], label="idlest expert of any layer")
         axes.set_ylabel("load / mean load")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8)
+        _legend(axes, columns=2)
 
     return Chart("Load balance", "1 is a perfectly even spread over the experts.", _draw(draw, "balance"))
 
@@ -154,11 +154,16 @@ def _lines(history: History, labels: dict[str, str], title: str, caption: str) -
             axes.plot(series.tokens, series.values.reshape(len(series.tokens), -1).mean(1), color=colour, label=label)
         axes.set_ylim(bottom=0)
         if len(logged) > 1:
-            axes.legend(fontsize=8)
+            _legend(axes, columns=2)
         else:
             axes.set_ylabel(next(iter(logged)))
 
     return Chart(title, caption, _draw(draw, title))
+
+
+def _legend(axes, columns: int) -> None:
+    """The legend above the axes, where it hides no line."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=8, frameon=False, borderaxespad=0.2)
 
 
 def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
@@ -202,7 +207,7 @@ def _figure(name: str, size: tuple[float, float]) -> Iterator:
     style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     style |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}
     style |= {"axes.grid": True, "grid.color": "#808080", "grid.alpha": 0.25, "grid.linewidth": 0.6}
-    style |= {"legend.framealpha": 0.0, "lines.linewidth": 1.5, "lines.markersize": 4.5}
+    style |= {"lines.linewidth": 1.5, "lines.markersize": 4.5}
     style |= {"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"}
     with matplotlib.rc_context(style):
         yield matplotlib.figure.Figure(figsize=size, layout="constrained")
