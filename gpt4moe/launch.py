@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -72,26 +73,25 @@ def load(workdir: str | os.PathLike, *, step: int | None = None):
 
 
 def build_run(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()) -> tuple:
-    """Returns (`RunConfig`, operative gin text) of a run file and its overrides; raises on any that nothing reads."""
+    """Returns (`RunConfig`, operative gin text) of a run file; raises on macros and overrides that nothing reads."""
+    import gin
+
     from gpt4moe.config.run import RunConfig
 
-    return _build(RunConfig, gin_files, overrides, search_paths)
+    _parse(gin_files, overrides, search_paths)
+    config = _construct(RunConfig)
+    _refuse_unread([*_names(overrides), *_macros()], _is_operative)
+    return config, gin.operative_config_str()
 
 
 def build_model(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()):
     """Returns the `ModelConfig` of a model file, or of the run file that includes one."""
     from gpt4moe.config.model import ModelConfig
-    from gpt4moe.config.run import RunConfig
 
     _parse(gin_files, overrides, search_paths)
-    if _is_bound(RunConfig):
-        return _construct(RunConfig, overrides)[0].model
-    return _construct(ModelConfig, overrides)[0]
-
-
-def _build(config_type: type, gin_files, overrides, search_paths) -> tuple[Any, str]:
-    _parse(gin_files, overrides, search_paths)
-    return _construct(config_type, overrides)
+    config = _construct(ModelConfig)
+    _refuse_unread(_names(overrides), _is_referenced)
+    return config
 
 
 def _parse(gin_files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str]) -> None:
@@ -125,38 +125,47 @@ def _parse_override(gin, override: str) -> None:
         raise CallerError(f"--gin.{override}: {_one_line(error)}{_near(name)}") from error
 
 
-def _construct(config_type: type, overrides: Sequence[str]) -> tuple[Any, str]:
+def _construct(config_type: type) -> Any:
     import gin
 
     require(_is_bound(config_type), "--gin_file", config_type.__name__, "is configured by none of the gin files")
     try:
-        config = gin.get_configurable(config_type)()
+        return gin.get_configurable(config_type)()
     except Exception as error:
         raise CallerError(_one_line(error)) from error
-    _refuse_unread([override.partition("=")[0].strip() for override in overrides])
-    return config, gin.operative_config_str()
 
 
-def _refuse_unread(names: Sequence[str]) -> None:
-    """gin reads a misspelt macro as a new one that nothing uses: refuse every override outside the operative config."""
+def _names(overrides: Sequence[str]) -> list[str]:
+    return [override.partition("=")[0].strip() for override in overrides]
+
+
+def _refuse_unread(names: Sequence[str], is_read: Callable[[str], bool]) -> None:
+    """gin takes a misspelt macro for a new one that nothing uses, and says nothing: we refuse it."""
+    for name in names:
+        if not is_read(name):
+            raise CallerError(f"{name} is set but read by nothing in this configuration{_near(name)}")
+
+
+def _is_operative(name: str) -> bool:
+    """Whether building the configuration used this macro or parameter."""
     import gin
 
     operative = gin.config._OPERATIVE_CONFIG
-    for name in names:
-        is_macro = "." not in name
-        if not ((name, "gin.macro") in operative if is_macro else _is_operative(name, operative)):
-            raise CallerError(f"--gin.{name} is read by nothing in this configuration{_near(name)}")
-
-
-def _is_operative(name: str, operative: dict) -> bool:
+    if "." not in name:
+        return (name, "gin.macro") in operative
     scoped, _, parameter = name.rpartition(".")
     scope, _, selector = scoped.rpartition("/")
-    matches = (
-        values
+    return any(
+        parameter in values and used.endswith(selector) and used_scope == (scope or used_scope)
         for (used_scope, used), values in operative.items()
-        if (used_scope == scope or not scope) and used.endswith(selector)
     )
-    return any(parameter in values for values in matches)
+
+
+def _is_referenced(name: str) -> bool:
+    """Whether any binding of the gin files refers to this macro (a part of a run does not use all of them)."""
+    import gin
+
+    return "." in name or re.search(rf"%{re.escape(name)}\b", gin.config_str()) is not None
 
 
 def _near(name: str) -> str:

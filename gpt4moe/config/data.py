@@ -35,7 +35,8 @@ class SourceConfig:
             bool(self.paths) != (self.documents is not None),
             "paths",
             self.paths,
-            f"and documents: exactly one must be given for source {self.name!r}",
+            f"of source {self.name!r}: give either paths or documents",
+            "set DATA_PATHS to files or folders, or SourceConfig.documents to a function",
         )
         require_positive("weight", self.weight)
         if self.max_epochs is not None:

@@ -1,0 +1,103 @@
+"""Parameter and FLOP counts: the reference's published numbers, one small model by hand, and invariants."""
+
+import dataclasses
+
+import pytest
+
+from gpt4moe.accounting import chips, flops, memory, parameters, summary
+from gpt4moe.config.attention import AttentionConfig
+from gpt4moe.config.model import ModelConfig
+from gpt4moe.config.moe import MoeConfig
+from gpt4moe.launch import build_model
+
+
+def small(**changes) -> ModelConfig:
+    config = ModelConfig(
+        num_layers=2,
+        model_dim=8,
+        vocab_size=10,
+        context_length=16,
+        attention=AttentionConfig(num_heads=2, head_dim=6),
+        moe=MoeConfig(num_experts=4, experts_per_token=2, hidden_dim=3),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def test_the_reference_has_the_published_counts():
+    config = build_model(["gin_configs/model/gpt4_1p8t.gin"])
+    counted = parameters.count(config)
+    assert round(counted.experts / config.moe.num_experts / 1e9, 2) == 110.98
+    assert round(counted.attention / 1e9, 2) == 55.82
+    assert round(counted.total / 1e9, 1) == 1832.6
+    assert round(parameters.count_active(config) / 1e9, 1) == 278.9
+    assert round(flops.forward_flops_per_token(config) / 1e9, 1) == 557.8
+    assert round(flops.attention_core_flops_per_token(config, 8192, causal=False) / 1e9, 1) == 84.6
+    assert memory.cache_bytes_per_token(config) == 61_440
+
+
+def test_the_sibling_is_a_thousandth_with_the_same_ratios():
+    reference, sibling = (build_model([f"gin_configs/model/gpt4_1p8{size}.gin"]) for size in "tb")
+    assert parameters.count(reference).total / parameters.count(sibling).total == pytest.approx(1000, rel=0.01)
+    for config in (reference, sibling):
+        assert config.moe.hidden_dim == 4 * config.model_dim
+        assert config.attention.num_heads * config.head_dim == 2 * config.model_dim
+    shares = [parameters.count_active(config) / parameters.count(config).total for config in (reference, sibling)]
+    assert shares[0] == pytest.approx(shares[1], rel=0.05)
+
+
+def test_a_small_model_counted_by_hand():
+    counted = parameters.count(small())
+    assert counted.embedding == 10 * 8
+    assert counted.attention == 2 * (8 * 12 + 2 * 8 * 6 + 12 * 8)  # query, key and value, output
+    assert counted.experts == 2 * 4 * 3 * 8 * 3  # layers, experts, SwiGLU's three matrices
+    assert counted.router == 2 * 8 * 4
+    assert counted.norms == 5 * 8
+    assert counted.head == 0
+    active = 80 + 576 + 2 * 2 * 72 + 64 + 40
+    assert parameters.count_active(small()) == active
+    assert flops.forward_flops_per_token(small()) == 2 * (active - 40)
+
+
+def test_untied_head_dense_layers_shared_expert_and_qk_norm_are_counted():
+    config = small(tie_embeddings=False, moe_every=2, dense_hidden_dim=5)
+    config = dataclasses.replace(
+        config,
+        moe=dataclasses.replace(config.moe, shared_hidden_dim=7, gated=False),
+        attention=dataclasses.replace(config.attention, qk_norm=True),
+    )
+    counted = parameters.count(config)
+    assert counted.head == counted.embedding == 80
+    assert counted.dense == 2 * 8 * 5
+    assert counted.shared_experts == 2 * 8 * 7
+    assert counted.norms == 5 * 8 + 2 * 2 * 6
+    assert flops.forward_flops_per_token(config) == 2 * (576 + 2 * 48 + 112 + 80 + 32 + 80)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 8, 64])
+def test_active_parameters_do_not_depend_on_the_number_of_experts_but_for_the_router(num_experts):
+    moe = MoeConfig(num_experts, 1, 3, normalize_gates=False)
+    config = small(moe=moe)
+    router = parameters.count(config).router
+    assert (
+        parameters.count_active(config) - router
+        == parameters.count_active(small(moe=MoeConfig(2, 1, 3, normalize_gates=False))) - 32
+    )
+
+
+def test_summary_document_adds_up():
+    document = summary.summarize(small())
+    assert sum(document["parameters"].values()) == document["total"]
+    assert str(document["total"]) in summary.format_summary(document).replace(",", "")
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "name"),
+    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100_80"), ("NVIDIA A100-SXM4-40GB", "a100_40"),
+     ("TPU v5 lite", "tpu_v5e"), ("TPU v5", "tpu_v5p"), ("TPU v6 lite", "tpu_v6e")],
+)  # fmt: skip
+def test_devices_are_found_by_the_name_jax_gives_them(device_kind, name):
+    assert chips.find_chip(device_kind).name == name
+
+
+def test_a_cpu_is_in_no_table():
+    assert chips.find_chip("cpu") is None
