@@ -100,7 +100,8 @@ def _parse(gin_files: Sequence[str], overrides: Sequence[str], search_paths: Seq
     require(bool(gin_files), "--gin_file", None, "must be given", "e.g. --gin_file=gin_configs/run/quickstart.gin")
     gin.clear_config()
     for path in (*search_paths, os.getcwd(), str(ROOT)):
-        gin.add_config_file_search_path(path)
+        if path not in gin.config._LOCATION_PREFIXES:
+            gin.add_config_file_search_path(path)
         if path not in sys.path:  # the user's own routers, sources and optimizers are imported from there
             sys.path.append(path)
     logging.getLogger().addFilter(_not_gin_search)
@@ -268,13 +269,16 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
+        allow_abbrev=False,
         prog="gpt4moe",
         description="Train, evaluate and serve GPT-4-style mixture-of-experts transformers.",
         epilog="Any gin macro or parameter is set with --gin.NAME=VALUE, e.g. --gin.NUM_EXPERTS=16.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary.capitalize() + ".")
+        subparser = subparsers.add_parser(
+            name, help=command.summary, description=f"gpt4moe {name}: {command.summary}.", allow_abbrev=False
+        )
         subparser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
         command.add_flags(subparser)
     return parser

@@ -36,7 +36,7 @@ def partition_spec(
 def state_shardings(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """Returns the shardings of a tree whose parameters (and their optimizer moments) are `nnx.Variable`s.
 
-    A variable names its dims in its `dims` metadata; one without, and every plain array (step, keys, counts), is
+    A variable names its dims in its `logical_axes` metadata; one without, and every plain array (step, keys, counts), is
     replicated, unless it is a parameter: those must be covered by the table.
     """
 
@@ -45,8 +45,8 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> An
             return NamedSharding(mesh, PartitionSpec())
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         value = leaf.get_value()
-        dims = leaf.get_metadata().get("dims")
-        require(dims is not None, name, value.shape, "names no logical dims", "give nnx.Param(..., dims=(...))")
+        dims = leaf.get_metadata().get("logical_axes")
+        require(dims is not None, name, value.shape, "names no logical dims", "give nnx.Param(..., logical_axes=(...))")
         spec = partition_spec(dims, value.shape, mesh, rules, name=name)
         return leaf.replace(NamedSharding(mesh, spec))
 

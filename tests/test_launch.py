@@ -1,0 +1,153 @@
+"""The gin edge: what people type, what they mistype, and what the command answers."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from gpt4moe.config.check import CallerError
+from gpt4moe.launch import build_model, build_run, main
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RUN_FILES = sorted(path for path in (ROOT / "gin_configs/run").glob("*.gin") if path.stem != "whole")
+MODEL_FILES = sorted((ROOT / "gin_configs/model").glob("*.gin"))
+REQUIRED_MACROS = """TRAIN_STEPS TOKEN_BUDGET BATCH_TOKENS SEQUENCE_LENGTH CHECKPOINT_EVERY LEARNING_RATE SEED
+    NUM_LAYERS NUM_EXPERTS EXPERTS_PER_TOKEN MESH"""
+TINY = "gin_configs/run/tiny.gin"
+
+
+def overrides_for(path: pathlib.Path) -> list[str]:
+    """Run files over the user's own text need to be told where it is."""
+    return ['DATA_PATHS = ["somewhere"]'] if "data/files.gin" in path.read_text() else []
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_every_run_file_builds_and_has_the_macros_people_rely_on(path):
+    _, text = build_run([str(path)], overrides_for(path))
+    for macro in REQUIRED_MACROS.split():
+        assert f"\n{macro} = " in text, f"{path.stem} has no {macro}"
+
+
+@pytest.mark.parametrize("path", RUN_FILES + MODEL_FILES, ids=lambda path: path.stem)
+def test_every_gin_file_opens_with_what_it_is_for(path):
+    assert path.read_text().startswith("# ")
+    assert build_model([str(path)], overrides_for(path)).num_layers >= 1
+
+
+def test_an_override_changes_what_it_names():
+    run, text = build_run([TINY], ["TRAIN_STEPS = 3", "moe.MoeConfig.capacity_factor = 1.5"])
+    assert run.train.steps == 3
+    assert run.model.moe.capacity_factor == pytest.approx(1.5)
+    assert "TRAIN_STEPS = 3" in text
+
+
+def test_the_saved_configuration_builds_the_same_run(tmp_path):
+    run, text = build_run([TINY], ["NUM_EXPERTS = 2"])
+    saved = tmp_path / "config.gin"
+    saved.write_text(text)
+    again, text_again = build_run([str(saved)])
+    assert again == run
+    assert text_again == text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("NUM_EXPRTS=8", "NUM_EXPRTS is set but read by nothing in this configuration; did you mean NUM_EXPERTS"),
+        ("moe.MoeConfig.capacty_factor=2", "did you mean moe.MoeConfig.capacity_factor"),
+        ("other/moe.MoeConfig.capacity_factor=2", "is set but read by nothing"),
+        ("nothing.here=2", "No configurable matching 'nothing'"),
+        ("SEED=zero", "SEED=zero is not a Python literal; quote strings"),
+        ("SEED", "must have the form --gin.NAME=VALUE"),
+        ("EXPERTS_PER_TOKEN=9", "experts_per_token=9 must be at most num_experts (4)"),
+        ("BATCH_TOKENS=100", "batch_tokens=100 must be a multiple of sequence_length"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(override, message, capsys, tmp_path):
+    with pytest.raises(CallerError) as caught:
+        build_run([TINY], [override])
+    assert message in str(caught.value)
+    workdir = tmp_path / "run"
+    assert main(["train", f"--gin_file={TINY}", f"--gin.{override}", f"--workdir={workdir}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not workdir.exists()
+
+
+def test_a_macro_misspelt_in_a_file_is_refused_too(tmp_path):
+    path = tmp_path / "mine.gin"
+    path.write_text(f'include "{ROOT}/{TINY}"\nNUM_EXPRTS = 8\n')
+    with pytest.raises(CallerError, match=r"NUM_EXPRTS is set but read by nothing.*NUM_EXPERTS"):
+        build_run([str(path)])
+
+
+def test_a_missing_file_and_an_unknown_command_are_one_line(capsys):
+    assert main(["inspect", "--gin_file=nowhere.gin"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    for words in (["inspct"], ["inspect", "--gin_fil=x"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_inspect_prints_one_json_document_and_nothing_else(capsys):
+    assert main(["inspect", "--gin_file=gin_configs/model/gpt4_1p8t.gin", "--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert round(document["parameters"]["experts"] / 16 / 1e9, 2) == 110.98
+    assert round(document["total"] / 1e9, 1) == 1832.6
+    assert captured.err == ""
+
+
+def test_includes_resolve_from_a_foreign_directory(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/run.gin").write_text('include "gin_configs/model/tiny.gin"\nNUM_LAYERS = 3\n')
+    words = [sys.executable, "-m", "gpt4moe.launch", "inspect", "--gin_file=mine/run.gin", "--json"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["parameters"]["norms"] == 7 * 32
+
+
+def test_help_answers_without_importing_jax():
+    code = "import sys; from gpt4moe.launch import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    check = "assert not {'jax', 'flax', 'numpy', 'gin'} & set(sys.modules), 'heavy import'"
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--workdir" in done.stdout
+
+
+def test_a_router_and_an_optimizer_of_the_users_own_are_named_in_gin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine_of_all.py").write_text(
+        textwrap.dedent("""
+        import optax
+        from gpt4moe.model.router import top_k
+
+        def my_router(logits_UE, inputs, config):
+            return top_k(logits_UE / 2.0, inputs, config)
+
+        def my_optimizer(learning_rate, config):
+            return optax.sgd(learning_rate)
+        """)
+    )
+    (tmp_path / "mine.gin").write_text(
+        textwrap.dedent(f"""
+        from __gin__ import dynamic_registration
+        from gpt4moe.config import moe
+        from gpt4moe.config import optimizer
+        import mine_of_all
+        include "{ROOT}/{TINY}"
+        moe.MoeConfig.router = @mine_of_all.my_router
+        optimizer.OptimizerConfig.build = @mine_of_all.my_optimizer
+        """)
+    )
+    run, text = build_run(["mine.gin"])
+    assert run.model.moe.router.__name__ == "my_router"
+    assert run.optimizer.build.__name__ == "my_optimizer"
+    (tmp_path / "config.gin").write_text(text)
+    assert build_run(["config.gin"])[0].model.moe.router.__name__ == "my_router"
