@@ -21,6 +21,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from gpt4moe.config.check import require
+
 PyTree = Any
 
 _HELD_OUT_LOSS = "held_out_loss"
@@ -109,10 +111,9 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 
 
 def latest_step(workdir: epath.PathLike) -> int:
-    """The newest complete checkpoint of a work directory; raises `FileNotFoundError` if it has none."""
+    """The newest complete checkpoint of a work directory; raises `CallerError` if it has none."""
     steps = saved_steps(workdir)
-    if not steps:
-        raise FileNotFoundError(f"workdir={str(workdir)!r} has no complete checkpoint; train there first")
+    require(bool(steps), "workdir", str(workdir), "has no complete checkpoint", "train there first")
     return steps[-1]
 
 
@@ -130,7 +131,7 @@ def restore(workdir: epath.PathLike, step: int, abstract: PyTree) -> PyTree:
     the parameters alone pass `{"params": abstract_params}`.
 
     Raises:
-        ValueError: an array is missing or of another shape: the checkpoint is of another model.
+        CallerError: an array is missing or of another shape: the checkpoint is of another model.
     """
     path = checkpoint_directory(workdir) / str(step)
     wanted = jax.tree.map(_with_sharding, _by_path(abstract))
@@ -162,12 +163,14 @@ def _check_match(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str
         for name, leaf in wanted.items()
         if name in saved and tuple(saved[name].shape) != tuple(leaf.shape)
     ]
-    if wrong:
-        more = f" and {len(wrong) - _SHOWN_NAMES} more" if len(wrong) > _SHOWN_NAMES else ""
-        raise ValueError(
-            f"checkpoint={str(path)!r} is of another model: {', '.join(wrong[:_SHOWN_NAMES])}{more}; "
-            "use the configuration it was trained with, or another workdir"
-        )
+    more = f" and {len(wrong) - _SHOWN_NAMES} more" if len(wrong) > _SHOWN_NAMES else ""
+    require(
+        not wrong,
+        "checkpoint",
+        str(path),
+        f"is of another model: {', '.join(wrong[:_SHOWN_NAMES])}{more}",
+        "use the configuration it was trained with, or another workdir",
+    )
 
 
 def _reader() -> ocp.Checkpointer:

@@ -1,0 +1,76 @@
+"""Where the time goes: seconds of a step, goodput, and the peak rate that utilisation is measured against."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+
+from gpt4moe.accounting import chips
+
+GEMM_SIZE = 1024
+GEMM_REPEATS = 5
+
+
+class StepClock:
+    """Seconds of each step, and goodput: the share of wall time since the process started that went into steps.
+
+    Compiling, restoring, evaluating and waiting for a checkpoint are not steps: `resume` after them.
+    """
+
+    def __init__(self) -> None:
+        self._started = time.monotonic() - seconds_since_process_start()
+        self._mark = time.monotonic()
+        self._productive = 0.0
+
+    def resume(self) -> None:
+        """Begins the next step now; the time since the last `lap` was not a step's."""
+        self._mark = time.monotonic()
+
+    def lap(self) -> float:
+        """Ends a step and begins the next: seconds since the last `lap` or `resume`."""
+        now = time.monotonic()
+        seconds, self._mark = now - self._mark, now
+        self._productive += seconds
+        return seconds
+
+    def goodput(self) -> float:
+        """Share of the wall time so far, start-up and compilation included, that was spent in steps."""
+        return self._productive / (time.monotonic() - self._started)
+
+
+def seconds_since_process_start() -> float:
+    """Age of this process; 0 where the system does not tell."""
+    try:
+        # Field 22 of /proc/self/stat, counted behind the parenthesised command name: start in clock ticks after boot.
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
+
+
+def peak_flops_per_second(devices: list[jax.Device], dtype: str) -> float:
+    """Matrix-product rate of all `devices` together: the chip's data sheet, or this machine's own measured rate.
+
+    A CPU's rate is measured for the whole machine, however many devices it emulates.
+    """
+    chip = chips.find_chip(devices[0].device_kind)
+    return chip.peak_flops * len(devices) if chip else measured_gemm_rate(devices[0], dtype)
+
+
+def measured_gemm_rate(device: jax.Device, dtype: str) -> float:
+    """FLOP/s of a square product of `dtype` operands accumulated in float32, the best of a few."""
+    with jax.default_device(device):
+        operand = jnp.ones((GEMM_SIZE, GEMM_SIZE), dtype)
+        product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+        product(operand, operand).block_until_ready()
+        return 2 * GEMM_SIZE**3 / min(_seconds(product, operand) for _ in range(GEMM_REPEATS))
+
+
+def _seconds(product, operand: jax.Array) -> float:
+    start = time.perf_counter()
+    product(operand, operand).block_until_ready()
+    return time.perf_counter() - start

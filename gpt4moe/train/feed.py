@@ -1,0 +1,54 @@
+"""Draws whole batches from the data pipeline and puts them on the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gpt4moe.config.run import RunConfig
+from gpt4moe.types import Batch
+
+if TYPE_CHECKING:
+    from gpt4moe.data.pipeline import TrainRows
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One batch on the devices: microbatches [microbatches, B, T] of which the first `num_microbatches` are filled."""
+
+    microbatches: Batch
+    num_microbatches: int
+    tokens: int
+
+
+def microbatch_room(run: RunConfig) -> int:
+    """Microbatches of the largest batch of the ramp."""
+    return run.train.ramp[-1][1] // (run.microbatch_rows * run.data.sequence_length)
+
+
+def abstract_microbatches(run: RunConfig, rows: NamedSharding) -> Batch:
+    """Shapes, dtypes and layout of what `draw` gives; `rows` is the layout of [B, T]."""
+    shape = (microbatch_room(run), run.microbatch_rows, run.data.sequence_length)
+    where = NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec))
+    dtypes = {field.name: np.int32 for field in dataclasses.fields(Batch)} | {"loss_weights": np.float32}
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()})
+
+
+def draw(rows: TrainRows, batch_tokens: int, abstract: Batch) -> Drawn | None:
+    """The next batch of `batch_tokens`, or what the data still has of it; None where the data is exhausted."""
+    room, microbatch_rows, length = abstract.tokens.shape
+    wanted = batch_tokens // (microbatch_rows * length)
+    drawn = [microbatch for _, microbatch in zip(range(wanted), rows, strict=False)]
+    if not drawn:
+        return None
+
+    def place(leaf: jax.ShapeDtypeStruct, *parts: np.ndarray) -> jax.Array:
+        buffer = np.zeros((room, *parts[0].shape), leaf.dtype)
+        np.stack(parts, out=buffer[: len(parts)])
+        return jax.make_array_from_process_local_data(leaf.sharding, buffer, leaf.shape)
+
+    return Drawn(jax.tree.map(place, abstract, *drawn), len(drawn), len(drawn) * microbatch_rows * length)

@@ -1,0 +1,129 @@
+"""Turns the metrics of each step into a row, one step late, so that the device never waits for the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from gpt4moe.accounting import flops
+from gpt4moe.config.run import RunConfig
+from gpt4moe.model.moe import MoeOut
+from gpt4moe.train.clock import StepClock, peak_flops_per_second
+from gpt4moe.train.metrics import MetricsLog
+from gpt4moe.train.step import StepMetrics
+
+TINY = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFacts:
+    """What the host knows of a step: its number, tokens seen after it, its own tokens, epochs of each source."""
+
+    step: int
+    tokens: int
+    batch_tokens: int
+    epochs: Mapping[str, float]
+
+
+class Recorder:
+    """Holds the metrics of the last dispatched step until the next one is dispatched or `flush` is called.
+
+    `skipped_in_row` is that of the newest step whose metrics have been fetched.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        source_names: Sequence[str],
+        log: MetricsLog,
+        bar: tqdm.tqdm,
+        devices: Sequence[jax.Device],
+    ) -> None:
+        self.skipped_in_row = 0
+        self.clock = StepClock()
+        self._sources = source_names
+        self._log = log
+        self._bar = bar
+        self._log_every = run.train.log_every
+        self._flops_per_token = flops.train_flops_per_token(run.model)
+        self._peak = peak_flops_per_second(devices, run.model.compute_dtype)
+        self._pending: tuple[StepMetrics, StepFacts] | None = None
+
+    def record(self, metrics: StepMetrics, facts: StepFacts) -> None:
+        """Takes the metrics of a step that has just been dispatched, and writes the row of the one before."""
+        self.flush()
+        self._pending = (metrics, facts)
+
+    def flush(self) -> None:
+        """Waits for the step whose metrics are held and writes its row."""
+        if self._pending is None:
+            return
+        device_metrics, facts = self._pending
+        self._pending = None
+        metrics = jax.device_get(device_metrics)
+        speed = self._speed(facts)
+        self.skipped_in_row = int(metrics.skipped_in_row)
+        row = step_row(metrics, facts, self._sources) | speed
+        if facts.step % self._log_every == 0:
+            self._log.write(row)
+        self._bar.update(facts.batch_tokens)
+        self._bar.set_postfix_str(_summary(row))
+
+    def _speed(self, facts: StepFacts) -> dict[str, float]:
+        seconds = self.clock.lap()
+        rate = facts.batch_tokens / seconds
+        return {
+            "tokens_per_second": rate,
+            "model_flops_utilization": rate * self._flops_per_token / self._peak,
+            "step_seconds": seconds,
+            "goodput": self.clock.goodput(),
+        }
+
+
+def step_row(metrics: StepMetrics, facts: StepFacts, source_names: Sequence[str]) -> dict[str, Any]:
+    """The row of one step: all of `metrics.jsonl` but its speed. Loads and router figures are lists, one entry a layer.
+
+    `loss` is the mean cross-entropy in nats per unit of target weight, without auxiliary terms; the auxiliary losses
+    are means over layers, without their weights. A source without a target in the batch has no `loss/<source>`.
+    """
+    sums, counts = metrics.sums, metrics.counts
+    weights = zip(source_names, sums.source_cross_entropy, sums.source_weight, strict=True)
+    row = {"step": facts.step, "tokens": facts.tokens}
+    row |= {f"epoch/{name}": epochs for name, epochs in facts.epochs.items()}
+    row["loss"] = float(sums.cross_entropy / max(counts.target_weight, 1))
+    row |= {f"loss/{name}": float(total / weight) for name, total, weight in weights if weight > 0}
+    row["load_balance_loss"] = float(np.mean(sums.moe.load_balance) / max(counts.rows, 1))
+    row["router_z_loss"] = float(np.mean(sums.moe.router_z) / max(counts.tokens, 1))
+    row["grad_norm"] = float(metrics.grad_norm)
+    row["learning_rate"] = float(metrics.learning_rate)
+    row["batch_tokens"] = facts.batch_tokens
+    row["skipped_steps"] = int(metrics.skipped_steps)
+    return row | _routing(sums.moe, float(counts.tokens))
+
+
+def _routing(moe: MoeOut, tokens: float) -> dict[str, Any]:
+    """Load as fractions [L][E], and per layer: busiest over mean, entropy of the load over ln E, drops, router nats."""
+    assignments_L1 = np.maximum(moe.load_E.sum(-1, keepdims=True), 1)
+    load_LE = moe.load_E / assignments_L1
+    num_experts = load_LE.shape[-1]
+    entropy_L = -(load_LE * np.log(np.maximum(load_LE, TINY))).sum(-1) / max(np.log(num_experts), TINY)
+    return {
+        "moe/load": load_LE.tolist(),
+        "moe/load_max_over_mean": (load_LE.max(-1) * num_experts).tolist(),
+        "moe/load_entropy": entropy_L.tolist(),
+        "moe/dropped_fraction": (moe.dropped / assignments_L1[:, 0]).tolist(),
+        "moe/router_entropy": (moe.router_entropy / max(tokens, 1)).tolist(),
+    }
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    """The end of the progress bar: what a person watches."""
+    return (
+        f"step {row['step']} loss {row['loss']:.3f} {row['tokens_per_second']:,.0f} tok/s "
+        f"MFU {row['model_flops_utilization']:.1%} load {max(row['moe/load_max_over_mean']):.2f}x"
+    )

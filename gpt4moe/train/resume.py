@@ -1,0 +1,76 @@
+"""What may change between a run and its continuation in the same work directory, and what may not.
+
+Every checkpoint records the settings it was trained with. On resume they are compared with those of the command:
+settings of length, logging and housekeeping may change freely; others change what is trained and are refused with a
+list of the differences unless the caller allows them; settings of the model's shape can never change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gpt4moe.config.check import CallerError
+from gpt4moe.config.run import RunConfig
+
+# A run may be prolonged, logged, saved and laid out differently. Its schedule follows its length (planned tokens), so
+# a prolonged run is not bitwise the run that was planned long from the start.
+FREE_SETTINGS = (
+    "train.steps",
+    "train.token_budget",
+    "train.checkpoint_every",
+    "train.evaluate_every",
+    "train.log_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.max_skipped_steps",
+    "train.init_from",
+    "train.sample_prompts",
+    "train.sample_tokens",
+    "data.store",
+    "mesh.",
+    "model.remat",
+    "model.attention.query_chunk",
+)
+
+
+def settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a configuration by its dotted name, JSON-able: functions by their import path."""
+    if dataclasses.is_dataclass(config):
+        fields = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+    elif isinstance(config, tuple) and any(dataclasses.is_dataclass(item) for item in config):
+        fields = [(getattr(item, "name", str(index)), item) for index, item in enumerate(config)]
+    else:
+        return {prefix: _plain(config)}
+    named = {}
+    for name, value in fields:
+        named |= settings(value, f"{prefix}.{name}" if prefix else name)
+    return named
+
+
+def differences(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
+    """The settings that differ from the saved ones and are not free to, as `name: saved -> now`."""
+    now = settings(run)
+    names = [name for name in sorted(saved.keys() | now.keys()) if not name.startswith(FREE_SETTINGS)]
+    changed = [name for name in names if saved.get(name) != now.get(name)]
+    return [f"{name}: {saved.get(name)!r} -> {now.get(name)!r}" for name in changed]
+
+
+def refuse_changes(saved: Mapping[str, Any], run: RunConfig, workdir: str, *, allowed: bool) -> list[str]:
+    """Returns the differences from the saved settings; raises `CallerError` with them unless they are `allowed`."""
+    changed = differences(saved, run)
+    if changed and not allowed:
+        raise CallerError(
+            f"workdir={workdir!r} was trained with another configuration ({'; '.join(changed)}); "
+            "give its own configuration or another workdir, or --allow_config_change to go on with the new one"
+        )
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return value

@@ -1,0 +1,75 @@
+"""The training state: everything on the device that a checkpoint must hold, created in its final layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from gpt4moe.config.model import ModelConfig
+from gpt4moe.config.rules import ShardingRules
+from gpt4moe.config.run import RunConfig
+from gpt4moe.model.transformer import Transformer
+from gpt4moe.parallel import sharding
+from gpt4moe.train import optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters, optimizer moments and counters; the data position and the tokens seen are kept on the host.
+
+    params: `nnx.State` of float32 parameters. opt_state: as optax has it. step: int32 [], steps taken, skipped ones
+    included. key: uint32 [2], key data for what is random inside a step. skipped_steps, skipped_in_row: int32 [],
+    steps whose update was not applied for a non-finite loss or gradient, in all and since the last applied one.
+    """
+
+    params: nnx.State
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+    skipped_steps: jax.Array
+    skipped_in_row: jax.Array
+
+
+def model_definition(config: ModelConfig) -> nnx.GraphDef:
+    """The model without its arrays: `nnx.merge` it with a state's `params` to get the model."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+
+
+def initial_state(run: RunConfig) -> TrainState:
+    """The state before the first step, from `run.train.seed`; pure, so that it can be traced, laid out and jitted."""
+    model_key, step_key = jax.random.split(jax.random.key(run.train.seed))
+    params = nnx.split(Transformer(run.model, rngs=nnx.Rngs(model_key)))[1]
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        params=params,
+        opt_state=optimizer.make_optimizer(run.optimizer.learning_rate, run.optimizer).init(params),
+        step=zero,
+        key=jax.random.key_data(step_key),
+        skipped_steps=zero,
+        skipped_in_row=zero,
+    )
+
+
+def abstract_state(run: RunConfig, mesh: Mesh, rules: ShardingRules) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without allocating it."""
+    shapes = jax.eval_shape(lambda: initial_state(run))
+    shardings = sharding.state_shardings(shapes, mesh, rules)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+    )
+
+
+def create_state(run: RunConfig, abstract: TrainState) -> TrainState:
+    """The initial state, every array made directly in the layout of `abstract`: no device ever holds the whole."""
+    return jax.jit(lambda: initial_state(run), out_shardings=shardings_of(abstract))()
+
+
+def shardings_of(abstract: TrainState) -> TrainState:
+    """The sharding of every leaf of an abstract state, in its structure."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

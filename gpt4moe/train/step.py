@@ -1,0 +1,103 @@
+"""One training step: microbatches in, the updated state and the step's metrics out; pure, jitted, state donated."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gpt4moe.config.run import RunConfig
+from gpt4moe.train import loss, optimizer, schedule, state
+from gpt4moe.train.state import TrainState
+from gpt4moe.types import Array, Batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What one step measured, on the device, over its whole batch.
+
+    sums: what the loss gave, added over microbatches; counts: what to divide them by. grad_norm: before clipping.
+    learning_rate: of this step. skipped_steps, skipped_in_row: the state's counters after it.
+    """
+
+    sums: loss.LossOut
+    counts: loss.LossNormalizers
+    grad_norm: Array
+    learning_rate: Array
+    skipped_steps: Array
+    skipped_in_row: Array
+
+
+def train_step(
+    at: TrainState,
+    microbatches: Batch,
+    num_microbatches: Array,
+    tokens: Array,
+    *,
+    run: RunConfig,
+    definition: nnx.GraphDef,
+    num_sources: int,
+) -> tuple[TrainState, StepMetrics]:
+    """Returns the state after one optimizer step on a whole batch, and its metrics.
+
+    `microbatches` [microbatches, B, T] has room for the largest batch of a ramp, zeros where unused, and
+    `num_microbatches` (int32 []) says how many to run: one compiled program serves every batch size. Losses are divided
+    by counts of the whole batch, so that neither values nor gradients depend on how it is cut. `tokens` (float32 [])
+    were seen before this step and set the learning rate. Where the loss or the gradient is not finite, parameters
+    and optimizer state stay as they were and the step is counted as skipped.
+    """
+    counts = loss.normalizers(microbatches)
+
+    def gradient(index: Array) -> tuple[nnx.State, loss.LossOut]:
+        batch = jax.tree.map(lambda x: x[index], microbatches)
+
+        def objective(params: nnx.State) -> tuple[Array, loss.LossOut]:
+            return loss.batch_loss(nnx.merge(definition, params), batch, counts, num_sources=num_sources)
+
+        return jax.grad(objective, has_aux=True)(at.params)
+
+    grads, sums = _sum_over(gradient, num_microbatches, room=microbatches.tokens.shape[0])
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.cross_entropy)
+
+    fraction = schedule.fraction(tokens, schedule.planned_tokens(run.train), run.optimizer.schedule)
+    learning_rate = run.optimizer.learning_rate * fraction
+    update = optimizer.make_optimizer(learning_rate, run.optimizer).update
+    updates, opt_state = update(grads, at.opt_state, at.params)
+    params, opt_state = jax.tree.map(
+        functools.partial(jnp.where, finite),
+        (optax.apply_updates(at.params, updates), opt_state),
+        (at.params, at.opt_state),
+    )
+    skipped_steps = at.skipped_steps + jnp.where(finite, 0, 1)
+    skipped_in_row = jnp.where(finite, 0, at.skipped_in_row + 1)
+    new = TrainState(params, opt_state, at.step + 1, at.key, skipped_steps, skipped_in_row)
+    return new, StepMetrics(sums, counts, grad_norm, learning_rate, skipped_steps, skipped_in_row)
+
+
+def make_step(run: RunConfig, num_sources: int, abstract: TrainState) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Returns `train_step` jitted for the layout of `abstract`: (state, microbatches, num_microbatches, tokens).
+
+    The state is donated: the arrays it is called with are gone afterwards.
+    """
+    definition = state.model_definition(run.model)
+    step = functools.partial(train_step, run=run, definition=definition, num_sources=num_sources)
+    shardings = state.shardings_of(abstract)
+    replicated = NamedSharding(shardings.step.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def _sum_over(function: Callable[[Array], Any], count: Array, *, room: int) -> Any:
+    """Sum of `function(i)` for i < count <= room; a single call, without a loop, where room is 1."""
+    if room == 1:
+        return function(0)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, jnp.int32(0)))
+    return jax.lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, function(i)), zeros)
