@@ -1,0 +1,1 @@
+"""Documents to packed rows: tokenizer, sources, token store, packing plan, mixture, pipeline."""

@@ -1,0 +1,107 @@
+"""One unit of work of `prepare`: some files of one source in, one folder of tokens out. Runs in worker processes."""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+
+from gpt4moe.data.documents import BadRecord, Document, is_held_out
+from gpt4moe.data.files import read_documents
+from gpt4moe.data.tokenizer import Tokenizer
+
+SPLITS = ("train", "held_out")
+BAD_EXAMPLES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Files that are tokenised together; `part` is the folder that the tokens go to, which exists once complete."""
+
+    source: str
+    part: pathlib.Path
+    paths: tuple[str, ...]
+    text_field: str
+    group_field: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitCounts:
+    """What one unit read: records that were bad (the first few described) or empty, documents of each split."""
+
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    bytes: dict[str, int]
+    bad_records: int
+    bad_examples: tuple[str, ...]
+    empty_documents: int
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest unsigned integer that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def encode_unit(unit: Unit, tokenizer: Tokenizer, held_out_fraction: float, stop_at_bad: bool) -> UnitCounts:
+    """Writes the tokens, lengths and byte counts of `unit`'s documents to its part; at once if that exists.
+
+    Every document is stored as end-of-text followed by its tokens. ValueError at a bad record if `stop_at_bad`.
+    """
+    if (unit.part / "counts.json").exists():
+        return UnitCounts(**json.loads((unit.part / "counts.json").read_text()))
+    scratch = unit.part.with_name(f"{unit.part.name}.writing-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    writers = {split: _SplitWriter(scratch, split, tokenizer) for split in SPLITS}
+    bad: list[str] = []
+    empty = 0
+    for record in _records(unit):
+        if isinstance(record, BadRecord):
+            bad.append(f"{record.where} {record.reason}")
+            if stop_at_bad:
+                raise ValueError(f"bad_records='stop' met {bad[-1]}; mend the record or set bad_records='count'")
+        elif not record.text:
+            empty += 1
+        else:
+            writers["held_out" if is_held_out(record, held_out_fraction) else "train"].add(record.text)
+    documents, tokens, num_bytes = zip(*(writers[split].close() for split in SPLITS), strict=True)
+    per_split = [dict(zip(SPLITS, counts, strict=True)) for counts in (documents, tokens, num_bytes)]
+    counts = UnitCounts(*per_split, len(bad), tuple(bad[:BAD_EXAMPLES]), empty)
+    (scratch / "counts.json").write_text(json.dumps(dataclasses.asdict(counts)))
+    os.replace(scratch, unit.part)
+    return counts
+
+
+def _records(unit: Unit) -> Iterator[Document | BadRecord]:
+    for path in unit.paths:
+        yield from read_documents(path, unit.text_field, unit.group_field)
+
+
+class _SplitWriter:
+    """Appends documents of one split to a token file; lengths and bytes are kept and written at the end."""
+
+    def __init__(self, folder: pathlib.Path, split: str, tokenizer: Tokenizer) -> None:
+        self._folder, self._split, self._tokenizer = folder, split, tokenizer
+        self._file = (folder / f"{split}.tokens").open("wb")
+        self._lengths, self._bytes = array.array("q"), array.array("q")
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._start = np.asarray([tokenizer.end_of_text], self._dtype).tobytes()
+
+    def add(self, text: str) -> None:
+        ids = self._tokenizer.encode_array(text)
+        self._file.write(self._start)
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self._lengths.append(len(ids) + 1)
+        self._bytes.append(len(text.encode()))
+
+    def close(self) -> tuple[int, int, int]:
+        self._file.close()
+        for name, values in (("lengths", self._lengths), ("bytes", self._bytes)):
+            np.save(self._folder / f"{self._split}.{name}.npy", np.asarray(values, np.int64))
+        return len(self._lengths), sum(self._lengths), sum(self._bytes)

@@ -1,0 +1,173 @@
+"""Batches for training and evaluation out of a token store.
+
+Training rows: packing plan -> grain row dataset -> shuffle and repeat per source, reshuffled each epoch -> exact
+mixture -> the rows of this host. Any position is reached in the same time, and the rows of a position do not depend
+on the number of hosts, so a run restores anywhere, on any number of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+
+import grain
+
+from gpt4moe.config.check import require, require_count
+from gpt4moe.config.data import DataConfig
+from gpt4moe.data.mixture import MixedSource, Mixture
+from gpt4moe.data.packing import Plan, cached_plan
+from gpt4moe.data.prepare import Progress, prepare
+from gpt4moe.data.rows import PackedRows, stack_rows
+from gpt4moe.data.store import TokenStore
+from gpt4moe.types import Batch
+
+
+def open_store(
+    config: DataConfig,
+    directory: str | pathlib.Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> TokenStore:
+    """The token store of `config` below `directory`, prepared first where it is missing (see `prepare`)."""
+    report = prepare(config, directory, workers=workers, progress=progress)
+    return TokenStore(report.directory, config.held_out_tokens)
+
+
+def row_plan(store: TokenStore, config: DataConfig, source: str, split: str) -> Plan:
+    """The packing plan of one split of one source, kept beside the tokens."""
+    key = f"{store.content_hash}/{source}/{split}"
+    return cached_plan(store.directory / "plans", key, store.offsets(source, split), config.sequence_length)
+
+
+class TrainRows:
+    """Iterator over this host's rows of the global microbatches.
+
+    `next()` gives a numpy Batch of [microbatch_rows // num_hosts, T]; the last one of a finite mixture is filled up
+    with empty rows, after it comes StopIteration. `source_ids` number `store.source_names`.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        config: DataConfig,
+        *,
+        microbatch_rows: int,
+        num_hosts: int = 1,
+        host: int = 0,
+    ) -> None:
+        """ValueError unless the hosts divide the rows. `config.sources` must be those that the store was made of."""
+        require_count("microbatch_rows", microbatch_rows)
+        divisible = microbatch_rows % num_hosts == 0
+        require(divisible, "microbatch_rows", microbatch_rows, f"must be a multiple of the {num_hosts} hosts")
+        require(0 <= host < num_hosts, "host", host, f"must be below the {num_hosts} hosts")
+        self._store, self._config = store, config
+        self._microbatch_rows, self._host_rows = microbatch_rows, microbatch_rows // num_hosts
+        self._first_row = host * self._host_rows
+        self._plans = [row_plan(store, config, source, "train") for source in store.source_names]
+        self._mixture = _mixture(store, config, self._plans)
+        rows, numbers = [], []
+        for index, (source, plan) in enumerate(zip(store.source_names, self._plans, strict=True)):
+            seed = _seed(config.seed, source)
+            rows.append(_endless(PackedRows(store.stream(source, "train"), plan, index), seed))
+            numbers.append(_endless(range(plan.num_rows), seed))
+        self._rows = grain.MapDataset.select_from_datasets(rows, self._mixture)
+        # The same order over row numbers alone, for the ledger of rows that other hosts read.
+        self._order = numbers
+        self._next_row = 0
+        self._counted_row = 0
+        self._ledger = dict.fromkeys(store.source_names, 0)
+
+    def __iter__(self) -> TrainRows:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._next_row >= len(self._mixture):
+            raise StopIteration
+        first = self._next_row + self._first_row
+        last = min(first + self._host_rows, len(self._mixture))
+        rows = [self._rows[position] for position in range(first, last)]
+        self._next_row = min(self._next_row + self._microbatch_rows, len(self._mixture))
+        return stack_rows(rows, self._host_rows, self._config.sequence_length)
+
+    def get_state(self) -> dict:
+        """Where the iterator stands, JSON-able and the same on every host: next global row, ledger, and of what."""
+        return {"next_row": self._next_row, "ledger": self.ledger(), "order": self._fingerprint()}
+
+    def set_state(self, state: dict) -> None:
+        """Goes to a state of `get_state`, from any number of hosts and any microbatch size.
+
+        ValueError where the state belongs to other data, weights, seed or sequence length.
+        """
+        same = state["order"] == self._fingerprint()
+        require(
+            same, "data", state["order"], f"of the checkpoint is not {self._fingerprint()}", "restore its data config"
+        )
+        self._next_row = self._counted_row = int(state["next_row"])
+        self._ledger = {name: int(state["ledger"][name]) for name in self._store.source_names}
+
+    def ledger(self) -> dict[str, int]:
+        """Tokens (targets) delivered so far by source, over all hosts."""
+        for position in range(self._counted_row, self._next_row):
+            source, number = self._mixture[position]
+            tokens = self._plans[source].row_tokens[self._order[source][number]]
+            self._ledger[self._store.source_names[source]] += int(tokens)
+        self._counted_row = self._next_row
+        return dict(self._ledger)
+
+    def epochs(self) -> dict[str, float]:
+        """How many times every source has been seen, over all hosts."""
+        return self._mixture.epochs(self._next_row)
+
+    def exhausted(self) -> tuple[str, ...]:
+        """Sources that have left the mixture."""
+        return self._mixture.exhausted(self._next_row)
+
+    def packing(self) -> dict[str, dict[str, float]]:
+        """Rows, fill (share of positions that hold a token) and cut documents by source."""
+        pairs = zip(self._store.source_names, self._plans, strict=True)
+        return {
+            name: {"rows": plan.num_rows, "fill": plan.fill, "split_documents": plan.split_documents}
+            for name, plan in pairs
+        }
+
+    def _fingerprint(self) -> str:
+        """Changes with anything that the order of rows depends on."""
+        config = self._config
+        mixed = [(source.name, source.weight, source.max_epochs) for source in config.sources]
+        fields = [self._store.content_hash, config.sequence_length, config.seed, config.exhaust_together, mixed]
+        return hashlib.blake2b(json.dumps(fields).encode(), digest_size=8).hexdigest()
+
+
+def held_out_batches(store: TokenStore, config: DataConfig, *, rows: int) -> Iterator[tuple[str, Batch]]:
+    """Every held-out token of every source once, as (source, [rows, T] numpy Batch), in a fixed order.
+
+    The last batch of a source is filled up with empty rows.
+    """
+    require_count("rows", rows)
+    for index, source in enumerate(store.source_names):
+        plan = row_plan(store, config, source, "held_out")
+        packed = PackedRows(store.stream(source, "held_out"), plan, index)
+        for first in range(0, len(packed), rows):
+            chosen = [packed[row] for row in range(first, min(first + rows, len(packed)))]
+            yield source, stack_rows(chosen, rows, config.sequence_length)
+
+
+def _mixture(store: TokenStore, config: DataConfig, plans: list[Plan]) -> Mixture:
+    by_name = {source.name: source for source in config.sources}
+    mixed = [
+        MixedSource(name, plan.num_rows, plan.num_tokens, by_name[name].weight, by_name[name].max_epochs)
+        for name, plan in zip(store.source_names, plans, strict=True)
+    ]
+    return Mixture(mixed, exhaust_together=config.exhaust_together)
+
+
+def _endless(rows: PackedRows | range, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.source(rows).shuffle(seed=seed).repeat(None)
+
+
+def _seed(seed: int, source: str) -> int:
+    """A seed of its own for every source, so that sources of equal size are not shuffled alike."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{source}".encode(), digest_size=4).digest(), "big")

@@ -1,0 +1,232 @@
+"""Documents to a token store: resumable, in several processes, complete or not there at all.
+
+`DIRECTORY/building-HASH/` collects finished parts, so that a run that was killed goes on where it was;
+`DIRECTORY/store-HASH/` appears by one rename when everything is done. HASH covers what is read (files with size and
+time of change, or the code of a function), the tokenizer and the split.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+
+from gpt4moe.config.check import require
+from gpt4moe.config.data import DataConfig, SourceConfig
+from gpt4moe.data.assemble import assemble
+from gpt4moe.data.documents import Document, is_held_out
+from gpt4moe.data.encode import Unit, UnitCounts, encode_unit
+from gpt4moe.data.files import file_identity, find_files, read_documents
+from gpt4moe.data.sources import function_documents, source_identity
+from gpt4moe.data.store import REPORT_FILE, TOKENIZER_FILE, PrepareReport, read_report
+from gpt4moe.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+
+Progress = Callable[[str], None]
+# Raise when the bytes of a store change for the same configuration.
+STORE_VERSION = 1
+UNIT_BYTES = 32_000_000
+# Below this many bytes a worker process costs more to start than it saves.
+WORKER_BYTES = 100_000_000
+
+
+def prepare(
+    config: DataConfig,
+    directory: str | pathlib.Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> PrepareReport:
+    """Tokenises every source of `config` below `directory` unless that is done; returns what was counted.
+
+    workers: processes (None: by size of the input, at most the cores). progress: called with one line of text now
+    and then. ValueError for a source without documents, a file that cannot be read, or a bad record where
+    `config.bad_records` is "stop".
+    """
+    require("://" not in str(directory), "store", str(directory), "must be a local folder: tokens are memory-mapped")
+    report = progress or (lambda line: None)
+    root = pathlib.Path(directory)
+    content_hash = store_hash(config)
+    final, building = root / f"store-{content_hash}", root / f"building-{content_hash}"
+    if (final / REPORT_FILE).exists():
+        return read_report(final)
+    root.mkdir(parents=True, exist_ok=True)
+    with _lock(root / ".lock"):
+        if not (final / REPORT_FILE).exists():
+            (building / "parts").mkdir(parents=True, exist_ok=True)
+            try:
+                _build(config, building, content_hash, workers, report)
+            except ValueError:
+                # The caller's mistake: mending it changes the hash, so that nothing here would be used again.
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+            os.replace(building, final)
+    return read_report(final)
+
+
+def store_hash(config: DataConfig) -> str:
+    """Sixteen hex digits that change with anything the tokens depend on."""
+    tokenizer = dataclasses.asdict(config.tokenizer)
+    if config.tokenizer.path is not None:
+        tokenizer = {"text": load_tokenizer(config.tokenizer.path).serialized}
+    fields = {
+        "version": STORE_VERSION,
+        "sources": {source.name: source_identity(source) for source in config.sources},
+        "tokenizer": tokenizer,
+        "held_out_fraction": config.held_out_fraction,
+        "bad_records": config.bad_records,
+    }
+    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _build(
+    config: DataConfig, building: pathlib.Path, content_hash: str, workers: int | None, progress: Progress
+) -> None:
+    units = [unit for source in config.sources for unit in _units(source, building, progress)]
+    tokenizer = _tokenizer(config, units, building, progress)
+    counts = _encode(config, units, tokenizer, workers, progress)
+    by_source: dict[str, list[tuple[Unit, UnitCounts]]] = {source.name: [] for source in config.sources}
+    for unit, unit_counts in zip(units, counts, strict=True):
+        by_source[unit.source].append((unit, unit_counts))
+    for name, done in by_source.items():
+        if not any(sum(unit_counts.documents.values()) for _, unit_counts in done):
+            bad = sum(unit_counts.bad_records for _, unit_counts in done)
+            raise ValueError(f"source={name!r} has no documents ({bad} bad records); check its paths or text_field")
+    sources = [assemble(name, done, building, tokenizer, config.held_out_fraction) for name, done in by_source.items()]
+    report = PrepareReport("", content_hash, tokenizer.vocab_size, tuple(sources))
+    shutil.rmtree(building / "parts")
+    shutil.rmtree(building / "documents", ignore_errors=True)
+    (building / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=1))
+
+
+def _units(source: SourceConfig, building: pathlib.Path, progress: Progress) -> Iterator[Unit]:
+    """Cuts a source into files that make about `UNIT_BYTES` together, in order."""
+    text_field, group_field = source.text_field, None
+    if source.documents is None:
+        paths = find_files(source.paths)
+    else:
+        paths = _spooled(source, building / "documents" / source.name, progress)
+        text_field, group_field = "text", "group"
+    groups: list[list[str]] = [[]]
+    size = 0
+    for path in paths:
+        length = file_identity(path)[1]
+        if groups[-1] and size + length > UNIT_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(path)
+        size += length
+    for index, group in enumerate(groups):
+        part = building / "parts" / f"{source.name}-{index:06d}"
+        yield Unit(source.name, part, tuple(group), text_field, group_field)
+
+
+def _spooled(source: SourceConfig, folder: pathlib.Path, progress: Progress) -> tuple[str, ...]:
+    """Documents of a source function written to .jsonl files once, so that they can be read again and in parallel."""
+    if not folder.exists():
+        progress(f"collecting documents of {source.name}")
+        scratch = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        with contextlib.ExitStack() as files:
+            written = UNIT_BYTES
+            for document in function_documents(source.documents):
+                if written >= UNIT_BYTES:
+                    files.close()
+                    name = f"{len(list(scratch.iterdir())):06d}.jsonl"
+                    file, written = files.enter_context((scratch / name).open("w", encoding="utf-8")), 0
+                written += file.write(json.dumps({"text": document.text, "group": document.group}) + "\n")
+        os.replace(scratch, folder)
+    paths = tuple(str(path) for path in sorted(folder.iterdir()))
+    require(bool(paths), "source", source.name, f"has no documents: {source.documents!r} yielded none")
+    return paths
+
+
+def _tokenizer(config: DataConfig, units: list[Unit], building: pathlib.Path, progress: Progress) -> Tokenizer:
+    path = building / TOKENIZER_FILE
+    if not path.exists():
+        if config.tokenizer.path is None and not config.tokenizer.byte_level_only:
+            progress(f"learning {config.tokenizer.vocab_size} tokens")
+        tokenizer = build_tokenizer(config.tokenizer, _training_texts(config, units))
+        scratch = building / f"{TOKENIZER_FILE}.writing-{os.getpid()}"
+        scratch.write_text(tokenizer.serialized, encoding="utf-8")
+        os.replace(scratch, path)
+    return load_tokenizer(path)
+
+
+def _training_texts(config: DataConfig, units: list[Unit]) -> Iterator[str]:
+    """Training documents for the merges, at most `train_bytes`; each source gets an equal share, or all it has.
+
+    Files are taken in the order of a hash of their name, so that a large folder is sampled all over.
+    """
+    left = config.tokenizer.train_bytes
+    sizes = {source.name: 0 for source in config.sources}
+    for unit in units:
+        sizes[unit.source] += sum(file_identity(path)[1] for path in unit.paths)
+    for rank, name in enumerate(sorted(sizes, key=sizes.get)):
+        share = left / (len(sizes) - rank)
+        spent = 0
+        for document in _sampled(name, units):
+            if not is_held_out(document, config.held_out_fraction):
+                spent += len(document.text.encode())
+                yield document.text
+            if spent >= share:
+                break
+        left -= spent
+
+
+def _sampled(source: str, units: list[Unit]) -> Iterator[Document]:
+    files = [(path, unit) for unit in units if unit.source == source for path in unit.paths]
+    for path, unit in sorted(files, key=lambda item: hashlib.blake2b(item[0].encode()).digest()):
+        for record in read_documents(path, unit.text_field, unit.group_field):
+            if isinstance(record, Document):
+                yield record
+
+
+def _encode(
+    config: DataConfig, units: list[Unit], tokenizer: Tokenizer, workers: int | None, progress: Progress
+) -> list[UnitCounts]:
+    stop = config.bad_records == "stop"
+    total = sum(file_identity(path)[1] for unit in units for path in unit.paths)
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), len(units)) if total > WORKER_BYTES else 1
+    counts: dict[int, UnitCounts] = {}
+
+    def done(index: int, unit_counts: UnitCounts) -> None:
+        counts[index] = unit_counts
+        tokens = sum(sum(item.tokens.values()) for item in counts.values())
+        progress(f"tokenising {units[index].source}: part {len(counts)} of {len(units)}, {tokens / 1e6:.1f}M tokens")
+
+    if workers <= 1:
+        for index, unit in enumerate(units):
+            done(index, encode_unit(unit, tokenizer, config.held_out_fraction, stop))
+        return [counts[index] for index in range(len(units))]
+    # spawn: forking a process that runs JAX threads can deadlock.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {
+            pool.submit(encode_unit, unit, tokenizer, config.held_out_fraction, stop): index
+            for index, unit in enumerate(units)
+        }
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                done(futures[future], future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [counts[index] for index in range(len(units))]
+
+
+@contextlib.contextmanager
+def _lock(path: pathlib.Path) -> Iterator[None]:
+    """Holds an exclusive lock that the system frees when the process dies; a second run waits for the first."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,71 @@
+"""Packed rows: one row of a packing plan as arrays, and rows stacked into a `types.Batch`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gpt4moe.data.packing import Plan
+from gpt4moe.types import Batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """One packed row, [T] int32 each; `num_tokens` of its positions are filled, from the left, the rest is zero."""
+
+    source: int
+    num_tokens: int
+    tokens: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+
+
+class PackedRows:
+    """Random access to the rows of one split of one source, in plan order; what grain shuffles and repeats.
+
+    Every piece of a document is a segment of its own: segments count from 1, positions from 0 in each, and the last
+    target of a document is end-of-text. The last target of a cut document's piece is the next piece's first token.
+    """
+
+    def __init__(self, stream: np.ndarray, plan: Plan, source: int) -> None:
+        self._stream, self._plan, self._source = stream, plan, source
+        self._arange = np.arange(plan.sequence_length, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return self._plan.num_rows
+
+    def __getitem__(self, index: int) -> Row:
+        plan = self._plan
+        tokens, targets, positions, segment_ids = np.zeros((4, plan.sequence_length), np.int32)
+        first, last = plan.row_offsets[index : index + 2].tolist()
+        starts, lengths = plan.starts[first:last].tolist(), plan.lengths[first:last].tolist()
+        end = 0
+        for segment, (start, length) in enumerate(zip(starts, lengths, strict=True), start=1):
+            begin, end = end, end + length
+            tokens[begin:end] = self._stream[start : start + length]
+            targets[begin:end] = self._stream[start + 1 : start + length + 1]
+            positions[begin:end] = self._arange[:length]
+            segment_ids[begin:end] = segment
+        return Row(self._source, end, tokens, targets, positions, segment_ids)
+
+
+def stack_rows(rows: Sequence[Row], num_rows: int, sequence_length: int) -> Batch:
+    """A [num_rows, T] numpy batch of `rows` in order; rows that are lacking are empty (segment 0, weight 0)."""
+
+    def stacked(name: str) -> np.ndarray:
+        out = np.zeros((num_rows, sequence_length), np.int32)
+        for index, row in enumerate(rows):
+            out[index] = getattr(row, name)
+        return out
+
+    loss_weights = np.zeros((num_rows, sequence_length), np.float32)
+    source_ids = np.zeros((num_rows, sequence_length), np.int32)
+    for index, row in enumerate(rows):
+        loss_weights[index, : row.num_tokens] = 1
+        source_ids[index] = row.source
+    fields: dict[str, Any] = {name: stacked(name) for name in ("tokens", "targets", "positions", "segment_ids")}
+    return Batch(loss_weights=loss_weights, source_ids=source_ids, **fields)

@@ -1,0 +1,187 @@
+"""The tokenizer: text to token ids and back; merges learned from documents, plain bytes, or a user's own file."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from gpt4moe.config.check import require
+from gpt4moe.config.tokenizer import NUM_BYTES, TokenizerConfig
+from gpt4moe.data.fast_bpe import byte_of_letter, fast_engine
+
+# The pieces that merges stay within: the pattern of OpenAI's cl100k_base with its case-insensitive group written out,
+# because the two regex engines that read it here fold case differently outside ASCII.
+PATTERN = (
+    r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Ids from 0 in this order, so that they stay put whatever the merges: end of text first.
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|pad|>", "<|image|>", "<|endofchunk|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    *("<|im_start|>", "<|im_end|>", *(f"<|spare_{index}|>" for index in range(7))),
+)
+END_OF_TEXT_NAMES = (SPECIAL_TOKENS[0], "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
+PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]")
+# Documents are encoded in stretches: the regex engine overflows its stack on about a million spaces in a row.
+STRETCH_CHARACTERS = 200_000
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    `vocab_size` is one more than the highest id, `end_of_text` stands before every document, `specials` maps the
+    reserved tokens to their ids, and `token_bytes` holds the bytes of every id (None where the tokens are not bytes).
+    The text of a special token inside a document is encoded as plain text.
+    """
+
+    def __init__(self, serialized: str) -> None:
+        """Builds from the text of a `tokenizer.json`; ValueError where that is not one or has no end-of-text token."""
+        self.serialized = serialized
+        try:
+            self._reference = tokenizers.Tokenizer.from_str(serialized)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"tokenizer.json cannot be read: {error}; use the format of the tokenizers library"
+            ) from None
+        self._reference.encode_special_tokens = True  # their text inside a document is plain text
+        vocabulary = self._reference.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        added = self._reference.get_added_tokens_decoder()
+        self.specials = {token.content: index for index, token in sorted(added.items()) if token.special}
+        self.end_of_text = _first_of(END_OF_TEXT_NAMES, vocabulary)
+        require(
+            self.end_of_text is not None, "tokenizer.path", "", f"needs one of {END_OF_TEXT_NAMES} in the vocabulary"
+        )
+        self.pad = _first_of(PAD_NAMES, vocabulary)
+        self.token_bytes = _token_bytes(serialized, vocabulary, self.specials, self.vocab_size)
+        self._fast = fast_engine(serialized, self._reference) if self.token_bytes is not None else None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without end-of-text."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids of `text` as [T] uint32, without end-of-text."""
+        parts = [self._encode_stretch(stretch) for stretch in _stretches(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint32), *parts])
+
+    def _encode_stretch(self, text: str) -> np.ndarray:
+        if self._fast is not None:
+            return self._fast.encode_to_numpy(text, disallowed_special=())
+        return np.asarray(self._reference.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of `ids`; special and unknown ids give none, so that pieces may be decoded one by one as they come."""
+        known = [int(index) for index in ids if 0 <= index < self.vocab_size]
+        if self.token_bytes is not None:
+            return b"".join(self.token_bytes[index] for index in known)
+        return self._reference.decode(known, skip_special_tokens=True).encode("utf-8", "replace")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; never raises: bytes that are not UTF-8 become the replacement character."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray | None:
+        """Bytes of every id, [V] int32 with 0 for special tokens; None where the tokens are not bytes."""
+        if self.token_bytes is None:
+            return None
+        return np.asarray([len(piece) for piece in self.token_bytes], np.int32)
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Number of bytes that `ids` decode to."""
+        return len(self.decode_bytes(ids.tolist())) if self.byte_lengths is None else int(self.byte_lengths[ids].sum())
+
+    def __reduce__(self):
+        return Tokenizer, (self.serialized,)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learns byte-level BPE merges from `texts` until the vocabulary has `vocab_size` ids (or none is left)."""
+    _require_room(vocab_size)
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(byte_of_letter()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokenizer(tokenizer.to_str())
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The tokenizer without merges: the special tokens, then one id a byte value."""
+    letters = sorted(byte_of_letter())
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *letters))}
+    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return Tokenizer(tokenizer.to_str())
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`; ValueError where the file is missing or not one."""
+    path = pathlib.Path(path)
+    require(path.is_file(), "tokenizer.path", str(path), "is not a file", "give the path of a tokenizer.json")
+    return Tokenizer(path.read_text(encoding="utf-8"))
+
+
+def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `config` asks for; `texts` are read only where merges are learned."""
+    if config.path is not None:
+        tokenizer = load_tokenizer(config.path)
+    elif config.byte_level_only:
+        _require_room(config.vocab_size)
+        tokenizer = byte_tokenizer()
+    else:
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    fits = tokenizer.vocab_size <= config.vocab_size
+    require(fits, "tokenizer.vocab_size", config.vocab_size, f"must be at least the {tokenizer.vocab_size} ids in use")
+    return tokenizer
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    pieces = pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _require_room(vocab_size: int) -> None:
+    least = len(SPECIAL_TOKENS) + NUM_BYTES
+    require(
+        vocab_size >= least, "tokenizer.vocab_size", vocab_size, f"must be at least {least}: bytes and special tokens"
+    )
+
+
+def _first_of(names: Sequence[str], vocabulary: dict[str, int]) -> int | None:
+    return next((vocabulary[name] for name in names if name in vocabulary), None)
+
+
+def _token_bytes(serialized: str, vocabulary: dict, specials: dict, vocab_size: int) -> list[bytes] | None:
+    if '"ByteLevel"' not in serialized:
+        return None
+    byte_of = byte_of_letter()
+    pieces = [b""] * vocab_size
+    for token, index in vocabulary.items():
+        if token not in specials:
+            known = all(letter in byte_of for letter in token)
+            pieces[index] = bytes(byte_of[letter] for letter in token) if known else token.encode()
+    return pieces
+
+
+def _stretches(text: str) -> Iterable[str]:
+    start = 0
+    while len(text) - start > STRETCH_CHARACTERS:
+        newline = text.rfind("\n", start + 1, start + STRETCH_CHARACTERS)
+        end = newline if newline > 0 else start + STRETCH_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
