@@ -17,37 +17,32 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from gpt4moe.config.check import CallerError, require
+from gpt4moe import flags
+from gpt4moe.config.check import CallerError, RunError, require
+from gpt4moe.config.sampling import SamplingConfig
 
-DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, 2, 3
+DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, flags.CALLER_MISTAKE, 3
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """One word after `gpt4moe`: what its help says, its own flags, and the function that runs it."""
-
-    summary: str
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    overrides = [word.removeprefix("--gin.") for word in argv if word.startswith("--gin.")]
-    args = _parser().parse_args([word for word in argv if not word.startswith("--gin.")])
-    args.overrides = overrides
+    args = flags.parse(sys.argv[1:] if argv is None else argv)
     _quiet(getattr(args, "cpu_devices", None))
     try:
-        return COMMANDS[args.command].run(args)
+        return COMMANDS[args.command](args)
     except (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if os.environ.get("GPT4MOE_TRACEBACK"):
             raise
         print(f"gpt4moe {args.command}: {_one_line(error)}", file=sys.stderr)
         return CALLER_MISTAKE
+    except (OSError, RunError) as error:
+        if os.environ.get("GPT4MOE_TRACEBACK"):
+            raise
+        print(f"gpt4moe {args.command}: {_one_line(error)}", file=sys.stderr)
+        return FAULT
     except KeyboardInterrupt:
         print(f"gpt4moe {args.command}: interrupted", file=sys.stderr)
         return STOPPED
@@ -232,6 +227,90 @@ def _quiet(cpu_devices: int | None) -> None:
 # ----------------------------------------------------------------------------------------------- commands
 
 
+def _train(args: argparse.Namespace) -> int:
+    run, text = build_run(args.gin_file, args.overrides, args.gin_search_paths)
+    from gpt4moe.train import loop
+
+    result = loop.train(
+        run,
+        args.workdir,
+        config_text=text,
+        allow_config_change=args.allow_config_change,
+        profile_steps=args.profile,
+        show_progress=not args.json,
+    )
+    if result.stopped:
+        print(f"stopped at step {result.step:,}; the same command goes on from there", file=sys.stderr)
+        return STOPPED
+    _show_finished(args, run, result)
+    return DONE
+
+
+def _show_finished(args: argparse.Namespace, run, result) -> None:
+    """Samples, report and the closing table of a finished run."""
+    from gpt4moe.analysis import report
+    from gpt4moe.infer import trained
+    from gpt4moe.infer.generate import generate, write_samples
+    from gpt4moe.train.evaluate import format_evaluation, to_document
+
+    generations = []
+    if run.train.sample_prompts:
+        model = trained.restore(run, args.workdir)
+        sampling = SamplingConfig(temperature=0.8, max_new_tokens=run.train.sample_tokens, seed=run.train.seed)
+        generations, _ = generate(model.model, model.tokenizer, run.train.sample_prompts, sampling)
+        write_samples(args.workdir, generations)
+    page = report.write_report(args.workdir)
+    document = {"step": result.step, "tokens": result.tokens, "data_ended": result.data_ended, "report": str(page)}
+    document |= {"evaluation": to_document(result.evaluation), "samples": [_plain(item) for item in generations]}
+
+    def to_text(_: dict) -> str:
+        samples = [f"--- {item.prompt!r}\n{item.prompt}{item.text}" for item in generations]
+        return "\n".join([format_evaluation(result.evaluation), *samples, "", f"report: {page}"])
+
+    _print(args, document, to_text)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from gpt4moe.infer import trained
+    from gpt4moe.train import evaluate
+
+    run, _ = _saved_run(args.workdir)
+    model = trained.restore(run, args.workdir, step=args.step)
+    evaluation = evaluate.evaluate_trained(model.model, run, args.workdir, step=model.step)
+    _print(args, evaluate.to_document(evaluation), lambda _: evaluate.format_evaluation(evaluation))
+    return DONE
+
+
+def _generate(args: argparse.Namespace) -> int:
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
+    from gpt4moe.infer.generate import generate
+
+    trained = load(args.workdir, step=args.step)
+    generations, timing = generate(trained.model, trained.tokenizer, args.prompt or [""], sampling)
+    document = {"step": trained.step, "samples": [_plain(item) for item in generations], "timing": _plain(timing)}
+    _print(args, document, lambda _: "\n\n".join(item.prompt + item.text for item in generations))
+    return DONE
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    run, _ = build_run(args.gin_file, args.overrides, args.gin_search_paths)
+    from gpt4moe.data.prepare import format_report, prepare
+
+    directory = run.data.store or os.path.join(args.workdir, "data")
+    done = prepare(run.data, directory, workers=args.workers, progress=_progress)
+    _print(args, _plain(done), lambda _: format_report(done))
+    return DONE
+
+
+def _report(args: argparse.Namespace) -> int:
+    from gpt4moe.analysis.report import write_report
+
+    page = write_report(args.workdir)
+    _print(args, {"report": str(page)}, lambda _: f"report: {page}")
+    return DONE
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from gpt4moe.accounting import summary
 
@@ -240,48 +319,35 @@ def _inspect(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    model = build_model(args.gin_file, args.overrides, args.gin_search_paths) if args.gin_file else None
+    from gpt4moe.plan import doctor
+
+    _print(args, doctor.examine(model, args.workdir or "."), doctor.format_findings)
+    return DONE
+
+
 def _print(args: argparse.Namespace, document: Any, to_text: Callable[[Any], str]) -> None:
     print(json.dumps(document, indent=2) if args.json else to_text(document))
 
 
-def _gin_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gin_file", action="append", default=[], metavar="F", help="gin file; may be repeated")
-    parser.add_argument(
-        "--gin_search_paths", type=_comma_list, default=[], metavar="A,B", help="where gin files and your modules are"
-    )
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def _comma_list(text: str) -> list[str]:
-    return [item for item in text.split(",") if item]
+def _plain(struct: Any) -> dict:
+    return dataclasses.asdict(struct)
 
 
 COMMANDS = {
-    "inspect": Command("count parameters, FLOPs and bytes of a gin file", _gin_flags, _inspect),
+    "train": _train,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "prepare": _prepare,
+    "report": _report,
+    "inspect": _inspect,
+    "doctor": _doctor,
 }
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    """argparse prints the usage before its error; ours is one line, like every mistake of the caller's."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(CALLER_MISTAKE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
-        allow_abbrev=False,
-        prog="gpt4moe",
-        description="Train, evaluate and serve GPT-4-style mixture-of-experts transformers.",
-        epilog="Any gin macro or parameter is set with --gin.NAME=VALUE, e.g. --gin.NUM_EXPERTS=16.",
-    )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=command.summary, description=f"gpt4moe {name}: {command.summary}.", allow_abbrev=False
-        )
-        subparser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
-        command.add_flags(subparser)
-    return parser
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ RANKS = {
     "checkpoint": 3,
     **dict.fromkeys(("train", "infer"), 4),
     **dict.fromkeys(("serve", "interop", "plan", "sweep", "analysis"), 5),
-    "launch": 6,
+    **dict.fromkeys(("flags", "launch"), 6),
 }
 STANDARD_LIBRARY_ONLY = ("config", "accounting")
 TOP_LEVEL = {
@@ -52,7 +52,7 @@ def test_imports_only_lower_ranks_or_its_own_folder(path):
         if parts[0] != "gpt4moe" or len(parts) < 2 or parts[1] not in RANKS:
             continue
         lower = RANKS[parts[1]] < RANKS[folder]
-        counts_configs = (folder, parts[1]) == ("accounting", "config")  # one rank, one direction
+        counts_configs = (folder, parts[1]) in {("accounting", "config"), ("launch", "flags")}  # one rank, one way
         assert lower or parts[1] == folder or counts_configs, f"{path.relative_to(ROOT)} ({folder}) imports {name}"
 
 

@@ -7,6 +7,10 @@ class CallerError(ValueError):
     """A mistake of the caller's, told in one line: the setting, its value, the constraint, the mend (exit code 2)."""
 
 
+class RunError(RuntimeError):
+    """A fault of the run or of the machine, told in one line: what failed, what still stands (exit code 1)."""
+
+
 def require(condition: bool, setting: str, value: object, constraint: str, mend: str = "") -> None:
     """Raises a one-line `CallerError` naming setting, value, constraint and mend unless `condition` holds."""
     if not condition:

@@ -1,0 +1,117 @@
+"""The words and flags of the `gpt4moe` command line; knows neither JAX nor gin, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from gpt4moe.config.sampling import SamplingConfig
+
+CALLER_MISTAKE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """One word after `gpt4moe`: what its help says, and its own flags."""
+
+    summary: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the command and its flags, with every --gin.NAME=VALUE as "NAME=VALUE" in `overrides`.
+
+    Leaves with exit code 2 and one line on stderr where the words cannot be understood.
+    """
+    args = _parser().parse_args([word for word in argv if not word.startswith("--gin.")])
+    args.overrides = [word.removeprefix("--gin.") for word in argv if word.startswith("--gin.")]
+    return args
+
+
+def _gin_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gin_file", action="append", default=[], metavar="F", help="gin file; may be repeated")
+    paths = "folders of gin files and of your own modules"
+    parser.add_argument("--gin_search_paths", type=_comma_list, default=[], metavar="A,B", help=paths)
+    parser.add_argument("--cpu_devices", type=int, metavar="N", help="emulate N devices on the CPU")
+
+
+def _workdir_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--workdir", required=required, metavar="DIR", help="work directory, local or gs://")
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    _gin_flags(parser)
+    _workdir_flag(parser)
+    change = "resume although settings differ from those the run was started with"
+    parser.add_argument("--allow_config_change", action="store_true", help=change)
+    trace = "write a profiler trace of N steps into DIR/profile"
+    parser.add_argument("--profile", type=int, default=0, nargs="?", const=3, metavar="N", help=trace)
+
+
+def _trained_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir_flag(parser)
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
+
+
+def _generate_flags(parser: argparse.ArgumentParser) -> None:
+    _trained_flags(parser)
+    defaults = SamplingConfig()
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    parser.add_argument(
+        "--temperature", type=float, default=defaults.temperature, help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument("--top_k", type=int, default=defaults.top_k, help="keep the k likeliest tokens")
+    parser.add_argument("--top_p", type=float, default=defaults.top_p, help="keep this much probability (nucleus)")
+    parser.add_argument("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="same seed, same text (default: %(default)s)")
+
+
+def _prepare_flags(parser: argparse.ArgumentParser) -> None:
+    _gin_flags(parser)
+    _workdir_flag(parser)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: by size, at most the cores)")
+
+
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    _gin_flags(parser)
+    _workdir_flag(parser, required=False)
+
+
+def _comma_list(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
+
+
+COMMANDS = {
+    "train": Flags("train a run, or go on with it; ends with held-out loss, samples and a report", _train_flags),
+    "evaluate": Flags("held-out loss and bits per byte of each source", _trained_flags),
+    "generate": Flags("continue prompts with a trained model", _generate_flags),
+    "prepare": Flags("tokenise the sources of a run ahead of time; resumable", _prepare_flags),
+    "report": Flags("write report.html of a work directory", _workdir_flag),
+    "inspect": Flags("count parameters, FLOPs and bytes of a gin file", _gin_flags),
+    "doctor": Flags("look at devices, versions, memory and disk; say whether a model fits", _doctor_flags),
+}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse prints the usage before its error; ours is one line, like every mistake of the caller's."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(CALLER_MISTAKE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        allow_abbrev=False,
+        prog="gpt4moe",
+        description="Train, evaluate and serve GPT-4-style mixture-of-experts transformers.",
+        epilog="Any gin macro or parameter is set with --gin.NAME=VALUE, e.g. --gin.NUM_EXPERTS=16.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        summary = f"gpt4moe {name}: {command.summary}."
+        subparser = subparsers.add_parser(name, help=command.summary, description=summary, allow_abbrev=False)
+        subparser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
+        command.add_flags(subparser)
+    return parser
