@@ -71,8 +71,8 @@ class Recorder:
         row = step_row(metrics, facts, self._sources) | speed
         if facts.step % self._log_every == 0:
             self._log.write(row)
+        self._bar.set_postfix_str(_summary(row), refresh=False)
         self._bar.update(facts.batch_tokens)
-        self._bar.set_postfix_str(_summary(row))
 
     def _speed(self, facts: StepFacts) -> dict[str, float]:
         seconds = self.clock.lap()

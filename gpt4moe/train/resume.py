@@ -11,6 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
+from gpt4moe import checkpoint
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.run import RunConfig
 
@@ -57,15 +60,23 @@ def differences(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
     return [f"{name}: {saved.get(name)!r} -> {now.get(name)!r}" for name in changed]
 
 
-def refuse_changes(saved: Mapping[str, Any], run: RunConfig, workdir: str, *, allowed: bool) -> list[str]:
-    """Returns the differences from the saved settings; raises `CallerError` with them unless they are `allowed`."""
-    changed = differences(saved, run)
-    if changed and not allowed:
+def saved_progress(run: RunConfig, workdir: epath.Path, *, allow_change: bool) -> dict | None:
+    """The record of the newest checkpoint, None where there is none to go on from.
+
+    Raises `CallerError` with the differences where the checkpoint was trained with other settings that are not free,
+    unless `allow_change`.
+    """
+    steps = checkpoint.saved_steps(workdir)
+    if not steps:
+        return None
+    progress = checkpoint.restore_progress(workdir, steps[-1])
+    changed = differences(progress["settings"], run)
+    if changed and not allow_change:
         raise CallerError(
-            f"workdir={workdir!r} was trained with another configuration ({'; '.join(changed)}); "
-            "give its own configuration or another workdir, or --allow_config_change to go on with the new one"
+            f"workdir={str(workdir)!r} was trained with another configuration ({'; '.join(changed)}); "
+            "give its own configuration, another workdir, or --allow_config_change to go on with the new one"
         )
-    return changed
+    return progress
 
 
 def _plain(value: Any) -> Any:

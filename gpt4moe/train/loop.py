@@ -1,0 +1,252 @@
+"""Trains a run in its work directory: restore, step, log, evaluate, save, until its end or a request to stop.
+
+The same command in the same work directory goes on where the newest checkpoint stands, and gives bitwise the losses
+of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import tqdm
+from etils import epath
+
+from gpt4moe import checkpoint
+from gpt4moe.config.rules import ShardingRules
+from gpt4moe.config.run import RunConfig
+from gpt4moe.data import pipeline
+from gpt4moe.parallel import sharding
+from gpt4moe.parallel.mesh import make_mesh
+from gpt4moe.train import evaluate, feed, metrics, resume, schedule
+from gpt4moe.train import state as train_state
+from gpt4moe.train.profile import Profile
+from gpt4moe.train.recorder import Recorder, StepFacts
+from gpt4moe.train.state import TrainState
+from gpt4moe.train.step import make_step
+from gpt4moe.train.stop import StopRequest
+from gpt4moe.types import Batch
+
+
+class SkipLimitError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient; a checkpoint of finite parameters was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    step, tokens: trained in all. stopped: a signal asked for it, and the same command goes on from here.
+    data_ended: every source was used up before the run's length. evaluation: what `train.evaluate` gave for the last
+    step, None if stopped.
+    """
+
+    step: int
+    tokens: int
+    stopped: bool
+    data_ended: bool
+    evaluation: evaluate.Evaluation | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where the run stands: the device state, and on the host the steps and tokens behind it."""
+
+    state: TrainState
+    step: int = 0
+    tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the loop works with, assembled once."""
+
+    run: RunConfig
+    workdir: epath.Path
+    store: pipeline.TokenStore
+    rows: pipeline.TrainRows
+    batch: Batch
+    step: jax.stages.Compiled
+    checkpoints: checkpoint.Checkpoints
+    log: metrics.MetricsLog
+    recorder: Recorder
+    bar: tqdm.tqdm
+    stop: StopRequest
+    profile: Profile
+
+
+def train(
+    run: RunConfig,
+    workdir: epath.PathLike,
+    *,
+    config_text: str,
+    allow_config_change: bool = False,
+    profile_steps: int = 0,
+    show_progress: bool = True,
+) -> TrainResult:
+    """Trains `run` to its end, or until SIGINT or SIGTERM, and leaves a checkpoint of the last step.
+
+    Args:
+      run: the configuration; on resume it must agree with the checkpoint's (see `train.resume`).
+      workdir: local path or object store; made once everything that can be checked without it has been.
+      config_text: the operative configuration, kept in `config.gin`.
+      allow_config_change: resume although settings differ.
+      profile_steps: how many steps to write a profiler trace of, into `profile/`.
+      show_progress: draw a progress bar on stderr.
+
+    Raises:
+      CallerError: the configuration does not fit the devices, the data or what the work directory holds.
+      CheckpointError: a checkpoint could not be written; earlier ones stand.
+      SkipLimitError: see there.
+    """
+    workdir = epath.Path(workdir)
+    mesh, rules = make_mesh(run.mesh), ShardingRules()
+    sharding.check_rows(run.microbatch_rows, mesh, rules)
+    abstract = train_state.abstract_state(run, mesh, rules)
+    progress = resume.saved_progress(run, workdir, allow_change=allow_config_change)
+    store = pipeline.open_store(run.data, run.data.store or workdir / "data")
+    rows = pipeline.TrainRows(
+        store,
+        run.data,
+        microbatch_rows=run.microbatch_rows,
+        num_hosts=jax.process_count(),
+        host=jax.process_index(),
+    )
+    _describe(workdir, config_text)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        at = _first_position(run, workdir, abstract, progress, rows)
+        batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, rules))
+        keep = {"keep_last": run.train.keep_last, "keep_best": run.train.keep_best}
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, **keep))
+        log = stack.enter_context(metrics.MetricsLog(workdir, keep_to_step=at.step))
+        bar = stack.enter_context(_progress_bar(run, at, show_progress))
+        parts = Parts(
+            run=run,
+            workdir=workdir,
+            store=store,
+            rows=rows,
+            batch=batch,
+            step=_compile(run, len(store.source_names), abstract, batch),
+            checkpoints=checkpoints,
+            log=log,
+            recorder=Recorder(run, store.source_names, log, bar, list(mesh.devices.flat)),
+            bar=bar,
+            stop=stop,
+            profile=stack.enter_context(Profile(workdir / "profile", profile_steps)),
+        )
+        return _steps(parts, at)
+
+
+def _steps(parts: Parts, at: Position) -> TrainResult:
+    """Steps until the end of the run or of the data, or a request to stop."""
+    run, evaluation, data_ended = parts.run, None, False
+    parts.recorder.clock.resume()
+    while not (_is_finished(run, at) or parts.stop.requested or data_ended):
+        drawn = feed.draw(parts.rows, schedule.batch_tokens_at(run.train.ramp, at.tokens), parts.batch)
+        data_ended = drawn is None
+        if drawn is not None:
+            at = _step(parts, at, drawn)
+            evaluation = _evaluate(parts, at) if _is_due(at.step, run.train.evaluate_every) else None
+            if _is_due(at.step, run.train.checkpoint_every):
+                _save(parts, at, evaluation)
+    if not parts.stop.requested and evaluation is None:
+        evaluation = _evaluate(parts, at)
+    _save(parts, at, evaluation)
+    return TrainResult(at.step, at.tokens, parts.stop.requested and not _is_finished(run, at), data_ended, evaluation)
+
+
+def _step(parts: Parts, at: Position, drawn: feed.Drawn) -> Position:
+    """Dispatches one step and writes the row of the one before it."""
+    parts.profile.before_step()
+    tokens = jnp.asarray(at.tokens, jnp.float32)
+    state, step_metrics = parts.step(at.state, drawn.microbatches, jnp.asarray(drawn.num_microbatches), tokens)
+    at = Position(state, at.step + 1, at.tokens + drawn.tokens)
+    parts.recorder.record(step_metrics, StepFacts(at.step, at.tokens, drawn.tokens, parts.rows.epochs()))
+    parts.checkpoints.check()
+    if parts.recorder.skipped_in_row >= parts.run.train.max_skipped_steps:
+        _give_up(parts, at)
+    return at
+
+
+def _is_finished(run: RunConfig, at: Position) -> bool:
+    return at.step >= run.train.steps or at.tokens >= run.train.token_budget
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _evaluate(parts: Parts, at: Position) -> evaluate.Evaluation:
+    """Held-out loss of the parameters as they are, into the log and on the screen."""
+    parts.recorder.flush()
+    evaluation = evaluate.evaluate(parts.run, parts.store, at.state.params)
+    parts.log.write({"step": at.step, "tokens": at.tokens} | evaluation.row())
+    parts.recorder.clock.resume()
+    return evaluation
+
+
+def _save(parts: Parts, at: Position, evaluation: evaluate.Evaluation | None) -> None:
+    """Begins a checkpoint. Rows up to its step are on disk before it can be complete, so that no kill loses one."""
+    parts.recorder.flush()
+    parts.log.upload()
+    progress = {
+        "step": at.step,
+        "tokens": at.tokens,
+        "data": parts.rows.get_state(),
+        "ledger": parts.rows.ledger(),
+        "settings": resume.settings(parts.run),
+    }
+    held_out_loss = None if evaluation is None else evaluation.mean_loss
+    parts.checkpoints.save(at.step, at.state, progress, held_out_loss=held_out_loss)
+    parts.recorder.clock.resume()
+
+
+def _give_up(parts: Parts, at: Position) -> NoReturn:
+    """Saves the last finite parameters, with a fresh allowance of skips for whoever goes on from them."""
+    state = dataclasses.replace(at.state, skipped_in_row=jnp.zeros_like(at.state.skipped_in_row))
+    _save(parts, dataclasses.replace(at, state=state), None)
+    parts.checkpoints.wait()
+    raise SkipLimitError(
+        f"the loss or gradient of the last {parts.recorder.skipped_in_row} steps was not finite "
+        f"(max_skipped_steps={parts.run.train.max_skipped_steps}); step {at.step} is saved with the last finite "
+        "parameters; lower LEARNING_RATE or look at the data of these steps, then resume with --allow_config_change"
+    )
+
+
+def _first_position(
+    run: RunConfig, workdir: epath.Path, abstract: TrainState, progress: dict | None, rows: pipeline.TrainRows
+) -> Position:
+    """The newest checkpoint's position, or step 0 with fresh parameters or those of `init_from`."""
+    if progress:
+        rows.set_state(progress["data"])
+        step = progress["step"]
+        return Position(checkpoint.restore(workdir, step, abstract), step, progress["tokens"])
+    state = train_state.create_state(run, abstract)
+    if run.train.init_from is None:
+        return Position(state)
+    source, params = run.train.init_from, {"params": abstract.params}
+    restored = checkpoint.restore(source, checkpoint.latest_step(source), params)
+    return Position(dataclasses.replace(state, params=restored["params"]))
+
+
+def _compile(run: RunConfig, num_sources: int, abstract: TrainState, batch: Batch) -> jax.stages.Compiled:
+    count, tokens = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    return make_step(run, num_sources, abstract).lower(abstract, batch, count, tokens).compile()
+
+
+def _describe(workdir: epath.Path, config_text: str) -> None:
+    """Writes `config.gin` and `environment.json` of this process."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_atomically(workdir / "config.gin", config_text)
+    metrics.write_atomically(workdir / "environment.json", json.dumps(metrics.environment(), indent=2) + "\n")
+
+
+def _progress_bar(run: RunConfig, at: Position, shown: bool) -> tqdm.tqdm:
+    total = schedule.planned_tokens(run.train)
+    form = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} tokens, {elapsed}<{remaining}{postfix}"
+    return tqdm.tqdm(total=total, initial=at.tokens, unit_scale=True, disable=not shown, bar_format=form)
