@@ -134,7 +134,7 @@ def restore(workdir: epath.PathLike, step: int, abstract: PyTree) -> PyTree:
         CallerError: an array is missing or of another shape: the checkpoint is of another model.
     """
     path = checkpoint_directory(workdir) / str(step)
-    wanted = jax.tree.map(_with_sharding, _by_path(abstract))
+    wanted = {name: _with_sharding(leaf) for name, leaf in _by_path(abstract).items()}
     with _reader() as reader:
         _check_match(path, reader.metadata(path).item_metadata["state"].tree, wanted)
         arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
