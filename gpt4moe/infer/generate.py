@@ -1,0 +1,253 @@
+"""Text from prompts: one compiled prefill, one compiled decode loop, a donated key/value cache.
+
+In: a model, its tokenizer, prompts and a `SamplingConfig`. Out: one `Generation` a prompt and a `Timing`. Shapes go
+up in powers of two, so that prompts of many lengths share few programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from gpt4moe.config.check import require
+from gpt4moe.config.sampling import SamplingConfig
+from gpt4moe.infer.sampling import SamplingParams, row_keys, sample, sampling_params
+from gpt4moe.model.cache import KVCache, init_cache
+from gpt4moe.model.transformer import Transformer
+from gpt4moe.types import Array
+
+# XLA:CPU multiplies a single bfloat16 row through a slow path, 12 to 18 times slower than two rows.
+MIN_ROWS = 2
+MIN_LENGTH = 16
+
+
+class Codec(Protocol):
+    """What generation needs of a tokenizer; `gpt4moe.data.tokenizer.Tokenizer` is one."""
+
+    end_of_text: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What the model wrote after one prompt.
+
+    `text` is without the prompt and without end-of-text. `token_ids` and `logprobs` (nats, under the model's own
+    distribution, before temperature and filters) are the new tokens', with the end-of-text that stopped it.
+    `finish_reason` is "stop" at end-of-text, "length" at `max_new_tokens` or at the end of the model's context.
+    """
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    num_prompt_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Wall seconds of one `generate`: compiling (0 for programs already compiled), prefill, decode; and its tokens."""
+
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    num_prompt_tokens: int
+    num_new_tokens: int
+
+
+def generate(
+    model: Transformer, tokenizer: Codec, prompts: Sequence[str], sampling: SamplingConfig | None = None
+) -> tuple[list[Generation], Timing]:
+    """Continues every prompt and returns the generations in the prompts' order, and how long it took.
+
+    A prompt follows an end-of-text token as documents do in training, so that an empty one starts a new document.
+    Raises `ValueError` for a prompt that leaves no room in the model's context.
+    """
+    sampling = sampling or SamplingConfig()
+    prompt_ids = [_prompt_ids(tokenizer, prompt, model.config.context_length) for prompt in prompts]
+    if not prompts:
+        return [], Timing(0.0, 0.0, 0.0, 0, 0)
+    request = _request(prompt_ids, sampling, model.config.context_length, model.config.vocab_size)
+    new, seconds = _run(model, request, tokenizer.end_of_text, _lengths(request, sampling, model.config.context_length))
+    generations = [
+        _generation(tokenizer, prompt, ids, new_ids, logprobs)
+        for prompt, ids, new_ids, logprobs in zip(prompts, prompt_ids, *new, strict=False)
+    ]
+    num_new = sum(len(generation.token_ids) for generation in generations)
+    return generations, Timing(*seconds, sum(map(len, prompt_ids)), num_new)
+
+
+def write_samples(workdir: str | epath.Path, generations: Sequence[Generation]) -> epath.Path:
+    """Writes the generations to `samples.json` in the work directory, where the report finds them; returns its path."""
+    path = epath.Path(workdir) / "samples.json"
+    path.write_text(json.dumps([dataclasses.asdict(generation) for generation in generations], indent=1) + "\n")
+    return path
+
+
+def _prompt_ids(tokenizer: Codec, prompt: str, context_length: int) -> list[int]:
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    require(
+        len(ids) < context_length,
+        "prompt",
+        prompt if len(prompt) <= 40 else prompt[:37] + "...",
+        f"has {len(ids)} tokens with end-of-text and must be shorter than context_length ({context_length})",
+        "shorten it",
+    )
+    return ids
+
+
+def _generation(tokenizer: Codec, prompt: str, ids: list[int], new_ids: np.ndarray, logprobs: np.ndarray) -> Generation:
+    """`new_ids` is -1 where the row had already finished."""
+    made = new_ids[new_ids >= 0].tolist()
+    stopped = made[-1] == tokenizer.end_of_text
+    return Generation(
+        prompt=prompt,
+        text=tokenizer.decode(made[:-1] if stopped else made),
+        token_ids=tuple(made),
+        logprobs=tuple(logprobs[: len(made)].tolist()),
+        finish_reason="stop" if stopped else "length",
+        num_prompt_tokens=len(ids),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """Right-padded prompts [B, T], how long each is, how many tokens each may get (0: a filling row), how to draw."""
+
+    tokens_BT: Array
+    lengths_B: Array
+    limits_B: Array
+    params: SamplingParams
+    keys_B: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """The decode loop's state: step counts tokens drawn so far, ids_BT and logprobs_BT hold them (-1: none)."""
+
+    step: Array
+    last_B: Array
+    done_B: Array
+    ids_BT: Array
+    logprobs_BT: Array
+    cache: KVCache
+
+
+def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, context_length: int, vocab_size: int) -> _Request:
+    num_rows = _bucket(len(prompt_ids), MIN_ROWS)
+    lengths_B = np.ones(num_rows, np.int32)
+    lengths_B[: len(prompt_ids)] = [len(ids) for ids in prompt_ids]
+    limits_B = np.zeros(num_rows, np.int32)
+    limits_B[: len(prompt_ids)] = [min(sampling.max_new_tokens, context_length - len(ids)) for ids in prompt_ids]
+    tokens_BT = np.zeros((num_rows, min(_bucket(int(lengths_B.max()), MIN_LENGTH), context_length)), np.int32)
+    for row, ids in enumerate(prompt_ids):
+        tokens_BT[row, : len(ids)] = ids
+    return _Request(
+        tokens_BT=tokens_BT,
+        lengths_B=lengths_B,
+        limits_B=limits_B,
+        params=sampling_params([sampling] * num_rows, vocab_size),
+        keys_B=row_keys(jnp.full(num_rows, sampling.seed, jnp.uint32)),
+    )
+
+
+def _lengths(request: _Request, sampling: SamplingConfig, context_length: int) -> tuple[int, int]:
+    """Slots of the cache and width of the result, in powers of two."""
+    needed = int((request.lengths_B + request.limits_B).max())
+    slots = max(min(_bucket(needed, MIN_LENGTH), context_length), request.tokens_BT.shape[1])
+    return slots, _bucket(sampling.max_new_tokens, MIN_LENGTH)
+
+
+def _bucket(size: int, least: int) -> int:
+    return max(1 << (size - 1).bit_length(), least)
+
+
+def _run(model: Transformer, request: _Request, end_of_text: int, lengths: tuple[int, int]) -> tuple:
+    """((new ids, their log-probabilities), (compile, prefill, decode seconds)); arrays [B, N] on the host."""
+    graphdef, state = nnx.split(model)
+    num_slots, num_new = lengths
+    started = time.perf_counter()
+    prefill, compiling = _compile(_prefill, graphdef, state, request, end_of_text, num_slots, num_new)
+    decoding = jax.block_until_ready(prefill(state, request, end_of_text))
+    prefilled = time.perf_counter()
+    decode, seconds = _compile(_decode, graphdef, state, decoding, request, end_of_text)
+    decoding = decode(state, decoding, request, end_of_text)
+    new = (np.asarray(decoding.ids_BT), np.asarray(decoding.logprobs_BT))
+    finished = time.perf_counter()
+    return new, (compiling + seconds, prefilled - started - compiling, finished - prefilled - seconds)
+
+
+def _compile(function: Callable, *arguments) -> tuple[Callable, float]:
+    """The program of a jitted function for these arguments, and the seconds it took (JAX remembers its programs)."""
+    started = time.perf_counter()
+    program = function.lower(*arguments).compile()
+    return program, time.perf_counter() - started
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "num_slots", "num_new"))
+def _prefill(graphdef, state, request: _Request, end_of_text: Array, num_slots: int, num_new: int) -> _Decoding:
+    """Reads the prompts into the cache and draws the first token of every row."""
+    model = nnx.merge(graphdef, state)
+    num_rows, num_tokens = request.tokens_BT.shape
+    cache = init_cache(model.config, num_rows, num_slots)
+    positions_BT = jnp.broadcast_to(jnp.arange(num_tokens), (num_rows, num_tokens))
+    present_BT = (positions_BT < request.lengths_B[:, None]) & (request.limits_B > 0)[:, None]
+    x_BTD, out = model(request.tokens_BT, positions_BT, present_BT.astype(jnp.int32), dropless=True, cache=cache)
+    last_BD = x_BTD[jnp.arange(num_rows), request.lengths_B - 1]
+    blank = _Decoding(
+        step=jnp.int32(0),
+        last_B=jnp.zeros(num_rows, jnp.int32),
+        done_B=request.limits_B <= 0,
+        ids_BT=jnp.full((num_rows, num_new), -1, jnp.int32),
+        logprobs_BT=jnp.zeros((num_rows, num_new), jnp.float32),
+        cache=out.cache,
+    )
+    return _draw(model.logits(last_BD), blank, request, end_of_text)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("decoding",))
+def _decode(graphdef, state, decoding: _Decoding, request: _Request, end_of_text: Array) -> _Decoding:
+    """Draws token after token until every row has finished."""
+    model = nnx.merge(graphdef, state)
+
+    def step(decoding: _Decoding) -> _Decoding:
+        positions_B1 = (request.lengths_B + decoding.step - 1)[:, None]
+        # A finished row is padding: it is neither routed to an expert nor written to the cache.
+        segment_ids_B1 = (~decoding.done_B).astype(jnp.int32)[:, None]
+        x_B1D, out = model(decoding.last_B[:, None], positions_B1, segment_ids_B1, dropless=True, cache=decoding.cache)
+        drawn = dataclasses.replace(decoding, cache=out.cache)
+        return _draw(model.logits(x_B1D[:, 0]), drawn, request, end_of_text)
+
+    return jax.lax.while_loop(lambda decoding: ~jnp.all(decoding.done_B), step, decoding)
+
+
+def _draw(logits_BV: Array, decoding: _Decoding, request: _Request, end_of_text: Array) -> _Decoding:
+    """`decoding` with one more token for every row that has not finished."""
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(request.keys_B, decoding.step)
+    ids_B, logprobs_B = sample(logits_BV, request.params, keys_B)
+    ids_B = jnp.where(decoding.done_B, -1, ids_B)
+    step = decoding.step + 1
+    return dataclasses.replace(
+        decoding,
+        step=step,
+        last_B=jnp.maximum(ids_B, 0),
+        done_B=decoding.done_B | (ids_B == end_of_text) | (step >= request.limits_B),
+        ids_BT=decoding.ids_BT.at[:, decoding.step].set(ids_B),
+        logprobs_BT=decoding.logprobs_BT.at[:, decoding.step].set(jnp.where(ids_B < 0, 0.0, logprobs_B)),
+    )
