@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 import shutil
 
@@ -25,7 +26,7 @@ def assemble(
     for split in SPLITS:
         with (directory / f"{name}.{split}.tokens").open("wb") as out:
             for unit, _ in done:
-                with (unit.part / f"{split}.tokens").open("rb") as part:
+                with (unit.folder / f"{split}.tokens").open("rb") as part:
                     shutil.copyfileobj(part, out, 1 << 24)
     if 0 < held_out_fraction < 1 and not (len(lengths["train"]) and len(lengths["held_out"])):
         _hold_out_a_tail(name, directory, tokenizer, held_out_fraction, lengths, num_bytes)
@@ -35,7 +36,7 @@ def assemble(
             out.write(np.asarray([tokenizer.end_of_text], dtype).tobytes())
         np.save(directory / f"{name}.{split}.offsets.npy", np.concatenate([[0], np.cumsum(lengths[split])]))
         np.save(directory / f"{name}.{split}.bytes.npy", num_bytes[split])
-    _save_counts(directory, name, dtype, tokenizer.vocab_size)
+    digest = _save_counts(directory, name, dtype, tokenizer.vocab_size)
     return SourceReport(
         name=name,
         documents=len(lengths["train"]),
@@ -47,11 +48,12 @@ def assemble(
         bad_records=sum(counts.bad_records for _, counts in done),
         bad_examples=tuple(example for _, counts in done for example in counts.bad_examples)[:BAD_EXAMPLES],
         empty_documents=sum(counts.empty_documents for _, counts in done),
+        digest=digest,
     )
 
 
 def _joined(done: list[tuple[Unit, UnitCounts]], split: str, kind: str) -> np.ndarray:
-    return np.concatenate([np.load(unit.part / f"{split}.{kind}.npy") for unit, _ in done])
+    return np.concatenate([np.load(unit.folder / f"{split}.{kind}.npy") for unit, _ in done])
 
 
 def _hold_out_a_tail(
@@ -79,10 +81,14 @@ def _hold_out_a_tail(
     num_bytes.update(train=rest_bytes, held_out=np.asarray([tail_bytes], np.int64))
 
 
-def _save_counts(directory: pathlib.Path, name: str, dtype: np.dtype, vocab_size: int) -> None:
-    """How often every id is a target in training, for the unigram entropy, [V] int64."""
+def _save_counts(directory: pathlib.Path, name: str, dtype: np.dtype, vocab_size: int) -> str:
+    """Saves how often every id is a target in training, [V] int64, for the unigram entropy; returns a hash of all."""
     stream = np.memmap(directory / f"{name}.train.tokens", dtype, "r")
     counts = np.zeros(vocab_size, np.int64)
+    digest = hashlib.blake2b(digest_size=8)
     for start in range(1, len(stream), 1 << 24):
-        counts += np.bincount(stream[start : start + (1 << 24)], minlength=vocab_size)
+        targets = stream[start : start + (1 << 24)]
+        counts += np.bincount(targets, minlength=vocab_size)
+        digest.update(targets)
     np.save(directory / f"{name}.train.counts.npy", counts)
+    return digest.hexdigest()

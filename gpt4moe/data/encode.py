@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gpt4moe.data.documents import BadRecord, Document, is_held_out
-from gpt4moe.data.files import read_documents
+from gpt4moe.data.files import FilePart, read_documents
 from gpt4moe.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "held_out")
@@ -22,13 +22,18 @@ BAD_EXAMPLES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Files that are tokenised together; `part` is the folder that the tokens go to, which exists once complete."""
+    """Files that are tokenised together; `folder` is where the tokens go, which exists once it is complete."""
 
     source: str
-    part: pathlib.Path
-    paths: tuple[str, ...]
+    folder: pathlib.Path
+    files: tuple[FilePart, ...]
     text_field: str
     group_field: str | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.size for file in self.files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +54,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def encode_unit(unit: Unit, tokenizer: Tokenizer, held_out_fraction: float, stop_at_bad: bool) -> UnitCounts:
-    """Writes the tokens, lengths and byte counts of `unit`'s documents to its part; at once if that exists.
+    """Writes the tokens, lengths and byte counts of `unit`'s documents to its folder; at once if that exists.
 
     Every document is stored as end-of-text followed by its tokens. ValueError at a bad record if `stop_at_bad`.
     """
-    if (unit.part / "counts.json").exists():
-        return UnitCounts(**json.loads((unit.part / "counts.json").read_text()))
-    scratch = unit.part.with_name(f"{unit.part.name}.writing-{os.getpid()}")
+    if (unit.folder / "counts.json").exists():
+        return UnitCounts(**json.loads((unit.folder / "counts.json").read_text()))
+    scratch = unit.folder.with_name(f"{unit.folder.name}.writing-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     writers = {split: _SplitWriter(scratch, split, tokenizer) for split in SPLITS}
@@ -74,13 +79,13 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer, held_out_fraction: float, stop
     per_split = [dict(zip(SPLITS, counts, strict=True)) for counts in (documents, tokens, num_bytes)]
     counts = UnitCounts(*per_split, len(bad), tuple(bad[:BAD_EXAMPLES]), empty)
     (scratch / "counts.json").write_text(json.dumps(dataclasses.asdict(counts)))
-    os.replace(scratch, unit.part)
+    os.replace(scratch, unit.folder)
     return counts
 
 
 def _records(unit: Unit) -> Iterator[Document | BadRecord]:
-    for path in unit.paths:
-        yield from read_documents(path, unit.text_field, unit.group_field)
+    for file in unit.files:
+        yield from read_documents(file, unit.text_field, unit.group_field)
 
 
 class _SplitWriter:

@@ -1,24 +1,30 @@
-"""The user's files: which ones a source names, and the documents inside them."""
+"""The user's files: which ones a source names, and how large ones are cut into parts that can be read on their own."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
-import json
-import tokenize
-import zlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator
 
-import zstandard
 from etils import epath
 
 from gpt4moe.config.check import require
 from gpt4moe.data.documents import BadRecord, Document
+from gpt4moe.data.readers import READERS, Reader, read_errors
 
-Records = Iterator[Document | BadRecord]
-# Yields (record number, text or mapping or the error that replaces it); the file is open in binary mode.
 GLOB_LETTERS = "*?["
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePart:
+    """The records of `path` between `start` and `stop` (None: to the end); about `size` bytes.
+
+    Bounds count bytes of .jsonl, row groups of .parquet; other kinds are read whole.
+    """
+
+    path: str
+    size: int
+    start: int = 0
+    stop: int | None = None
 
 
 def find_files(paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -29,7 +35,7 @@ def find_files(paths: tuple[str, ...]) -> tuple[str, ...]:
     found = set()
     for path in paths:
         files = [file for file in _expand(path) if reader_of(file) is not None]
-        require(bool(files), "paths", path, f"names no file of a known kind {tuple(READERS)}", "check the path")
+        require(bool(files), "paths", path, f"names no file of a known kind ({' '.join(READERS)})", "check the path")
         found.update(files)
     return tuple(sorted(found))
 
@@ -40,21 +46,35 @@ def file_identity(path: str) -> tuple[str, int, float]:
     return path, stat.length, stat.mtime
 
 
-def read_documents(path: str, text_field: str, group_field: str | None = None) -> Records:
-    """Documents of one file in order, a `BadRecord` in the place of each that cannot be read.
+def cut_file(path: str, target_bytes: int) -> list[FilePart]:
+    """Parts of about `target_bytes` that hold every record of the file once between them, in order."""
+    size = file_identity(path)[1]
+    if size <= target_bytes:
+        return [FilePart(path, size)]
+    if path.endswith(".jsonl"):
+        edges = [*range(0, size, target_bytes), size]
+    elif path.endswith(".parquet"):
+        edges = _row_group_edges(path, size, target_bytes)
+    else:
+        return [FilePart(path, size)]
+    count = len(edges) - 1
+    return [FilePart(path, size // count, edges[index], edges[index + 1]) for index in range(count)]
+
+
+def read_documents(part: FilePart, text_field: str, group_field: str | None = None) -> Iterator[Document | BadRecord]:
+    """Documents of a part in order, a `BadRecord` in the place of each that cannot be read.
 
     ValueError where the file itself cannot be opened or is damaged.
     """
-    reader = reader_of(path)
-    require(reader is not None, "paths", path, f"is of no known kind {tuple(READERS)}")
+    reader = reader_of(part.path)
+    require(reader is not None, "paths", part.path, f"is of no known kind ({' '.join(READERS)})")
     try:
-        yield from reader(path, text_field, group_field)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, _arrow_error()) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"paths={path!r} cannot be read: {reason}; check, replace or leave out the file") from None
+        yield from reader(part.path, part.start, part.stop, text_field, group_field)
+    except read_errors() as error:
+        raise _unreadable(part.path, error) from None
 
 
-def reader_of(path: str) -> Callable[[str, str, str | None], Records] | None:
+def reader_of(path: str) -> Reader | None:
     """The reader for the suffix of `path`, None for an unknown one."""
     return next((reader for suffix, reader in READERS.items() if path.endswith(suffix)), None)
 
@@ -70,114 +90,18 @@ def _expand(path: str) -> list[str]:
     return [str(file) for file in root.glob("/".join(parts[fixed:])) if file.is_file()]
 
 
-def _read_text(path: str, text_field: str, group_field: str | None) -> Records:
-    raw = epath.Path(path).read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield BadRecord(f"{path}:{line}", "is not UTF-8")
-        return
-    yield Document(text.replace("\r\n", "\n"))
-
-
-def _read_python(path: str, text_field: str, group_field: str | None) -> Records:
-    raw = epath.Path(path).read_bytes()
-    try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
-        text = raw.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError) as error:
-        yield BadRecord(f"{path}:1", f"is not in its declared encoding ({str(error).splitlines()[0]})")
-        return
-    yield Document(text.replace("\r\n", "\n"))
-
-
-def _read_jsonl(path: str, text_field: str, group_field: str | None) -> Records:
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(epath.Path(path).open("rb"))
-        if path.endswith(".gz"):
-            file = stack.enter_context(gzip.open(file))
-        elif path.endswith(".zst"):
-            file = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-            file = io.BufferedReader(file)
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _json_record(line, f"{path}:{number}", text_field, group_field)
-
-
-def _json_record(line: bytes, where: str, text_field: str, group_field: str | None) -> Document | BadRecord:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return BadRecord(where, f"is not JSON ({str(error).splitlines()[0]})")
-    if not isinstance(fields, dict) or not isinstance(fields.get(text_field), str):
-        return BadRecord(where, f"has no text in field {text_field!r}")
-    return _checked(fields[text_field], where, fields.get(group_field) if group_field else None)
-
-
-def _checked(text: str, where: str, group: str | None = None) -> Document | BadRecord:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return BadRecord(where, "holds half of a surrogate pair, which UTF-8 cannot express")
-    return Document(text, group)
-
-
-def _read_parquet(path: str, text_field: str, group_field: str | None) -> Records:
+def _row_group_edges(path: str, size: int, target_bytes: int) -> list[int]:
     from pyarrow import parquet
 
-    with epath.Path(path).open("rb") as file:
-        table = parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        require(text_field in names, "text_field", text_field, f"must be a column of {path} {tuple(names)}")
-        number = 0
-        for batch in table.iter_batches(columns=[text_field], batch_size=1024):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                where = f"{path}:{number}"
-                yield _checked(text, where) if isinstance(text, str) else BadRecord(where, "is no text")
-
-
-def _read_array_record(path: str, text_field: str, group_field: str | None) -> Records:
-    """Records are UTF-8 text, or JSON objects with the text field."""
-    from array_record.python import array_record_module
-
-    reader = array_record_module.ArrayRecordReader(path)
     try:
-        for start in range(0, reader.num_records(), 1024):
-            chunk = reader.read(start, min(start + 1024, reader.num_records()))
-            for number, record in enumerate(chunk, start=start + 1):
-                yield _array_record(record, f"{path}:{number}", text_field, group_field)
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
-    finally:
-        reader.close()
+        with epath.Path(path).open("rb") as file:
+            groups = parquet.ParquetFile(file).num_row_groups
+    except read_errors() as error:
+        raise _unreadable(path, error) from None
+    step = max(groups * target_bytes // size, 1)
+    return [*range(0, groups, step), groups]
 
 
-def _array_record(record: bytes, where: str, text_field: str, group_field: str | None) -> Document | BadRecord:
-    if record.lstrip()[:1] == b"{":
-        document = _json_record(record, where, text_field, group_field)
-        if isinstance(document, Document):
-            return document
-    try:
-        return Document(record.decode())
-    except UnicodeDecodeError:
-        return BadRecord(where, "is neither UTF-8 text nor JSON")
-
-
-def _arrow_error() -> type[Exception]:
-    import pyarrow
-
-    return pyarrow.ArrowException
-
-
-READERS: dict[str, Callable[[str, str, str | None], Records]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".py": _read_python,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".jsonl.zst": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".array_record": _read_array_record,
-}
+def _unreadable(path: str, error: BaseException) -> ValueError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(f"paths={path!r} cannot be read: {reason}; check, replace or leave out the file")

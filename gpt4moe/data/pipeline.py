@@ -137,7 +137,7 @@ class TrainRows:
         """Changes with anything that the order of rows depends on."""
         config = self._config
         mixed = [(source.name, source.weight, source.max_epochs) for source in config.sources]
-        fields = [self._store.content_hash, config.sequence_length, config.seed, config.exhaust_together, mixed]
+        fields = [self._store.digests, config.sequence_length, config.seed, config.exhaust_together, mixed]
         return hashlib.blake2b(json.dumps(fields).encode(), digest_size=8).hexdigest()
 
 

@@ -24,7 +24,7 @@ from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.data.assemble import assemble
 from gpt4moe.data.documents import Document, is_held_out
 from gpt4moe.data.encode import Unit, UnitCounts, encode_unit
-from gpt4moe.data.files import file_identity, find_files, read_documents
+from gpt4moe.data.files import FilePart, cut_file, find_files, read_documents
 from gpt4moe.data.sources import function_documents, source_identity
 from gpt4moe.data.store import REPORT_FILE, TOKENIZER_FILE, PrepareReport, read_report
 from gpt4moe.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -71,6 +71,17 @@ def prepare(
     return read_report(final)
 
 
+def format_report(report: PrepareReport) -> str:
+    """The report as a table for people, bad records by name below it."""
+    names = ("documents", "tokens", "bytes", "held_out_documents", "held_out_tokens", "bad_records", "empty_documents")
+    rows = [("source", *names)]
+    rows += [(source.name, *(f"{getattr(source, name):,}" for name in names)) for source in report.sources]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines += [f"bad record: {example}" for source in report.sources for example in source.bad_examples]
+    return "\n".join([*lines, f"vocabulary {report.vocab_size}, tokens in {report.directory}"])
+
+
 def store_hash(config: DataConfig) -> str:
     """Sixteen hex digits that change with anything the tokens depend on."""
     tokenizer = dataclasses.asdict(config.tokenizer)
@@ -114,18 +125,17 @@ def _units(source: SourceConfig, building: pathlib.Path, progress: Progress) -> 
     else:
         paths = _spooled(source, building / "documents" / source.name, progress)
         text_field, group_field = "text", "group"
-    groups: list[list[str]] = [[]]
-    size = 0
-    for path in paths:
-        length = file_identity(path)[1]
-        if groups[-1] and size + length > UNIT_BYTES:
+    groups: list[list[FilePart]] = [[]]
+    room = UNIT_BYTES
+    for file in (part for path in paths for part in cut_file(path, UNIT_BYTES)):
+        if groups[-1] and file.size > room:
             groups.append([])
-            size = 0
-        groups[-1].append(path)
-        size += length
+            room = UNIT_BYTES
+        groups[-1].append(file)
+        room -= file.size
     for index, group in enumerate(groups):
-        part = building / "parts" / f"{source.name}-{index:06d}"
-        yield Unit(source.name, part, tuple(group), text_field, group_field)
+        folder = building / "parts" / f"{source.name}-{index:06d}"
+        yield Unit(source.name, folder, tuple(group), text_field, group_field)
 
 
 def _spooled(source: SourceConfig, folder: pathlib.Path, progress: Progress) -> tuple[str, ...]:
@@ -164,12 +174,12 @@ def _tokenizer(config: DataConfig, units: list[Unit], building: pathlib.Path, pr
 def _training_texts(config: DataConfig, units: list[Unit]) -> Iterator[str]:
     """Training documents for the merges, at most `train_bytes`; each source gets an equal share, or all it has.
 
-    Files are taken in the order of a hash of their name, so that a large folder is sampled all over.
+    Parts of files are taken in the order of a hash, so that a large folder is sampled all over.
     """
     left = config.tokenizer.train_bytes
     sizes = {source.name: 0 for source in config.sources}
     for unit in units:
-        sizes[unit.source] += sum(file_identity(path)[1] for path in unit.paths)
+        sizes[unit.source] += unit.size
     for rank, name in enumerate(sorted(sizes, key=sizes.get)):
         share = left / (len(sizes) - rank)
         spent = 0
@@ -183,9 +193,9 @@ def _training_texts(config: DataConfig, units: list[Unit]) -> Iterator[str]:
 
 
 def _sampled(source: str, units: list[Unit]) -> Iterator[Document]:
-    files = [(path, unit) for unit in units if unit.source == source for path in unit.paths]
-    for path, unit in sorted(files, key=lambda item: hashlib.blake2b(item[0].encode()).digest()):
-        for record in read_documents(path, unit.text_field, unit.group_field):
+    files = [(file, unit) for unit in units if unit.source == source for file in unit.files]
+    for file, unit in sorted(files, key=lambda item: hashlib.blake2b(repr(item[0]).encode()).digest()):
+        for record in read_documents(file, unit.text_field, unit.group_field):
             if isinstance(record, Document):
                 yield record
 
@@ -194,7 +204,7 @@ def _encode(
     config: DataConfig, units: list[Unit], tokenizer: Tokenizer, workers: int | None, progress: Progress
 ) -> list[UnitCounts]:
     stop = config.bad_records == "stop"
-    total = sum(file_identity(path)[1] for unit in units for path in unit.paths)
+    total = sum(unit.size for unit in units)
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)), len(units)) if total > WORKER_BYTES else 1
     counts: dict[int, UnitCounts] = {}
@@ -218,6 +228,9 @@ def _encode(
         try:
             for future in concurrent.futures.as_completed(futures):
                 done(futures[future], future.result())
+        except concurrent.futures.process.BrokenProcessPool:
+            guard = "out of memory, or a script without `if __name__ == '__main__':`"
+            raise RuntimeError(f"a worker process of prepare died ({guard}); pass workers=1 to do without") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

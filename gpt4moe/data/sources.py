@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from gpt4moe.config.data import SourceConfig
 from gpt4moe.data.documents import Document
-from gpt4moe.data.files import file_identity, find_files, read_documents
+from gpt4moe.data.files import FilePart, file_identity, find_files, read_documents
 
 DocumentFunction = Callable[[], Iterable[Document | str]]
 # The tests of the library are left out: only some builds of Python ship them, so that numbers would differ from one
@@ -78,7 +78,7 @@ def _library_files() -> Iterator[tuple[str, str]]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if SKIPPED_FOLDERS.isdisjoint(name.split("/")) and not name.startswith(SKIPPED_FILES):
-            for document in read_documents(str(path), ""):
+            for document in read_documents(FilePart(str(path), 0), ""):
                 if isinstance(document, Document):
                     yield name, document.text
 

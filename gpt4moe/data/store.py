@@ -19,7 +19,11 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @dataclasses.dataclass(frozen=True)
 class SourceReport:
-    """What preparing one source met. `tokens` count one end-of-text a document; bytes are those of the UTF-8 text."""
+    """What preparing one source met.
+
+    `tokens` count one end-of-text a document; bytes are those of the UTF-8 text. `digest` is a hash of the training
+    tokens, the same wherever and from whichever copy of the files they were made.
+    """
 
     name: str
     documents: int
@@ -31,6 +35,7 @@ class SourceReport:
     bad_records: int
     bad_examples: tuple[str, ...]
     empty_documents: int
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,11 @@ class TokenStore:
         self.content_hash = self.report.content_hash
         self.source_names = tuple(source.name for source in self.report.sources)
         self._held_out_limit = held_out_limit
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Hash of the training tokens of every source."""
+        return tuple(source.digest for source in self.report.sources)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
