@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import os
 from collections.abc import Iterator
 
 from etils import epath
@@ -80,14 +82,24 @@ def reader_of(path: str) -> Reader | None:
 
 
 def _expand(path: str) -> list[str]:
-    if not any(letter in path for letter in GLOB_LETTERS):
-        root = epath.Path(path).expanduser()
-        require(root.exists(), "paths", path, "does not exist")
-        return [str(file) for file in root.rglob("*") if file.is_file()] if root.is_dir() else [str(root)]
-    parts = epath.Path(path).expanduser().parts
-    fixed = next(index for index, part in enumerate(parts) if any(letter in part for letter in GLOB_LETTERS))
-    root = epath.Path(*parts[:fixed]) if fixed else epath.Path(".")
-    return [str(file) for file in root.glob("/".join(parts[fixed:])) if file.is_file()]
+    root = epath.Path(path).expanduser()
+    if any(letter in path for letter in GLOB_LETTERS):
+        if "://" not in path:
+            return [file for file in glob.glob(str(root), recursive=True) if os.path.isfile(file)]
+        fixed = next(index for index, part in enumerate(root.parts) if any(letter in part for letter in GLOB_LETTERS))
+        found = epath.Path(*root.parts[:fixed]).glob("/".join(root.parts[fixed:]))
+        return [str(file) for file in found if file.is_file()]
+    require(root.exists(), "paths", path, "does not exist")
+    return [str(file) for file in _files_below(root)]
+
+
+def _files_below(root: epath.Path) -> Iterator[epath.Path]:
+    """The file itself, or every file below a folder (object stores have no recursive glob)."""
+    if not root.is_dir():
+        yield root
+        return
+    for entry in root.iterdir():
+        yield from _files_below(entry)
 
 
 def _row_group_edges(path: str, size: int, target_bytes: int) -> list[int]:
