@@ -57,11 +57,11 @@ def _loss(history: History, evaluation: dict) -> Chart | None:
                 axes.plot(held_out.tokens, held_out.values, "o", color=colour, label=f"{source}, held out")
             unigram = evaluation.get("sets", {}).get(source, {}).get("unigram_loss")
             if unigram is not None:
-                axes.axhline(unigram, color=colour, linestyle=":", linewidth=1.2, label=f"{source}, unigram entropy")
+                axes.axhline(unigram, color=colour, linestyle=":", linewidth=1.2, label=f"{source}, unigram")
         axes.set_ylabel("nats per token")
         _legend(axes, columns=min(len(sources), 3))
 
-    caption = "Cross-entropy of each source. Points: held-out text. Dotted: what counting tokens alone would reach."
+    caption = "Cross-entropy of each source. Points: held-out text. Dotted: what token frequencies alone reach."
     return Chart("Loss", caption, _draw(draw, "loss", (9.0, 3.6)), wide=True)
 
 

@@ -1,0 +1,141 @@
+"""Held-out loss: parameters and a token store in, nats a token and bits a byte of every source out.
+
+Always dropless: what a token costs depends neither on its batch nor on capacity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding, Sharding
+
+from gpt4moe.config.rules import ShardingRules
+from gpt4moe.config.run import RunConfig
+from gpt4moe.data import pipeline
+from gpt4moe.data.store import TokenStore
+from gpt4moe.model.transformer import Transformer
+from gpt4moe.parallel.sharding import batch_sharding
+from gpt4moe.train.loss import cross_entropy
+from gpt4moe.train.state import model_definition
+from gpt4moe.types import Array, Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """Held-out results of one source.
+
+    loss: nats a target, the end of every document included. bits_per_byte: the same nats over the bytes of the text,
+    which does not depend on the tokenizer. unigram_*: what token frequencies of the training text alone would reach.
+    """
+
+    loss: float
+    bits_per_byte: float
+    unigram_loss: float
+    unigram_bits_per_byte: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Results by source, in the store's order; a source without held-out text is not in it."""
+
+    sets: Mapping[str, EvalResult]
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats a target over all sources together; not a number where nothing is held out."""
+        tokens = sum(result.tokens for result in self.sets.values())
+        nats = sum(result.loss * result.tokens for result in self.sets.values())
+        return nats / tokens if tokens else math.nan
+
+    def row(self) -> dict[str, float]:
+        """The keys of `metrics.jsonl`: `eval/<source>/<field of EvalResult>`."""
+        return {
+            f"eval/{source}/{field}": value
+            for source, result in self.sets.items()
+            for field, value in dataclasses.asdict(result).items()
+        }
+
+
+def evaluate(run: RunConfig, store: TokenStore, params: nnx.State) -> Evaluation:
+    """The held-out text of every source under `params`, which may lie on one device or over a mesh."""
+    definition, where = model_definition(run.model), _batch_sharding(params)
+    batches = pipeline.held_out_batches(store, run.data, rows=run.microbatch_rows)
+    sums = [(source, _sums(definition, params, _place(batch, where))) for source, batch in batches]
+    totals = {source: np.zeros(2) for source, _ in sums}
+    for source, nats_and_targets in jax.device_get(sums):
+        totals[source] += nats_and_targets
+    return Evaluation({source: _result(store, source, *total) for source, total in totals.items()})
+
+
+def evaluate_trained(model: Transformer, run: RunConfig, workdir: epath.PathLike, *, step: int) -> Evaluation:
+    """The held-out results of the `model` restored from `step`, on the token store of `workdir`.
+
+    Kept in `evaluation.json`, where the report finds them.
+    """
+    workdir = epath.Path(workdir)
+    store = pipeline.open_store(run.data, run.data.store or workdir / "data")
+    evaluation = evaluate(run, store, nnx.split(model)[1])
+    document = {"step": step, "sets": to_document(evaluation)}
+    (workdir / "evaluation.json").write_text(json.dumps(document, indent=1) + "\n")
+    return evaluation
+
+
+def to_document(evaluation: Evaluation | None) -> dict:
+    """What `--json` prints: a dict by source, empty where nothing was evaluated."""
+    return {source: dataclasses.asdict(result) for source, result in evaluation.sets.items()} if evaluation else {}
+
+
+def format_evaluation(evaluation: Evaluation | None) -> str:
+    """The table that a run ends with."""
+    if not evaluation or not evaluation.sets:
+        return "no held-out text"
+    width = max(len("held out"), *map(len, evaluation.sets))
+    lines = [f"{'held out':{width}}      nats  unigram    bits/byte  unigram       tokens"]
+    for source, result in evaluation.sets.items():
+        nats = f"{result.loss:8.3f} {result.unigram_loss:8.3f}"
+        bits = f"{result.bits_per_byte:8.3f} {result.unigram_bits_per_byte:8.3f}"
+        lines.append(f"{source:{width}}  {nats}     {bits} {result.tokens:12,d}")
+    return "\n".join(lines)
+
+
+@functools.partial(jax.jit, static_argnames="definition")
+def _sums(definition: nnx.GraphDef, params: nnx.State, batch: Batch) -> Array:
+    """[2] float32: nats over the targets of a batch, and their number."""
+    model = nnx.merge(definition, params)
+    x_BTD, _ = model(batch.tokens, batch.positions, batch.segment_ids, dropless=True)
+    nll_BT = cross_entropy(x_BTD, model.unembedding(), batch.targets)
+    return jnp.stack([jnp.sum(nll_BT * batch.loss_weights), jnp.sum(batch.loss_weights)])
+
+
+def _result(store: TokenStore, source: str, nats: float, targets: float) -> EvalResult:
+    expected = store.num_tokens(source, "held_out")
+    assert round(targets) == expected, f"{targets} of {expected} held-out targets of {source} were evaluated"
+    num_bytes = store.held_out_bytes(source)
+    return EvalResult(
+        loss=float(nats / targets),
+        bits_per_byte=float(nats / math.log(2) / num_bytes) if num_bytes else math.nan,
+        unigram_loss=store.unigram_nats(source),
+        unigram_bits_per_byte=store.unigram_bits_per_byte(source),
+        tokens=expected,
+    )
+
+
+def _batch_sharding(params: nnx.State) -> Sharding:
+    """Rows over the mesh that the parameters lie on, or the device that holds them."""
+    where = jax.tree.leaves(params)[0].sharding
+    return batch_sharding(where.mesh, ShardingRules()) if isinstance(where, NamedSharding) else where
+
+
+def _place(batch: Batch, where: Sharding) -> Batch:
+    """`batch`, which every host holds whole, on the devices."""
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__), batch)
