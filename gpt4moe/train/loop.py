@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from typing import NoReturn
 
 import jax
@@ -20,6 +21,7 @@ from gpt4moe import checkpoint
 from gpt4moe.config.rules import ShardingRules
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
+from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.parallel import sharding
 from gpt4moe.parallel.mesh import make_mesh
 from gpt4moe.train import evaluate, feed, metrics, resume, schedule
@@ -108,7 +110,7 @@ def train(
     sharding.check_rows(run.microbatch_rows, mesh, rules)
     abstract = train_state.abstract_state(run, mesh, rules)
     progress = resume.saved_progress(run, workdir, allow_change=allow_config_change)
-    store = pipeline.open_store(run.data, run.data.store or workdir / "data")
+    store = pipeline.open_store(run.data, run.data.store or workdir / "data", progress=_say if show_progress else None)
     rows = pipeline.TrainRows(
         store,
         run.data,
@@ -116,7 +118,7 @@ def train(
         num_hosts=jax.process_count(),
         host=jax.process_index(),
     )
-    _describe(workdir, config_text)
+    _describe(workdir, config_text, store)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         at = _first_position(run, workdir, abstract, progress, rows)
@@ -239,11 +241,17 @@ def _compile(run: RunConfig, num_sources: int, abstract: TrainState, batch: Batc
     return make_step(run, num_sources, abstract).lower(abstract, batch, count, tokens).compile()
 
 
-def _describe(workdir: epath.Path, config_text: str) -> None:
-    """Writes `config.gin` and `environment.json` of this process."""
+def _describe(workdir: epath.Path, config_text: str, store: pipeline.TokenStore) -> None:
+    """Writes what makes the work directory readable on its own: configuration, tokenizer, and where it was made."""
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_atomically(workdir / "config.gin", config_text)
+    metrics.write_atomically(workdir / TOKENIZER_FILE, store.tokenizer.serialized)
     metrics.write_atomically(workdir / "environment.json", json.dumps(metrics.environment(), indent=2) + "\n")
+
+
+def _say(line: str) -> None:
+    """What goes on before the progress bar appears."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _progress_bar(run: RunConfig, at: Position, shown: bool) -> tqdm.tqdm:

@@ -1,0 +1,39 @@
+"""A trained model from its work directory: parameters, tokenizer and configuration, ready to generate or evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from etils import epath
+from flax import nnx
+
+from gpt4moe import checkpoint
+from gpt4moe.config.run import RunConfig
+from gpt4moe.data.store import TOKENIZER_FILE
+from gpt4moe.data.tokenizer import Tokenizer
+from gpt4moe.model.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What `gpt4moe.load` returns: the model with the parameters of `step`, its tokenizer and its configuration."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: RunConfig
+    step: int
+    workdir: str
+
+
+def restore(config: RunConfig, workdir: str | os.PathLike, *, step: int | None = None) -> Trained:
+    """Returns the model of a run at `step` (None: the latest checkpoint), on the default device.
+
+    Raises `CallerError` where the work directory holds no complete checkpoint, or one of another model.
+    """
+    workdir = os.fspath(workdir)
+    step = checkpoint.latest_step(workdir) if step is None else step
+    definition, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))
+    params = checkpoint.restore(workdir, step, {"params": abstract})["params"]
+    tokenizer = Tokenizer((epath.Path(workdir) / TOKENIZER_FILE).read_text())
+    return Trained(nnx.merge(definition, params), tokenizer, config, step, workdir)
