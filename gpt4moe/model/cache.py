@@ -1,0 +1,44 @@
+"""Keys and values of past tokens, kept for decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gpt4moe.config.model import ModelConfig
+from gpt4moe.types import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values, [L, B, S, M, H] each; slot s of a row holds the token at position s.
+
+    There is no length: a query at position p attends to slots 0..p, so whoever writes positions in order needs no
+    other record, and a slot written again is simply replaced.
+    """
+
+    keys: Array
+    values: Array
+
+
+def init_cache(config: ModelConfig, batch_rows: int, max_length: int, dtype: jnp.dtype | None = None) -> KVCache:
+    """Returns an empty cache for `max_length` tokens of `batch_rows` rows (`dtype` None: the compute dtype)."""
+    shape = (config.num_layers, batch_rows, max_length, config.attention.num_kv_heads, config.head_dim)
+    zeros = jnp.zeros(shape, dtype or config.compute_dtype)
+    return KVCache(zeros, zeros)
+
+
+def write(cache: KVCache, keys_BTMH: Array, values_BTMH: Array, positions_BT: Array, valid_BT: Array) -> KVCache:
+    """Returns one layer's cache ([B, S, M, H]) with the valid tokens stored at their positions; the rest is dropped.
+
+    A scatter, not a slice update: rows stand at different positions, and XLA updates a donated cache in place.
+    """
+    num_rows, num_slots = cache.keys.shape[:2]
+    slots_BT = jnp.where(valid_BT, positions_BT, num_slots)  # out of range: the scatter leaves it out
+    rows = jnp.arange(num_rows)[:, None]
+    keys = cache.keys.at[rows, slots_BT].set(keys_BTMH.astype(cache.keys.dtype), mode="drop")
+    values = cache.values.at[rows, slots_BT].set(values_BTMH.astype(cache.values.dtype), mode="drop")
+    return KVCache(keys, values)

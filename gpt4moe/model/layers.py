@@ -1,0 +1,108 @@
+"""Matrix product, norm, feed-forward and parameter initialisation that every part of the model is made of."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from gpt4moe.types import Array
+
+# Standard deviation of a standard normal cut at two sigmas; dividing by it gives the stated deviation.
+TRUNCATED_STD = 0.87962566103423978
+# What the remat policy `dots` keeps.
+MATMUL_NAME = "matmul"
+
+
+def normal_parameter(rngs: nnx.Rngs, layers: int | None, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
+    """Returns a float32 parameter from a normal cut at two sigmas, of deviation `std`.
+
+    `layers` stacks that many independent ones along a leading "layers" dim, each from its own key, so that a layer's
+    values depend neither on how many layers there are nor on where they lie. `axes` are the logical dims of one layer;
+    the parameter carries them, "layers" first where stacked, as its `logical_axes`.
+    """
+
+    def draw(key: Array) -> Array:
+        return jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32) * (std / TRUNCATED_STD)
+
+    key = rngs.params()
+    if layers is None:
+        return nnx.Param(draw(key), logical_axes=axes)
+    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(layers))
+    return nnx.Param(jax.vmap(draw)(keys), logical_axes=("layers", *axes))
+
+
+def depth_scale(num_layers: int) -> float:
+    """Factor on the deviation of matrices that write to the residual stream: 1 / sqrt(2L) (GPT-2, section 2.3)."""
+    return 1.0 / math.sqrt(2 * num_layers)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Array, w: Array, num_contracted: int = 1) -> Array:
+    """Returns x [..., *contracted] times w [*contracted, ...] in x's dtype, the last `num_contracted` dims of x summed.
+
+    Both operands enter in x's dtype, forward and backward, and every product accumulates in float32: the only bfloat16
+    form that reaches the matrix units of a CPU, and the right one elsewhere. The gradient of w comes in w's dtype,
+    never rounded to x's.
+    """
+    first = x.ndim - num_contracted
+    y = _dot(x, w.astype(x.dtype), range(first, x.ndim), range(num_contracted)).astype(x.dtype)
+    return checkpoint_name(y, MATMUL_NAME)
+
+
+def _matmul_forward(x: Array, w: Array, num_contracted: int) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, w, num_contracted), (x, w)
+
+
+def _matmul_backward(num_contracted: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    leading = range(x.ndim - num_contracted)
+    dx = _dot(dy, w.astype(x.dtype), range(len(leading), dy.ndim), range(num_contracted, w.ndim)).astype(x.dtype)
+    return dx, _dot(x, dy, leading, leading).astype(w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _dot(a: Array, b: Array, contract_a: range, contract_b: range) -> Array:
+    dims = ((tuple(contract_a), tuple(contract_b)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last dim, in float32, returned in x's dtype (Zhang and Sennrich 2019)."""
+
+    def __init__(self, layers: int | None, dim: int, epsilon: float):
+        shape, axes = ((dim,), ("norm",)) if layers is None else ((layers, dim), ("layers", "norm"))
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), logical_axes=axes)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        x_float = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
+        return (x_float * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
+
+
+def activate(up: Array, gate: Array | None) -> Array:
+    """Returns SwiGLU, silu(gate) * up (Shazeer 2020), or GELU(up) where there is no gate; float32 inside."""
+    up_float = up.astype(jnp.float32)
+    hidden = jax.nn.gelu(up_float) if gate is None else jax.nn.silu(gate.astype(jnp.float32)) * up_float
+    return hidden.astype(up.dtype)
+
+
+class FeedForward(nnx.Module):
+    """A dense feed-forward: SwiGLU where `gated` (three matrices), else plain GELU (two); no biases."""
+
+    def __init__(self, layers: int, dim: int, hidden: int, gated: bool, out_scale: float, rngs: nnx.Rngs):
+        std = dim**-0.5
+        self.gate = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std) if gated else None
+        self.up = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std)
+        self.down = normal_parameter(rngs, layers, (hidden, dim), ("mlp", "embed"), hidden**-0.5 * out_scale)
+
+    def __call__(self, x_D: Array) -> Array:
+        gate_F = None if self.gate is None else matmul(x_D, self.gate[...])
+        return matmul(activate(matmul(x_D, self.up[...]), gate_F), self.down[...])

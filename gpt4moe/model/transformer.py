@@ -1,0 +1,157 @@
+"""The decoder-only transformer: embedding, scanned layers, final norm, logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gpt4moe.config.model import ModelConfig
+from gpt4moe.model.attention import Attention
+from gpt4moe.model.cache import KVCache
+from gpt4moe.model.layers import MATMUL_NAME, FeedForward, RMSNorm, depth_scale, normal_parameter
+from gpt4moe.model.moe import Moe, MoeOut
+from gpt4moe.model.rope import Rotation, rotation
+from gpt4moe.types import Array
+
+EMBEDDING_STD = 0.02
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TransformerOut:
+    """moe: sums of every layer with experts, leading L; cache: with the new keys and values (None without one)."""
+
+    moe: MoeOut
+    cache: KVCache | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What every layer needs to know of the tokens: token_ids, positions, segment_ids [B, T] and their rotation."""
+
+    token_ids_BT: Array
+    positions_BT: Array
+    segment_ids_BT: Array
+    turn: Rotation
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and a feed-forward, each added to the residual stream: experts (`moe`) or `dense`."""
+
+    def __init__(self, layers: int, config: ModelConfig, has_experts: bool, rngs: nnx.Rngs):
+        out_scale = depth_scale(config.num_layers)
+        self.attention_norm = RMSNorm(layers, config.model_dim, config.norm_epsilon)
+        self.attention = Attention(layers, config, out_scale, rngs)
+        self.feed_forward_norm = RMSNorm(layers, config.model_dim, config.norm_epsilon)
+        if has_experts:
+            self.moe = Moe(layers, config.model_dim, config.moe, out_scale, rngs)
+        else:
+            hidden = config.dense_hidden_dim
+            self.dense = FeedForward(layers, config.model_dim, hidden, config.moe.gated, out_scale, rngs)
+        self.has_experts = has_experts
+
+    def __call__(
+        self, x_BTD: Array, tokens: Tokens, cache: KVCache | None, dropless: bool
+    ) -> tuple[Array, KVCache | None, MoeOut | None]:
+        """Returns the residual stream after the layer, the layer's cache and, with experts, its sums."""
+        attended, cache = self.attention(
+            self.attention_norm(x_BTD), tokens.turn, tokens.positions_BT, tokens.segment_ids_BT, cache
+        )
+        x_BTD = x_BTD + attended
+        normed = self.feed_forward_norm(x_BTD)
+        if not self.has_experts:
+            return x_BTD + self.dense(normed), cache, None
+        y_BTD, out = self.moe(normed, tokens.token_ids_BT, tokens.segment_ids_BT > 0, dropless)
+        return x_BTD + y_BTD, cache, out
+
+
+class Transformer(nnx.Module):
+    """Parameters of `blocks` (layers with experts) and of each of `dense_blocks` are stacked over superblocks.
+
+    A superblock is `moe_every` layers, the last of which has experts; the forward pass scans over superblocks.
+    Embeddings have deviation 0.02 (GPT-2), small beside what the layers write, so that a tied head does not begin by
+    predicting the token it has just read; matrices have deviation
+    fan_in^-1/2, those that write to the residual stream are scaled by 1/sqrt(2L) more.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        shape, axes, std = (config.vocab_size, config.model_dim), ("vocab", "embed"), EMBEDDING_STD
+        self.embedding = normal_parameter(rngs, None, shape, axes, std)
+        superblocks = config.num_moe_layers
+        self.dense_blocks = nnx.List([Block(superblocks, config, False, rngs) for _ in range(config.moe_every - 1)])
+        self.blocks = Block(superblocks, config, True, rngs)
+        self.final_norm = RMSNorm(None, config.model_dim, config.norm_epsilon)
+        self.head = None if config.tie_embeddings else normal_parameter(rngs, None, shape, axes, std)
+        self.config = config
+
+    def __call__(
+        self,
+        tokens_BT: Array,
+        positions_BT: Array,
+        segment_ids_BT: Array,
+        *,
+        dropless: bool = False,
+        cache: KVCache | None = None,
+    ) -> tuple[Array, TransformerOut]:
+        """Returns x_BTD after the final norm, in the compute dtype, and what the layers report.
+
+        Tokens see their own segment up to themselves; segment 0 is padding, routed nowhere. With `cache`, valid
+        tokens are written at their positions and see every slot up to them: prefill and decode are the same call.
+        `dropless` overrides the capacity factor, as evaluation and decoding must.
+        """
+        config = self.config
+        turn = rotation(positions_BT, config.head_dim, config.attention.rope_theta)
+        tokens = Tokens(tokens_BT, positions_BT, segment_ids_BT, turn)
+        graph, parameters = nnx.split(nnx.List([*self.dense_blocks, self.blocks]))
+        superblock = functools.partial(_superblock, graph=graph, tokens=tokens, dropless=dropless)
+        layers = (parameters, _stack_superblocks(cache, config.moe_every))
+        step = _rematerialised(superblock, config.remat)
+        x_BTD, (caches, moe) = jax.lax.scan(step, self._embed(tokens_BT), layers)
+        return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(caches, config.num_layers))
+
+    def logits(self, x_BTD: Array) -> Array:
+        """Returns float32 logits [..., V] of final hidden states."""
+        weight_VD = self.unembedding().astype(x_BTD.dtype)
+        return jnp.einsum("...D,VD->...V", x_BTD, weight_VD, preferred_element_type=jnp.float32)
+
+    def unembedding(self) -> Array:
+        """Returns the float32 matrix [V, D] that logits are products with: the embedding where they are tied."""
+        return (self.embedding if self.head is None else self.head)[...]
+
+    def _embed(self, tokens_BT: Array) -> Array:
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
+        return x_BTD.astype(self.config.compute_dtype)
+
+
+def _rematerialised(function: Callable, remat: str) -> Callable:
+    """Returns `function` under the remat policy of `ModelConfig.remat`."""
+    if remat == "none":
+        return function
+    saved = jax.checkpoint_policies.save_only_these_names(MATMUL_NAME) if remat == "dots" else None
+    return jax.checkpoint(function, policy=saved, prevent_cse=False)
+
+
+def _superblock(
+    x_BTD: Array, layers: tuple[nnx.State, KVCache | None], *, graph: nnx.GraphDef, tokens: Tokens, dropless: bool
+) -> tuple[Array, tuple[KVCache | None, MoeOut]]:
+    parameters, cache = layers
+    caches = []
+    for index, block in enumerate(nnx.merge(graph, parameters)):
+        layer_cache = jax.tree.map(lambda leaf, i=index: leaf[i], cache)
+        x_BTD, layer_cache, moe = block(x_BTD, tokens, layer_cache, dropless)
+        caches.append(layer_cache)
+    return x_BTD, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), moe)
+
+
+def _stack_superblocks(cache: KVCache | None, size: int) -> KVCache | None:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), cache)
+
+
+def _unstack_superblocks(cache: KVCache | None, num_layers: int) -> KVCache | None:
+    return jax.tree.map(lambda leaf: leaf.reshape(num_layers, *leaf.shape[2:]), cache)
