@@ -57,6 +57,7 @@ def prepare(
     final, building = root / f"store-{content_hash}", root / f"building-{content_hash}"
     if (final / REPORT_FILE).exists():
         return read_report(final)
+    missing = [folder for folder in (root, *root.absolute().parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)
     with _lock(root / ".lock"):
         if not (final / REPORT_FILE).exists():
@@ -65,10 +66,18 @@ def prepare(
                 _build(config, building, content_hash, workers, report)
             except ValueError:
                 # The caller's mistake: mending it changes the hash, so that nothing here would be used again.
-                shutil.rmtree(building, ignore_errors=True)
+                _clear(building, root / ".lock", missing)
                 raise
             os.replace(building, final)
     return read_report(final)
+
+
+def _clear(building: pathlib.Path, lock: pathlib.Path, made: list[pathlib.Path]) -> None:
+    shutil.rmtree(building, ignore_errors=True)
+    lock.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a folder that holds something else stays
+        for folder in made:
+            folder.rmdir()
 
 
 def format_report(report: PrepareReport) -> str:

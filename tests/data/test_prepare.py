@@ -1,0 +1,229 @@
+"""Prepare: what is counted, what is held out, complete or not there, resumed, the same in several processes."""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gpt4moe.config.data import DataConfig, SourceConfig
+from gpt4moe.config.tokenizer import TokenizerConfig
+from gpt4moe.data import prepare as preparation
+from gpt4moe.data.documents import Document, is_held_out
+from gpt4moe.data.prepare import format_report, prepare, store_hash
+from gpt4moe.data.store import TokenStore
+
+BYTES = TokenizerConfig(byte_level_only=True)
+
+
+def write_documents(path, count, seed=0, broken=()):
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices("abc \n", k=rng.randint(1, 60))) + str(index) for index in range(count)]
+    lines = ["{broken" if index in broken else json.dumps({"text": text}) for index, text in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n")
+    return [text for index, text in enumerate(texts) if index not in broken]
+
+
+def config_of(folder, **changes):
+    sources = tuple(SourceConfig(path.stem, paths=(str(path),)) for path in sorted(folder.glob("*.jsonl")))
+    return DataConfig(
+        **{"sources": sources, "sequence_length": 16, "tokenizer": BYTES, "held_out_fraction": 0.2} | changes
+    )
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two sources of .jsonl files, read in parts of 500 bytes."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_documents(folder / "few.jsonl", 30, seed=1)
+    write_documents(folder / "many.jsonl", 120, seed=2)
+    return folder
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr(preparation, "UNIT_BYTES", 500)
+
+
+def test_documents_come_back_from_the_store_and_are_counted(tmp_path):
+    texts = write_documents(tmp_path / "a.jsonl", 50, broken=(3, 17))
+    report = prepare(config_of(tmp_path), tmp_path / "store")
+    store = TokenStore(report.directory)
+    sides = {"train": [], "held_out": []}
+    for text in texts:
+        sides["held_out" if is_held_out(Document(text), 0.2) else "train"].append(text)
+    for split, expected in sides.items():
+        stream, offsets = store.stream("a", split), store.offsets("a", split)
+        pairs = itertools.pairwise(offsets)
+        assert [store.tokenizer.decode(stream[start + 1 : end]) for start, end in pairs] == expected
+        assert (stream[offsets] == store.tokenizer.end_of_text).all(), "before every document and after the last"
+    (source,) = report.sources
+    assert source.documents == len(sides["train"]) and source.held_out_documents == len(sides["held_out"])
+    assert source.bytes == sum(map(len, sides["train"]))
+    assert source.tokens == source.bytes + source.documents
+    assert store.held_out_bytes("a") == source.held_out_bytes == sum(map(len, sides["held_out"]))
+    assert source.bad_records == 2
+    assert [example.split()[0] for example in source.bad_examples] == [f"{tmp_path}/a.jsonl:{line}" for line in (4, 18)]
+    assert "a.jsonl:18 is not JSON" in format_report(report)
+
+
+def test_unigram_nats_are_those_of_a_loop(tmp_path):
+    write_documents(tmp_path / "a.jsonl", 60)
+    store = TokenStore(prepare(config_of(tmp_path), tmp_path / "store").directory)
+    train, held_out = (store.stream("a", split)[1:] for split in ("train", "held_out"))
+    vocab_size = store.tokenizer.vocab_size
+    chances = [(np.count_nonzero(train == token) + 1) / (len(train) + vocab_size) for token in held_out]
+    nats = -np.log(chances)
+    assert store.unigram_nats("a") == pytest.approx(nats.mean())
+    assert store.unigram_bits_per_byte("a") == pytest.approx(nats.sum() / np.log(2) / store.held_out_bytes("a"))
+
+
+def test_at_most_the_limit_is_held_out_in_whole_documents(tmp_path):
+    write_documents(tmp_path / "a.jsonl", 80)
+    directory = prepare(config_of(tmp_path), tmp_path / "store").directory
+    everything, some, one = (TokenStore(directory, limit) for limit in (10**9, 100, 1))
+    assert 50 < some.num_tokens("a", "held_out") <= 100 < everything.num_tokens("a", "held_out")
+    assert len(one.offsets("a", "held_out")) == 2
+    assert one.held_out_bytes("a") == one.num_tokens("a", "held_out") - 1
+
+
+def test_a_single_file_gives_its_end_as_the_held_out_side(tmp_path):
+    text = "".join(random.Random(0).choices("abc \n", k=1000))
+    (tmp_path / "a.txt").write_text(text)
+    for fraction in (0.1, 1 - 1e-9):  # the hash leaves one side empty, then the other
+        config = DataConfig((SourceConfig("a", paths=f"{tmp_path}/a.txt"),), 16, BYTES, held_out_fraction=fraction)
+        report = prepare(config, tmp_path / "store")
+        store = TokenStore(report.directory)
+        cut = 1000 - report.sources[0].held_out_bytes
+        assert cut == (900 if fraction < 0.5 else 500)
+        assert store.tokenizer.decode(store.stream("a", "train")) == text[:cut]
+        assert store.tokenizer.decode(store.stream("a", "held_out")) == text[cut:]
+        assert store.num_tokens("a", "held_out") == store.held_out_bytes("a") + 1
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, corpus, small_units):
+    config = config_of(corpus)
+    whole = prepare(config, tmp_path / "whole")
+
+    def stop_at_part_five(line):
+        if "part 5" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tmp_path / "cut", progress=stop_at_part_five)
+    (building,) = (tmp_path / "cut").glob("building-*")
+    parts = {path: path.stat().st_mtime_ns for path in (building / "parts").glob("*/counts.json")}
+    assert len(parts) == 5 and not list((tmp_path / "cut").glob("store-*"))
+    kept = []
+
+    def note(line):
+        kept.extend(path for path, changed in parts.items() if path.exists() and path.stat().st_mtime_ns == changed)
+
+    resumed = prepare(config, tmp_path / "cut", progress=note)
+    assert set(kept) == set(parts), "finished parts are not written again"
+    assert dataclasses.replace(resumed, directory="") == dataclasses.replace(whole, directory="")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_kill_minus_nine_leaves_a_store_that_resumes(tmp_path, corpus, small_units):
+    config = config_of(corpus)
+    script = """if True:
+        import os, signal, sys
+        from gpt4moe.data import prepare
+        from tests.data.test_prepare import config_of
+        import pathlib
+        prepare.UNIT_BYTES = 500
+        calls = []
+        def die(line):
+            calls.append(line)
+            if len(calls) == int(sys.argv[3]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        prepare.prepare(config_of(pathlib.Path(sys.argv[1])), sys.argv[2], progress=die)
+    """
+    for calls in ("1", "7"):
+        command = [sys.executable, "-c", script, str(corpus), str(tmp_path / "cut"), calls]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    prepare(config, tmp_path / "cut")
+    prepare(config, tmp_path / "whole")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_several_processes_write_the_same_store(tmp_path, corpus, small_units):
+    config = config_of(corpus)
+    prepare(config, tmp_path / "one", workers=1)
+    prepare(config, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_ready_store_is_reused_until_what_it_depends_on_changes(tmp_path, corpus):
+    config = config_of(corpus)
+    lines = []
+    first = prepare(config, tmp_path / "store", progress=lines.append)
+    count = len(lines)
+    heavier = dataclasses.replace(config, sources=(dataclasses.replace(config.sources[0], weight=9), config.sources[1]))
+    for same in (config, heavier, dataclasses.replace(config, sequence_length=99, seed=5)):
+        assert prepare(same, tmp_path / "store", progress=lines.append) == first and len(lines) == count
+    hashes = {store_hash(config), store_hash(dataclasses.replace(config, held_out_fraction=0.3))}
+    write_documents(corpus / "few.jsonl", 31)
+    assert len(hashes | {store_hash(config)}) == 3
+    os.utime(corpus / "few.jsonl", (0, 0))
+    again = prepare(config, tmp_path / "store")
+    assert again.directory != first.directory
+    digests = [{source.name: source.digest for source in report.sources} for report in (first, again)]
+    assert digests[0]["many"] == digests[1]["many"] and digests[0]["few"] != digests[1]["few"]
+
+
+def test_merges_are_learned_from_training_documents_of_all_sources(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"zebra zebra {i}"}) + "\n" for i in range(200)))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"quokka quokka {i}"}) + "\n" for i in range(2000)))
+    config = config_of(tmp_path, tokenizer=TokenizerConfig(vocab_size=300, train_bytes=5000))
+    store = TokenStore(prepare(config, tmp_path / "store").directory)
+    assert store.tokenizer.vocab_size <= 300
+    assert len(store.tokenizer.encode(" zebra")) == len(store.tokenizer.encode(" quokka")) == 1
+
+
+def nothing():
+    return []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (SourceConfig("a", paths="nowhere/*.txt"), "names no file of a known kind"),
+        (SourceConfig("a", paths="empty.jsonl"), r"source='a' has no documents \(0 bad records\)"),
+        (SourceConfig("a", paths="wrong.jsonl"), r"source='a' has no documents \(2 bad records\)"),
+        (SourceConfig("a", paths="damaged.jsonl.gz"), "cannot be read"),
+        (SourceConfig("a", documents=nothing), "source='a' has no documents"),
+    ],
+)
+def test_bad_sources_are_one_line_errors_that_leave_nothing(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "wrong.jsonl").write_text('{"body": "x"}\n{\n')
+    (tmp_path / "damaged.jsonl.gz").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare(DataConfig((source,), 16, BYTES), tmp_path / "run" / "data")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_line_stops_the_run_where_asked(tmp_path):
+    write_documents(tmp_path / "a.jsonl", 10, broken=(6,))
+    with pytest.raises(ValueError, match=r"bad_records='stop' met [^\n]*a\.jsonl:7 is not JSON"):
+        prepare(config_of(tmp_path, bad_records="stop"), tmp_path / "store")
+
+
+def test_a_store_in_a_bucket_is_a_one_line_error(tmp_path, corpus):
+    with pytest.raises(ValueError, match="store='gs://bucket' must be a local folder"):
+        prepare(config_of(corpus), "gs://bucket")
