@@ -32,7 +32,8 @@ class FilePart:
 def find_files(paths: tuple[str, ...]) -> tuple[str, ...]:
     """Every readable file that `paths` (files, directories, globs; local or `gs://`, `s3://`) name, sorted.
 
-    A directory gives the files below it that have a known suffix. ValueError where a path names none.
+    A directory gives the files below it that have a known suffix and are not hidden. ValueError where a path names
+    none.
     """
     found = set()
     for path in paths:
@@ -99,7 +100,8 @@ def _files_below(root: epath.Path) -> Iterator[epath.Path]:
         yield root
         return
     for entry in root.iterdir():
-        yield from _files_below(entry)
+        if not entry.name.startswith("."):
+            yield from _files_below(entry)
 
 
 def _row_group_edges(path: str, size: int, target_bytes: int) -> list[int]:

@@ -26,7 +26,7 @@ from gpt4moe.data.documents import Document, is_held_out
 from gpt4moe.data.encode import Unit, UnitCounts, encode_unit
 from gpt4moe.data.files import FilePart, cut_file, find_files, read_documents
 from gpt4moe.data.sources import function_documents, source_identity
-from gpt4moe.data.store import REPORT_FILE, TOKENIZER_FILE, PrepareReport, read_report
+from gpt4moe.data.store import REPORT_FILE, TOKENIZER_FILE, PrepareReport, SourceReport, read_report
 from gpt4moe.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 
 Progress = Callable[[str], None]
@@ -61,7 +61,6 @@ def prepare(
     root.mkdir(parents=True, exist_ok=True)
     with _lock(root / ".lock"):
         if not (final / REPORT_FILE).exists():
-            (building / "parts").mkdir(parents=True, exist_ok=True)
             try:
                 _build(config, building, content_hash, workers, report)
             except ValueError:
@@ -109,6 +108,20 @@ def store_hash(config: DataConfig) -> str:
 def _build(
     config: DataConfig, building: pathlib.Path, content_hash: str, workers: int | None, progress: Progress
 ) -> None:
+    """Makes `building` a complete store. Parts go only once the report is there, which says that they are used up."""
+    parts = building / "parts"
+    if not (building / REPORT_FILE).exists():
+        parts.mkdir(parents=True, exist_ok=True)
+        sources = _tokenise(config, building, workers, progress)
+        vocab_size = load_tokenizer(building / TOKENIZER_FILE).vocab_size
+        report = PrepareReport("", content_hash, vocab_size, sources)
+        _write(parts, building / REPORT_FILE, json.dumps(dataclasses.asdict(report), indent=1))
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def _tokenise(
+    config: DataConfig, building: pathlib.Path, workers: int | None, progress: Progress
+) -> tuple[SourceReport, ...]:
     units = [unit for source in config.sources for unit in _units(source, building, progress)]
     tokenizer = _tokenizer(config, units, building, progress)
     counts = _encode(config, units, tokenizer, workers, progress)
@@ -119,11 +132,18 @@ def _build(
         if not any(sum(unit_counts.documents.values()) for _, unit_counts in done):
             bad = sum(unit_counts.bad_records for _, unit_counts in done)
             raise ValueError(f"source={name!r} has no documents ({bad} bad records); check its paths or text_field")
-    sources = [assemble(name, done, building, tokenizer, config.held_out_fraction) for name, done in by_source.items()]
-    report = PrepareReport("", content_hash, tokenizer.vocab_size, tuple(sources))
-    shutil.rmtree(building / "parts")
-    shutil.rmtree(building / "documents", ignore_errors=True)
-    (building / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=1))
+    reports = [assemble(name, done, building, tokenizer, config.held_out_fraction) for name, done in by_source.items()]
+    for report in reports:
+        if report.bad_records:
+            progress(f"{report.name}: {report.bad_records} bad records passed over, first {report.bad_examples[0]}")
+    return tuple(reports)
+
+
+def _write(scratch_folder: pathlib.Path, path: pathlib.Path, text: str) -> None:
+    """Writes a file at once: it is there whole or not at all."""
+    scratch = scratch_folder / f"{path.name}.writing-{os.getpid()}"
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def _units(source: SourceConfig, building: pathlib.Path, progress: Progress) -> Iterator[Unit]:
@@ -132,7 +152,7 @@ def _units(source: SourceConfig, building: pathlib.Path, progress: Progress) -> 
     if source.documents is None:
         paths = find_files(source.paths)
     else:
-        paths = _spooled(source, building / "documents" / source.name, progress)
+        paths = _spooled(source, building / "parts" / f"documents.{source.name}", progress)
         text_field, group_field = "text", "group"
     groups: list[list[FilePart]] = [[]]
     room = UNIT_BYTES
@@ -174,9 +194,7 @@ def _tokenizer(config: DataConfig, units: list[Unit], building: pathlib.Path, pr
         if config.tokenizer.path is None and not config.tokenizer.byte_level_only:
             progress(f"learning {config.tokenizer.vocab_size} tokens")
         tokenizer = build_tokenizer(config.tokenizer, _training_texts(config, units))
-        scratch = building / f"{TOKENIZER_FILE}.writing-{os.getpid()}"
-        scratch.write_text(tokenizer.serialized, encoding="utf-8")
-        os.replace(scratch, path)
+        _write(building / "parts", path, tokenizer.serialized)
     return load_tokenizer(path)
 
 

@@ -76,7 +76,8 @@ def test_parts_of_a_file_hold_every_record_once(tmp_path, target):
 
 def test_globs_directories_and_files_are_found_once_and_sorted(tmp_path):
     (tmp_path / "deep").mkdir()
-    for name in ("b.txt", "a.txt", "deep/c.md", "deep/ignored.bin"):
+    (tmp_path / ".hidden").mkdir()
+    for name in ("b.txt", "a.txt", "deep/c.md", "deep/ignored.bin", ".hidden/d.md"):
         (tmp_path / name).write_text("x")
     names = ["a.txt", "b.txt", "deep/c.md"]
     assert find_files((str(tmp_path), f"{tmp_path}/*.txt")) == tuple(f"{tmp_path}/{name}" for name in names)

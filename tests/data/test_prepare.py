@@ -58,7 +58,8 @@ def small_units(monkeypatch):
 
 def test_documents_come_back_from_the_store_and_are_counted(tmp_path):
     texts = write_documents(tmp_path / "a.jsonl", 50, broken=(3, 17))
-    report = prepare(config_of(tmp_path), tmp_path / "store")
+    lines = []
+    report = prepare(config_of(tmp_path), tmp_path / "store", progress=lines.append)
     store = TokenStore(report.directory)
     sides = {"train": [], "held_out": []}
     for text in texts:
@@ -76,6 +77,7 @@ def test_documents_come_back_from_the_store_and_are_counted(tmp_path):
     assert source.bad_records == 2
     assert [example.split()[0] for example in source.bad_examples] == [f"{tmp_path}/a.jsonl:{line}" for line in (4, 18)]
     assert "a.jsonl:18 is not JSON" in format_report(report)
+    assert any("a: 2 bad records" in line and "a.jsonl:4 is not JSON" in line for line in lines)
 
 
 def test_unigram_nats_are_those_of_a_loop(tmp_path):
