@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from typing import NoReturn
 
@@ -184,10 +185,12 @@ def _is_due(step: int, every: int | None) -> bool:
 
 
 def _evaluate(parts: Parts, at: Position) -> evaluate.Evaluation:
-    """Held-out loss of the parameters as they are, into the log and on the screen."""
+    """Held-out loss of the parameters as they are, into the log and `evaluation.json`."""
     parts.recorder.flush()
     evaluation = evaluate.evaluate(parts.run, parts.store, at.state.params)
     parts.log.write({"step": at.step, "tokens": at.tokens} | evaluation.row())
+    document = {"step": at.step, "sets": evaluate.to_document(evaluation)}
+    metrics.write_atomically(parts.workdir / "evaluation.json", json.dumps(document, indent=1) + "\n")
     parts.recorder.clock.resume()
     return evaluation
 
@@ -203,8 +206,8 @@ def _save(parts: Parts, at: Position, evaluation: evaluate.Evaluation | None) ->
         "ledger": parts.rows.ledger(),
         "settings": resume.settings(parts.run),
     }
-    held_out_loss = None if evaluation is None else evaluation.mean_loss
-    parts.checkpoints.save(at.step, at.state, progress, held_out_loss=held_out_loss)
+    loss = math.nan if evaluation is None else evaluation.mean_loss
+    parts.checkpoints.save(at.step, at.state, progress, held_out_loss=loss if math.isfinite(loss) else None)
     parts.recorder.clock.resume()
 
 

@@ -67,7 +67,10 @@ def abstract_state(run: RunConfig, mesh: Mesh, rules: ShardingRules) -> TrainSta
 
 def create_state(run: RunConfig, abstract: TrainState) -> TrainState:
     """The initial state, every array made directly in the layout of `abstract`: no device ever holds the whole."""
-    return jax.jit(lambda: initial_state(run), out_shardings=shardings_of(abstract))()
+    # A program that runs once is not worth optimising: at level 1 XLA:CPU compiles it 2.6 times faster.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    create = jax.jit(lambda: initial_state(run), out_shardings=shardings_of(abstract), compiler_options=options)
+    return create()
 
 
 def shardings_of(abstract: TrainState) -> TrainState:

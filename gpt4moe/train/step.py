@@ -65,7 +65,7 @@ def train_step(
         return jax.grad(objective, has_aux=True)(at.params)
 
     grads, sums = _sum_over(gradient, num_microbatches, room=microbatches.tokens.shape[0])
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.cross_entropy)
 
     fraction = schedule.fraction(tokens, schedule.planned_tokens(run.train), run.optimizer.schedule)
