@@ -36,15 +36,23 @@ def make_model(tokenizer, **moe):
         moe=MoeConfig(**{"num_experts": 4, "experts_per_token": 2, "hidden_dim": 32} | moe),
         compute_dtype="float32",
     )
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    definition = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+    params = jax.jit(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0)))[1])()
     # Matrices as drawn give nearly the same logits after any text; larger ones make the text matter.
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf, state))
+    return nnx.merge(definition, jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf, params))
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    return make_model(tokenizer, capacity_factor=1.0)
+def models(tokenizer):
+    return {
+        "capacity": make_model(tokenizer, capacity_factor=1.0),
+        "shared": make_model(tokenizer, gated=False, shared_hidden_dim=16),
+    }
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models["capacity"]
 
 
 def full_logits(model):
@@ -76,11 +84,9 @@ def slow_greedy(logits_of, tokenizer, prompt, max_new_tokens):
     return new
 
 
-@pytest.mark.parametrize(
-    "moe", [{"capacity_factor": 1.0}, {"gated": False, "shared_hidden_dim": 16}], ids=["capacity", "shared"]
-)
-def test_greedy_with_the_cache_equals_full_recompute_token_for_token(tokenizer, moe):
-    model = make_model(tokenizer, **moe)
+@pytest.mark.parametrize("name", ["capacity", "shared"])
+def test_greedy_with_the_cache_equals_full_recompute_token_for_token(tokenizer, models, name):
+    model = models[name]
     logits_of = full_logits(model)
     generations, _ = generate(model, tokenizer, PROMPTS, GREEDY)
     expected = [slow_greedy(logits_of, tokenizer, prompt, GREEDY.max_new_tokens) for prompt in PROMPTS]
@@ -108,32 +114,41 @@ def test_a_prompt_is_continued_the_same_alone_and_in_company(model, tokenizer):
     assert generate(model, tokenizer, PROMPTS[:1], other_seed)[0][0].token_ids != alone[0].token_ids
 
 
-def test_generation_stops_at_end_of_text_or_at_the_limit(model, tokenizer):
-    sampling = SamplingConfig(temperature=4.0, max_new_tokens=40, seed=2)
-    generations, timing = generate(model, tokenizer, ["x"] * 32, sampling)
+def test_every_step_and_row_draws_afresh(model, tokenizer):
+    definition, params = nnx.split(model)
+    even = nnx.merge(definition, jax.tree.map(jnp.zeros_like, params))  # every token is as likely as any other
+    generations = generate(even, tokenizer, PROMPTS, SamplingConfig(max_new_tokens=12))[0]
+    drawn = [token for generation in generations for token in generation.token_ids]
+    assert len(set(drawn)) > 0.7 * len(drawn) > 25
     for generation in generations:
-        *before, last = generation.token_ids
-        assert tokenizer.end_of_text not in before
-        assert generation.finish_reason == ("stop" if last == tokenizer.end_of_text else "length")
-        assert len(generation.token_ids) == len(generation.logprobs)
-        assert (len(generation.token_ids) == 40) or generation.finish_reason == "stop"
-        assert "endoftext" not in generation.text
-    assert {generation.finish_reason for generation in generations} == {"stop", "length"}
-    assert timing.num_new_tokens == sum(len(generation.token_ids) for generation in generations)
-    assert timing.num_prompt_tokens == 64
+        np.testing.assert_allclose(generation.logprobs, -np.log(tokenizer.vocab_size), rtol=1e-5)
 
 
-def test_text_is_what_the_new_tokens_decode_to(model, tokenizer):
-    generation = generate(model, tokenizer, ["def f(x):"], GREEDY)[0][0]
-    assert generation.num_prompt_tokens == 10
-    assert generation.text == tokenizer.decode(generation.token_ids)
+def test_generation_stops_at_end_of_text_or_at_the_limit(model, tokenizer):
+    reasons = []
+    for seed in range(12):
+        sampling = SamplingConfig(temperature=4.0, max_new_tokens=12, seed=seed)
+        generations, timing = generate(model, tokenizer, PROMPTS, sampling)
+        for generation in generations:
+            *before, last = generation.token_ids
+            assert tokenizer.end_of_text not in before
+            assert generation.finish_reason == ("stop" if last == tokenizer.end_of_text else "length")
+            assert len(generation.token_ids) == len(generation.logprobs)
+            assert len(generation.token_ids) == 12 or generation.finish_reason == "stop"
+            assert generation.text == tokenizer.decode(generation.token_ids)  # end-of-text decodes to nothing
+            reasons.append(generation.finish_reason)
+        assert timing.num_new_tokens == sum(len(generation.token_ids) for generation in generations)
+        assert timing.num_prompt_tokens == sum(1 + len(prompt) for prompt in PROMPTS)
+    assert set(reasons) == {"stop", "length"}
 
 
 def test_generation_ends_where_the_context_does(model, tokenizer):
     long, short = "y" * (CONTEXT - 4), "z"
-    first, second = generate(model, tokenizer, [long, short], SamplingConfig(temperature=0, max_new_tokens=20))[0]
+    sampling = SamplingConfig(temperature=0, max_new_tokens=16)
+    first, second, *_ = generate(model, tokenizer, [long, short, short, short], sampling)[0]
+    assert first.num_prompt_tokens == CONTEXT - 3
     assert (len(first.token_ids), first.finish_reason) == (3, "length")
-    assert len(second.token_ids) == 20 or second.finish_reason == "stop"
+    assert len(second.token_ids) == 16 or second.finish_reason == "stop"
 
 
 def test_prompt_longer_than_the_context_is_a_one_line_error(model, tokenizer):
@@ -146,7 +161,7 @@ def test_no_prompts_give_no_generations(model, tokenizer):
 
 
 def test_samples_are_written_for_the_report(model, tokenizer, tmp_path):
-    generations = generate(model, tokenizer, ["a", "<b>"], GREEDY)[0]
+    generations = generate(model, tokenizer, PROMPTS, GREEDY)[0]
     written = json.loads(write_samples(tmp_path, generations).read_text())
-    assert [sample["prompt"] for sample in written] == ["a", "<b>"]
+    assert [sample["prompt"] for sample in written] == PROMPTS
     assert [sample["text"] for sample in written] == [generation.text for generation in generations]
