@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from gpt4moe.config.check import require
 from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.data.assemble import assemble
-from gpt4moe.data.documents import Document, is_held_out
 from gpt4moe.data.encode import Unit, UnitCounts, encode_unit
-from gpt4moe.data.files import FilePart, cut_file, find_files, read_documents
+from gpt4moe.data.files import FilePart, cut_file, find_files
+from gpt4moe.data.sample import training_texts
 from gpt4moe.data.sources import function_documents, source_identity
 from gpt4moe.data.store import REPORT_FILE, TOKENIZER_FILE, PrepareReport, SourceReport, read_report
 from gpt4moe.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -193,38 +193,9 @@ def _tokenizer(config: DataConfig, units: list[Unit], building: pathlib.Path, pr
     if not path.exists():
         if config.tokenizer.path is None and not config.tokenizer.byte_level_only:
             progress(f"learning {config.tokenizer.vocab_size} tokens")
-        tokenizer = build_tokenizer(config.tokenizer, _training_texts(config, units))
+        tokenizer = build_tokenizer(config.tokenizer, training_texts(config, units))
         _write(building / "parts", path, tokenizer.serialized)
     return load_tokenizer(path)
-
-
-def _training_texts(config: DataConfig, units: list[Unit]) -> Iterator[str]:
-    """Training documents for the merges, at most `train_bytes`; each source gets an equal share, or all it has.
-
-    Parts of files are taken in the order of a hash, so that a large folder is sampled all over.
-    """
-    left = config.tokenizer.train_bytes
-    sizes = {source.name: 0 for source in config.sources}
-    for unit in units:
-        sizes[unit.source] += unit.size
-    for rank, name in enumerate(sorted(sizes, key=sizes.get)):
-        share = left / (len(sizes) - rank)
-        spent = 0
-        for document in _sampled(name, units):
-            if not is_held_out(document, config.held_out_fraction):
-                spent += len(document.text.encode())
-                yield document.text
-            if spent >= share:
-                break
-        left -= spent
-
-
-def _sampled(source: str, units: list[Unit]) -> Iterator[Document]:
-    files = [(file, unit) for unit in units if unit.source == source for file in unit.files]
-    for file, unit in sorted(files, key=lambda item: hashlib.blake2b(repr(item[0]).encode()).digest()):
-        for record in read_documents(file, unit.text_field, unit.group_field):
-            if isinstance(record, Document):
-                yield record
 
 
 def _encode(

@@ -1,9 +1,11 @@
 """Prepare: what is counted, what is held out, complete or not there, resumed, the same in several processes."""
 
+import collections
 import dataclasses
 import itertools
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -16,7 +18,10 @@ from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.config.tokenizer import TokenizerConfig
 from gpt4moe.data import prepare as preparation
 from gpt4moe.data.documents import Document, is_held_out
+from gpt4moe.data.encode import Unit
+from gpt4moe.data.files import cut_file
 from gpt4moe.data.prepare import format_report, prepare, store_hash
+from gpt4moe.data.sample import training_texts
 from gpt4moe.data.store import TokenStore
 
 BYTES = TokenizerConfig(byte_level_only=True)
@@ -112,6 +117,10 @@ def test_a_single_file_gives_its_end_as_the_held_out_side(tmp_path):
         assert store.tokenizer.decode(store.stream("a", "train")) == text[:cut]
         assert store.tokenizer.decode(store.stream("a", "held_out")) == text[cut:]
         assert store.num_tokens("a", "held_out") == store.held_out_bytes("a") + 1
+        for split in ("train", "held_out"):
+            stream, end = store.stream("a", split), store.tokenizer.end_of_text
+            assert len(stream) == store.num_tokens("a", split) + 1
+            assert np.flatnonzero(stream == end).tolist() == [0, len(stream) - 1]
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, corpus, small_units):
@@ -161,6 +170,17 @@ def test_kill_minus_nine_leaves_a_store_that_resumes(tmp_path, corpus, small_uni
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_a_run_killed_while_it_cleaned_up_is_finished(tmp_path, corpus):
+    directory = prepare(config_of(corpus), tmp_path / "store").directory
+    whole = contents(tmp_path / "store")
+    building = pathlib.Path(directory.replace("store-", "building-"))
+    os.rename(directory, building)
+    (building / "parts" / "few-000000").mkdir(parents=True)
+    (building / "parts" / "few-000000" / "counts.json").write_text("{}")
+    prepare(config_of(corpus), tmp_path / "store")
+    assert contents(tmp_path / "store") == whole
+
+
 def test_several_processes_write_the_same_store(tmp_path, corpus, small_units):
     config = config_of(corpus)
     prepare(config, tmp_path / "one", workers=1)
@@ -193,6 +213,26 @@ def test_merges_are_learned_from_training_documents_of_all_sources(tmp_path):
     store = TokenStore(prepare(config, tmp_path / "store").directory)
     assert store.tokenizer.vocab_size <= 300
     assert len(store.tokenizer.encode(" zebra")) == len(store.tokenizer.encode(" quokka")) == 1
+
+
+def test_the_sample_is_shared_out_and_bounded_and_never_held_out(tmp_path):
+    def unit(name, count):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{name} {index:04d}"}) + "\n" for index in range(count)))
+        return Unit(name, tmp_path, tuple(cut_file(str(path), 500)), "text", None)
+
+    units = [unit("large", 900), unit("small", 20), unit("other", 900)]
+    sources = tuple(SourceConfig(one.source, paths="unread") for one in units)
+    config = DataConfig(sources, 16, TokenizerConfig(train_bytes=4000), held_out_fraction=0.2)
+    texts = list(training_texts(config, units))
+    spent = collections.Counter()
+    for text in texts:
+        spent[text.split()[0]] += len(text)
+        assert not is_held_out(Document(text), 0.2)
+    assert sum(spent.values()) == 4000
+    assert 100 < spent["small"] <= 200, "all it has for training"
+    assert abs(spent["large"] - spent["other"]) <= 20, "the rest in equal shares"
+    assert texts == list(training_texts(config, units))
 
 
 def nothing():

@@ -130,9 +130,11 @@ def test_a_users_byte_level_tokenizer_is_accepted(tmp_path):
 def test_a_users_tokenizer_of_words_is_accepted():
     theirs = Reference(models.WordLevel({"<eos>": 0, "[UNK]": 1, "cat": 2, "sat": 3}, unk_token="[UNK]"))
     theirs.pre_tokenizer = pre_tokenizers.Whitespace()
+    theirs.add_special_tokens(["<eos>"])
     ours = Tokenizer(theirs.to_str())
     assert ours.encode("cat sat dog") == [2, 3, 1]
     assert ours.decode([2, 3]) == "cat sat"
+    assert 0 not in ours.encode("cat <eos> sat"), "its text in a document is plain text"
     assert ours.byte_lengths is None
 
 

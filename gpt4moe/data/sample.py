@@ -1,0 +1,44 @@
+"""The text that merges are learned from: a bounded sample of the training documents of all sources."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+
+from gpt4moe.config.data import DataConfig
+from gpt4moe.data.documents import Document, is_held_out
+from gpt4moe.data.encode import Unit
+from gpt4moe.data.files import read_documents
+
+
+def training_texts(config: DataConfig, units: Sequence[Unit]) -> Iterator[str]:
+    """Training documents for the merges, at most `train_bytes`; each source gets an equal share, or all it has.
+
+    Parts of files are taken in the order of a hash of their number, so that a large folder is sampled all over and
+    the same files give the same merges wherever they lie.
+    """
+    left = config.tokenizer.train_bytes
+    sizes = {source.name: 0 for source in config.sources}
+    for unit in units:
+        sizes[unit.source] += unit.size
+    for rank, name in enumerate(sorted(sizes, key=sizes.get)):
+        share = left / (len(sizes) - rank)
+        spent = 0
+        for document in _sampled(name, units):
+            if not is_held_out(document, config.held_out_fraction):
+                text = document.text[: math.ceil(share - spent)]
+                spent += len(text.encode())
+                yield text
+            if spent >= share:
+                break
+        left -= spent
+
+
+def _sampled(source: str, units: Sequence[Unit]) -> Iterator[Document]:
+    files = [(file, unit) for unit in units if unit.source == source for file in unit.files]
+    for number in sorted(range(len(files)), key=lambda number: hashlib.blake2b(str(number).encode()).digest()):
+        file, unit = files[number]
+        for record in read_documents(file, unit.text_field, unit.group_field):
+            if isinstance(record, Document):
+                yield record
