@@ -5,9 +5,12 @@ from __future__ import annotations
 import array
 import dataclasses
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import shutil
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -81,6 +84,17 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer, held_out_fraction: float, stop
     (scratch / "counts.json").write_text(json.dumps(dataclasses.asdict(counts)))
     os.replace(scratch, unit.folder)
     return counts
+
+
+def end_with_parent() -> None:
+    """Lets this worker process die with its parent: one that was killed would leave it waiting for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _records(unit: Unit) -> Iterator[Document | BadRecord]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from gpt4moe.config.check import require
 from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.data.assemble import assemble
-from gpt4moe.data.encode import Unit, UnitCounts, encode_unit
+from gpt4moe.data.encode import Unit, UnitCounts, encode_unit, end_with_parent
 from gpt4moe.data.files import FilePart, cut_file, find_files
 from gpt4moe.data.sample import training_texts
 from gpt4moe.data.sources import function_documents, source_identity
@@ -218,7 +218,7 @@ def _encode(
         return [counts[index] for index in range(len(units))]
     # spawn: forking a process that runs JAX threads can deadlock.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         futures = {
             pool.submit(encode_unit, unit, tokenizer, config.held_out_fraction, stop): index
             for index, unit in enumerate(units)

@@ -160,11 +160,14 @@ def test_kill_minus_nine_leaves_a_store_that_resumes(tmp_path, corpus, small_uni
             calls.append(line)
             if len(calls) == int(sys.argv[3]):
                 os.kill(os.getpid(), signal.SIGKILL)
-        prepare.prepare(config_of(pathlib.Path(sys.argv[1])), sys.argv[2], progress=die)
+        workers = int(sys.argv[4])
+        prepare.prepare(config_of(pathlib.Path(sys.argv[1])), sys.argv[2], progress=die, workers=workers)
     """
-    for calls in ("1", "7"):
-        command = [sys.executable, "-c", script, str(corpus), str(tmp_path / "cut"), calls]
-        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    for calls, workers in (("1", "1"), ("2", "2"), ("7", "1")):
+        command = [sys.executable, "-c", script, str(corpus), str(tmp_path / "cut"), calls, workers]
+        # Worker processes that outlive the killed run would hold its output open.
+        killed = subprocess.run(command, check=False, stdout=subprocess.PIPE, timeout=60)
+        assert killed.returncode == -signal.SIGKILL
     prepare(config, tmp_path / "cut")
     prepare(config, tmp_path / "whole")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")

@@ -127,6 +127,17 @@ def test_a_users_byte_level_tokenizer_is_accepted(tmp_path):
         build_tokenizer(TokenizerConfig(path=str(tmp_path / "tokenizer.json"), vocab_size=299), [])
 
 
+def test_ids_that_are_not_in_the_order_of_the_merges_are_kept(tokenizer):
+    fields = json.loads(tokenizer.serialized)
+    merged = ["".join(pair) for pair in fields["model"]["merges"]]
+    ids = [fields["model"]["vocab"][token] for token in merged]
+    fields["model"]["vocab"] |= dict(zip(merged, reversed(ids), strict=True))
+    ours = Tokenizer(json.dumps(fields))
+    rng = random.Random(3)
+    for text in [*TEXTS, *(random_text(rng) for _ in range(10))]:
+        assert ours.encode(text) == slow_encode(ours.serialized, text)
+
+
 def test_a_users_tokenizer_of_words_is_accepted():
     theirs = Reference(models.WordLevel({"<eos>": 0, "[UNK]": 1, "cat": 2, "sat": 3}, unk_token="[UNK]"))
     theirs.pre_tokenizer = pre_tokenizers.Whitespace()
