@@ -1,6 +1,6 @@
 """`report.html` of a run: one self-contained page made of the files in its work directory.
 
-In: `metrics.jsonl`, and where they exist `evaluation.json` (of `gpt4moe evaluate`), `samples.json`
+In: `metrics.jsonl`, and where they exist `evaluation.json` (`gpt4moe.train.evaluate`), `samples.json`
 (`gpt4moe.infer.generate`), `config.gin` and `environment.json`. Out: `report.html` beside them, without any
 reference to the network.
 """
@@ -23,7 +23,7 @@ def write_report(workdir: str | epath.Path) -> epath.Path:
     Raises `ValueError` where the directory holds no run.
     """
     history = read_history(workdir)
-    evaluation = held_out(history, read_json(workdir, "evaluation.json"))
+    evaluation = read_json(workdir, "evaluation.json")
     page = PAGE.substitute(
         title=html.escape(f"gpt4moe: {epath.Path(workdir).name}"),
         tiles=_tiles(history),
@@ -36,22 +36,6 @@ def write_report(workdir: str | epath.Path) -> epath.Path:
     path = epath.Path(workdir) / "report.html"
     path.write_text(page)
     return path
-
-
-def held_out(history: History, evaluation: dict | None) -> dict | None:
-    """The held-out results of the latest step, `{"step": ..., "sets": {source: {key: value}}}`, None without any.
-
-    They are in the log of the run, or in `evaluation` where that is of the same or a later step.
-    """
-    logged = [row for row in history.rows if any(key.startswith("eval/") for key in row)]
-    if not logged or (evaluation and evaluation["step"] >= logged[-1]["step"]):
-        return evaluation
-    found = {"step": logged[-1]["step"], "sets": {}}
-    for key, value in logged[-1].items():
-        if key.startswith("eval/"):
-            _, source, name = key.split("/")
-            found["sets"].setdefault(source, {})[name] = value
-    return found
 
 
 def _tiles(history: History) -> str:

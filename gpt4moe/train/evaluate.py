@@ -25,6 +25,7 @@ from gpt4moe.data.store import TokenStore
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.sharding import batch_sharding
 from gpt4moe.train.loss import cross_entropy
+from gpt4moe.train.metrics import write_atomically
 from gpt4moe.train.state import model_definition
 from gpt4moe.types import Array, Batch
 
@@ -80,14 +81,19 @@ def evaluate(run: RunConfig, store: TokenStore, params: nnx.State) -> Evaluation
 def evaluate_trained(model: Transformer, run: RunConfig, workdir: epath.PathLike, *, step: int) -> Evaluation:
     """The held-out results of the `model` restored from `step`, on the token store of `workdir`.
 
-    Kept in `evaluation.json`, where the report finds them.
+    Kept with `write_evaluation`.
     """
     workdir = epath.Path(workdir)
     store = pipeline.open_store(run.data, run.data.store or workdir / "data")
     evaluation = evaluate(run, store, nnx.split(model)[1])
-    document = {"step": step, "sets": to_document(evaluation)}
-    (workdir / "evaluation.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_evaluation(workdir, evaluation, step=step)
     return evaluation
+
+
+def write_evaluation(workdir: epath.Path, evaluation: Evaluation, *, step: int) -> None:
+    """Leaves the results of `step` in `evaluation.json`, where the report finds them."""
+    document = {"step": step, "sets": to_document(evaluation)}
+    write_atomically(workdir / "evaluation.json", json.dumps(document, indent=1) + "\n")
 
 
 def to_document(evaluation: Evaluation | None) -> dict:
