@@ -57,6 +57,7 @@ def measure_speed(folder: pathlib.Path, num_tokens: int, num_batches: int) -> di
     store = write_store(folder, lengths, vocab_size=32_768, tokens_of=lambda count: rng.integers(272, 32_768, count))
     config = data_config({"text": None, "code": None}, SEQUENCE_LENGTH)
     results = {"planned_tokens_per_cpu_second": round(num_tokens / cpu_seconds(lambda: plan_all(store, config)))}
+    results["open_seconds"] = round(cpu_seconds(lambda: TrainRows(store, config, microbatch_rows=MICROBATCH_ROWS)), 4)
     rows = TrainRows(store, config, microbatch_rows=MICROBATCH_ROWS)
     packing = rows.packing()
     results |= {f"fill/{name}": round(packing[name]["fill"], 5) for name in packing}
@@ -64,11 +65,13 @@ def measure_speed(folder: pathlib.Path, num_tokens: int, num_batches: int) -> di
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(num_batches):
         next(rows)
+        rows.ledger()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    rows.ledger()
     timed = num_batches * MICROBATCH_ROWS * SEQUENCE_LENGTH
     results |= {"tokens_per_second": round(timed / wall), "tokens_per_cpu_second": round(timed / cpu)}
-    results |= memory() | {f"restore_seconds/{tokens:.0e}": restore(rows, tokens) for tokens in RESTORE_TOKENS}
+    seconds = {tokens: restore(rows, tokens) for tokens in RESTORE_TOKENS}
+    results |= memory() | {f"restore_seconds/{tokens:.0e}": second for tokens, second in seconds.items()}
+    results["restore_1e9_over_1e6"] = round(seconds[10**9] / seconds[10**6], 2)
     return results
 
 

@@ -90,7 +90,7 @@ def _expand(path: str) -> list[str]:
         fixed = next(index for index, part in enumerate(root.parts) if any(letter in part for letter in GLOB_LETTERS))
         found = epath.Path(*root.parts[:fixed]).glob("/".join(root.parts[fixed:]))
         return [str(file) for file in found if file.is_file()]
-    require(root.exists(), "paths", path, "does not exist")
+    require(root.exists(), "paths", path, "does not exist", "check the path")
     return [str(file) for file in _files_below(root)]
 
 
