@@ -48,11 +48,10 @@ class DataConfig:
     """Sources, tokenizer and rows of a run.
 
     `exhaust_together` ignores the weights and spreads every source evenly until all reach `max_epochs` at the
-    same token. `held_out_fraction` of the documents, chosen by a hash of their text (or the group
-    that their source gives them), is kept for evaluation,
-    of which at most `held_out_tokens` a source are used. `store` is where tokens are kept (None: `data/` under the
-    work directory; a shared folder lets several runs use one). `bad_records` says whether a record that cannot be
-    read is counted and passed over or stops the run.
+    same token. `held_out_fraction` of the documents, chosen by a hash of their text (or of the group that their
+    source gives them), is kept for evaluation, of which at most `held_out_tokens` a source are used. `store` is where
+    tokens are kept (None: `data/` under the work directory; a shared folder lets several runs use one).
+    `bad_records` says whether a record that cannot be read is counted and passed over or stops the run.
     """
 
     sources: tuple[SourceConfig, ...]
