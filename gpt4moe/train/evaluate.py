@@ -18,10 +18,11 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, Sharding
 
+from gpt4moe.config.check import require
 from gpt4moe.config.rules import ShardingRules
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
-from gpt4moe.data.store import TokenStore
+from gpt4moe.data.store import REPORT_FILE, TOKENIZER_FILE, TokenStore
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.sharding import batch_sharding
 from gpt4moe.train.loss import cross_entropy
@@ -79,13 +80,12 @@ def evaluate(run: RunConfig, store: TokenStore, params: nnx.State) -> Evaluation
 
 
 def evaluate_trained(model: Transformer, run: RunConfig, workdir: epath.PathLike, *, step: int) -> Evaluation:
-    """The held-out results of the `model` restored from `step`, on the token store of `workdir`.
+    """The held-out results of the `model` restored from `step`, on the text that was held out of its training.
 
-    Kept with `write_evaluation`.
+    Kept with `write_evaluation`. Raises `CallerError` where the tokens are gone and the sources have changed.
     """
     workdir = epath.Path(workdir)
-    store = pipeline.open_store(run.data, run.data.store or workdir / "data")
-    evaluation = evaluate(run, store, nnx.split(model)[1])
+    evaluation = evaluate(run, _trained_store(run, workdir), nnx.split(model)[1])
     write_evaluation(workdir, evaluation, step=step)
     return evaluation
 
@@ -94,6 +94,25 @@ def write_evaluation(workdir: epath.Path, evaluation: Evaluation, *, step: int) 
     """Leaves the results of `step` in `evaluation.json`, where the report finds them."""
     document = {"step": step, "sets": to_document(evaluation)}
     write_atomically(workdir / "evaluation.json", json.dumps(document, indent=1) + "\n")
+
+
+def _trained_store(run: RunConfig, workdir: epath.Path) -> TokenStore:
+    """The token store with the tokenizer of `workdir`, which needs no sources; made again where it is not to be found.
+
+    Sources that have changed would give another tokenizer, under which the model's results mean nothing.
+    """
+    directory = epath.Path(run.data.store or workdir / "data")
+    tokenizer = (workdir / TOKENIZER_FILE).read_text()
+    reports = directory.glob(f"store-*/{REPORT_FILE}")
+    found = [report.parent for report in reports if (report.parent / TOKENIZER_FILE).read_text() == tokenizer]
+    if len(found) == 1:
+        return TokenStore(found[0], run.data.held_out_tokens)
+    store = pipeline.open_store(run.data, directory)
+    same = store.tokenizer.serialized == tokenizer
+    require(
+        same, "data", str(directory), "was made of other text than the model's", "restore the sources it was trained on"
+    )
+    return store
 
 
 def to_document(evaluation: Evaluation | None) -> dict:

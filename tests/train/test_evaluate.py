@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +31,19 @@ from gpt4moe.train.state import model_definition
 LENGTH = 32
 
 
-def documents(name, count):
-    """`count` short documents that differ from one another."""
-    generator = np.random.default_rng(len(name))
-    words = [f"{name}{number}" for number in range(20)]
-    return [" ".join(generator.choice(words, size=generator.integers(2, 12))) for _ in range(count)]
+def write_documents(path, word):
+    """Sixty short documents of one vocabulary."""
+    generator = np.random.default_rng(len(word))
+    words = [f"{word}{number}" for number in range(20)]
+    texts = [" ".join(generator.choice(words, size=generator.integers(2, 12))) for _ in range(60)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sources")
     for name in ("code", "prose"):
-        lines = [json.dumps({"text": text}) for text in documents(name, 60)]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines))
+        write_documents(directory / f"{name}.jsonl", name)
     sources = tuple(SourceConfig(name, paths=(str(directory / f"{name}.jsonl"),)) for name in ("code", "prose"))
     tokenizer = TokenizerConfig(vocab_size=272, byte_level_only=True)
     return RunConfig(
@@ -146,12 +147,33 @@ def test_zero_parameters_cost_the_logarithm_of_the_vocabulary(run, store, model)
         assert result.tokens == store.num_tokens(source, "held_out")
 
 
-def test_a_restored_model_leaves_its_results_for_the_report(run, model, evaluation, tmp_path):
+def test_a_restored_model_leaves_its_results_for_the_report(run, store, model, evaluation, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(store.tokenizer.serialized)
     again = evaluate_trained(model, run, tmp_path, step=7)
     assert again.mean_loss == pytest.approx(evaluation.mean_loss)
     document = json.loads((tmp_path / "evaluation.json").read_text())
     assert document["step"] == 7
     assert document["sets"]["code"]["loss"] == pytest.approx(evaluation.sets["code"].loss)
+
+
+def test_a_restored_model_is_evaluated_on_its_own_held_out_text_or_not_at_all(run, tmp_path):
+    """Its sources are gone, then they are back with other text: the first does not matter, the second is refused."""
+    source = SourceConfig("code", paths=(str(tmp_path / "code.jsonl"),))
+    data = dataclasses.replace(run.data, sources=(source,), store=None, tokenizer=TokenizerConfig(vocab_size=280))
+    run = dataclasses.replace(run, data=data, model=dataclasses.replace(run.model, vocab_size=280))
+    params = jax.jit(lambda: parameters(run.model))()
+    model = nnx.merge(model_definition(run.model), params)
+    path = tmp_path / "code.jsonl"
+    write_documents(path, "code")
+    store = open_store(data, tmp_path / "data")
+    (tmp_path / "tokenizer.json").write_text(store.tokenizer.serialized)
+    path.unlink()
+    first = evaluate_trained(model, run, tmp_path, step=1)
+    assert first.sets["code"].tokens == store.num_tokens("code", "held_out")
+    shutil.rmtree(tmp_path / "data")
+    write_documents(path, "prose")
+    with pytest.raises(ValueError, match=r"^data='.*' was made of other text than the model's; restore"):
+        evaluate_trained(model, run, tmp_path, step=1)
 
 
 def test_rows_and_table_of_two_sources():
