@@ -217,7 +217,8 @@ def _svg(figure) -> str:
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     svg = written.getvalue()[written.getvalue().index("<svg") :].replace(INK, "currentColor")
-    # The page sets the size; the viewBox keeps the proportions.
+    # The page sets the font and the size; the viewBox keeps the proportions.
+    svg = re.sub(r"font-family: [^;]*; ?", "", svg)
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
 
 
