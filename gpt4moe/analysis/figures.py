@@ -50,8 +50,7 @@ def _loss(history: History, evaluation: dict) -> Chart | None:
     def draw(axes) -> None:
         for source, colour in zip(sources, _colours(), strict=False):
             series = thin(history.series(f"loss/{source}"))
-            axes.plot(series.tokens, series.values, color=colour, alpha=0.3, linewidth=0.8)
-            axes.plot(series.tokens, smooth(series.values), color=colour, label=f"{source}, training")
+            _trace(axes, series.tokens, series.values, colour, f"{source}, training")
             held_out = history.series(f"eval/{source}/loss")
             if len(held_out.tokens):
                 axes.plot(held_out.tokens, held_out.values, "o", color=colour, label=f"{source}, held out")
@@ -59,7 +58,7 @@ def _loss(history: History, evaluation: dict) -> Chart | None:
             if unigram is not None:
                 axes.axhline(unigram, color=colour, linestyle=":", linewidth=1.2, label=f"{source}, unigram")
         axes.set_ylabel("nats per token")
-        _legend(axes, columns=min(len(sources), 3))
+        _legend(axes, columns=len(sources) if 1 < len(sources) < 5 else 3)
 
     caption = "Cross-entropy of each source. Points: held-out text. Dotted: what token frequencies alone reach."
     return Chart("Loss", caption, _draw(draw, "loss", (9.0, 3.6)), wide=True)
@@ -103,10 +102,10 @@ def _balance(history: History) -> Chart | None:
     relative = load.values * load.values.shape[-1]
 
     def draw(axes) -> None:
-        axes.plot(load.tokens, relative.max((1, 2)), color=PALETTE[4], label="busiest expert of any layer")
-        axes.plot(load.tokens, relative.max(2).mean(1), color=PALETTE[1], label="busiest, mean of layers")
-        axes.plot(load.tokens, relative.min(2).mean(1), color=PALETTE[5], label="idlest, mean of layers")
-        axes.plot(load.tokens, relative.min((1, 2)), color=PALETTE[0], label="idlest expert of any layer")
+        _trace(axes, load.tokens, relative.max((1, 2)), PALETTE[4], "busiest expert of any layer")
+        _trace(axes, load.tokens, relative.max(2).mean(1), PALETTE[1], "busiest, mean of layers")
+        _trace(axes, load.tokens, relative.min(2).mean(1), PALETTE[5], "idlest, mean of layers")
+        _trace(axes, load.tokens, relative.min((1, 2)), PALETTE[0], "idlest expert of any layer")
         axes.set_ylabel("load / mean load")
         axes.set_ylim(bottom=0)
         _legend(axes, columns=2)
@@ -151,7 +150,7 @@ def _lines(history: History, labels: dict[str, str], title: str, caption: str) -
 
     def draw(axes) -> None:
         for (label, series), colour in zip(logged.items(), _colours(), strict=False):
-            axes.plot(series.tokens, series.values.reshape(len(series.tokens), -1).mean(1), color=colour, label=label)
+            _trace(axes, series.tokens, series.values.reshape(len(series.tokens), -1).mean(1), colour, label)
         axes.set_ylim(bottom=0)
         if len(logged) > 1:
             _legend(axes, columns=2)
@@ -159,6 +158,12 @@ def _lines(history: History, labels: dict[str, str], title: str, caption: str) -
             axes.set_ylabel(next(iter(logged)))
 
     return Chart(title, caption, _draw(draw, title))
+
+
+def _trace(axes, tokens: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
+    """The values as a faint line and their running mean as a strong one."""
+    axes.plot(tokens, values, color=colour, alpha=0.3, linewidth=0.8)
+    axes.plot(tokens, smooth(values), color=colour, label=label)
 
 
 def _legend(axes, columns: int) -> None:
