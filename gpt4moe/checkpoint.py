@@ -130,17 +130,38 @@ def restore(workdir: epath.PathLike, step: int, abstract: PyTree) -> PyTree:
     `abstract` has `jax.ShapeDtypeStruct` leaves; one without a sharding is restored to the default device. To read
     the parameters alone pass `{"params": abstract_params}`.
 
-    Raises:
-        CallerError: an array is missing or of another shape: the checkpoint is of another model.
+    Raises `CallerError` as `check_shapes` does.
     """
+    check_shapes(workdir, step, abstract)
     path = checkpoint_directory(workdir) / str(step)
     wanted = {name: _with_sharding(leaf) for name, leaf in _by_path(abstract).items()}
     with _reader() as reader:
-        _check_match(path, reader.metadata(path).item_metadata["state"].tree, wanted)
         arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
         state = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
         arrays = reader.restore(path, ocp.args.Composite(state=state))["state"]
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+
+
+def check_shapes(workdir: epath.PathLike, step: int, abstract: PyTree) -> None:
+    """Raises `CallerError` where a step lacks an array of `abstract` or has it in another shape."""
+    path = checkpoint_directory(workdir) / str(step)
+    with _reader() as reader:
+        saved = reader.metadata(path).item_metadata["state"].tree
+    wanted = {name: tuple(leaf.shape) for name, leaf in _by_path(abstract).items()}
+    wrong = [f"{name} is missing" for name in wanted if name not in saved]
+    wrong += [
+        f"{name} has shape {tuple(saved[name].shape)}, the model {shape}"
+        for name, shape in wanted.items()
+        if name in saved and tuple(saved[name].shape) != shape
+    ]
+    more = f" and {len(wrong) - _SHOWN_NAMES} more" if len(wrong) > _SHOWN_NAMES else ""
+    require(
+        not wrong,
+        "checkpoint",
+        str(path),
+        f"is of another model: {', '.join(wrong[:_SHOWN_NAMES])}{more}",
+        "use the configuration it was trained with, or another workdir",
+    )
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
@@ -154,23 +175,6 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_match(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    wrong = [f"{name} is missing" for name in wanted if name not in saved]
-    wrong += [
-        f"{name} has shape {tuple(saved[name].shape)}, the model {tuple(leaf.shape)}"
-        for name, leaf in wanted.items()
-        if name in saved and tuple(saved[name].shape) != tuple(leaf.shape)
-    ]
-    more = f" and {len(wrong) - _SHOWN_NAMES} more" if len(wrong) > _SHOWN_NAMES else ""
-    require(
-        not wrong,
-        "checkpoint",
-        str(path),
-        f"is of another model: {', '.join(wrong[:_SHOWN_NAMES])}{more}",
-        "use the configuration it was trained with, or another workdir",
-    )
 
 
 def _reader() -> ocp.Checkpointer:

@@ -110,7 +110,7 @@ def train(
     mesh, rules = make_mesh(run.mesh), ShardingRules()
     sharding.check_rows(run.microbatch_rows, mesh, rules)
     abstract = train_state.abstract_state(run, mesh, rules)
-    progress = resume.saved_progress(run, workdir, allow_change=allow_config_change)
+    progress = resume.saved_progress(run, workdir, abstract, allow_change=allow_config_change)
     store = pipeline.open_store(run.data, run.data.store or workdir / "data", progress=_say if show_progress else None)
     rows = pipeline.TrainRows(
         store,
@@ -188,7 +188,8 @@ def _evaluate(parts: Parts, at: Position) -> evaluate.Evaluation:
     """Held-out loss of the parameters as they are, into the log and `evaluation.json`."""
     parts.recorder.flush()
     evaluation = evaluate.evaluate(parts.run, parts.store, at.state.params)
-    parts.log.write({"step": at.step, "tokens": at.tokens} | evaluation.row())
+    if at.step not in parts.log.evaluated_steps:
+        parts.log.write({"step": at.step, "tokens": at.tokens} | evaluation.row())
     document = {"step": at.step, "sets": evaluate.to_document(evaluation)}
     metrics.write_atomically(parts.workdir / "evaluation.json", json.dumps(document, indent=1) + "\n")
     parts.recorder.clock.resume()

@@ -27,12 +27,15 @@ class MetricsLog:
     Rows of steps after `keep_to_step`, which a killed process had reached but not saved, are dropped first. A row has
     left this process when `write` returns. An object store cannot append: there rows gather in a temporary file that
     `upload` copies, which the trainer does before each checkpoint, and no row newer than that outlives a kill anyway.
+    `evaluated_steps` are those that already have their evaluation in the log.
     """
 
     def __init__(self, workdir: epath.Path, *, keep_to_step: int) -> None:
         self._path = workdir / "metrics.jsonl"
         self._remote = "://" in os.fspath(workdir)
-        kept = "".join(json.dumps(row) + "\n" for row in _rows_up_to(self._path, keep_to_step))
+        rows = _rows_up_to(self._path, keep_to_step)
+        self.evaluated_steps = {row["step"] for row in rows if any(key.startswith("eval/") for key in row)}
+        kept = "".join(json.dumps(row) + "\n" for row in rows)
         if self._remote:
             self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 closed in __exit__
             self._file.write(kept)

@@ -16,6 +16,7 @@ from etils import epath
 from gpt4moe import checkpoint
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.run import RunConfig
+from gpt4moe.train.state import TrainState
 
 # A run may be prolonged, logged, saved and laid out differently. Its schedule follows its length (planned tokens), so
 # a prolonged run is not bitwise the run that was planned long from the start.
@@ -60,14 +61,17 @@ def differences(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
     return [f"{name}: {saved.get(name)!r} -> {now.get(name)!r}" for name in changed]
 
 
-def saved_progress(run: RunConfig, workdir: epath.Path, *, allow_change: bool) -> dict | None:
-    """The record of the newest checkpoint, None where there is none to go on from.
+def saved_progress(run: RunConfig, workdir: epath.Path, abstract: TrainState, *, allow_change: bool) -> dict | None:
+    """The record of the newest checkpoint, None where there is none to go on from; reads only.
 
-    Raises `CallerError` with the differences where the checkpoint was trained with other settings that are not free,
-    unless `allow_change`.
+    Raises `CallerError` where that checkpoint, or what `init_from` names, is not of a model of these shapes, or where
+    it was trained with other settings that are not free and `allow_change` is not given.
     """
     steps = checkpoint.saved_steps(workdir)
+    source = run.train.init_from
     if not steps:
+        if source is not None:
+            checkpoint.check_shapes(source, checkpoint.latest_step(source), {"params": abstract.params})
         return None
     progress = checkpoint.restore_progress(workdir, steps[-1])
     changed = differences(progress["settings"], run)
@@ -76,6 +80,7 @@ def saved_progress(run: RunConfig, workdir: epath.Path, *, allow_change: bool) -
             f"workdir={str(workdir)!r} was trained with another configuration ({'; '.join(changed)}); "
             "give its own configuration, another workdir, or --allow_config_change to go on with the new one"
         )
+    checkpoint.check_shapes(workdir, steps[-1], abstract)
     return progress
 
 

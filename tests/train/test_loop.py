@@ -1,0 +1,210 @@
+"""Whole runs of a tiny model: files left behind, resuming, stopping, giving up, refusing."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt4moe import checkpoint
+from gpt4moe.config.check import CallerError
+from gpt4moe.model import router
+from gpt4moe.train import loop, state
+from tests.train import tiny
+from tests.train.kill_campaign import CLOCK_KEYS
+
+# design.md, section 4
+STEP_KEYS = {
+    "step",
+    "tokens",
+    "epoch/code",
+    "epoch/text",
+    "loss",
+    "load_balance_loss",
+    "router_z_loss",
+    "grad_norm",
+    "learning_rate",
+    "batch_tokens",
+    "tokens_per_second",
+    "model_flops_utilization",
+    "step_seconds",
+    "goodput",
+    "skipped_steps",
+    "moe/load",
+    "moe/load_max_over_mean",
+    "moe/load_entropy",
+    "moe/dropped_fraction",
+    "moe/router_entropy",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The runs of this file share their compiled programs on disk."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus")
+    tiny.write_corpus(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """(run, work directory, result) of an undisturbed run with evaluations at 6 and 12."""
+    run = tiny.run_config(corpus, evaluate_every=6)
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return run, workdir, train(run, workdir)
+
+
+def train(run, workdir, **options):
+    return loop.train(run, workdir, config_text="the text", show_progress=False, **options)
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(logged):
+    return [{key: value for key, value in row.items() if key not in CLOCK_KEYS} for row in logged]
+
+
+def test_a_run_leaves_its_files_and_a_row_a_step(finished):
+    _, workdir, result = finished
+    steps = [row for row in rows(workdir) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert all(row.keys() - {"loss/code", "loss/text"} == STEP_KEYS for row in steps)
+    assert [row["batch_tokens"] for row in steps] == [128] * 3 + [256] * 3 + [512] * 6
+    assert steps[-1]["tokens"] == result.tokens == sum(row["batch_tokens"] for row in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert (workdir / "config.gin").read_text() == "the text"
+    assert "packages" in json.loads((workdir / "environment.json").read_text())
+
+
+def test_evaluations_are_logged_and_choose_the_best_checkpoint(finished):
+    _, workdir, result = finished
+    logged = [row for row in rows(workdir) if "eval/text/loss" in row]
+    assert [row["step"] for row in logged] == [6, 12]
+    assert logged[-1]["eval/code/bits_per_byte"] == pytest.approx(result.evaluation.sets["code"].bits_per_byte)
+    assert checkpoint.saved_steps(workdir) == [8, 12]
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished):
+    run, workdir, result = finished
+    before = without_clock(rows(workdir))
+    again = train(run, workdir)
+    assert (again.step, again.tokens, again.stopped) == (result.step, result.tokens, False)
+    assert [row for row in without_clock(rows(workdir)) if "loss" in row] == [row for row in before if "loss" in row]
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(finished, tmp_path):
+    run, reference, _ = finished
+
+    def interrupt():
+        while not ((tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) >= 3):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    stopped = train(run, tmp_path)
+    watcher.join()
+    assert stopped.stopped and 3 <= stopped.step < 12
+    assert checkpoint.latest_step(tmp_path) == stopped.step
+    train(run, tmp_path)
+    assert without_clock(rows(tmp_path)) == without_clock(rows(reference))
+
+
+def test_another_layout_goes_on_from_the_same_checkpoint(finished, corpus, tmp_path):
+    run, reference, _ = finished
+    train(tiny.with_train(run, steps=4), tmp_path)
+    sharded = dataclasses.replace(
+        run, mesh=dataclasses.replace(run.mesh, axes=(("fsdp", 2), ("expert", 2), ("tensor", 2)))
+    )
+    train(sharded, tmp_path)
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 13))
+    assert rows(tmp_path)[-1]["tokens"] == rows(reference)[-1]["tokens"]
+
+
+def test_another_configuration_is_refused_with_the_difference(finished):
+    run, workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes(), (workdir / "config.gin").stat().st_mtime_ns
+    changed = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=0.5))
+    with pytest.raises(CallerError, match=r"optimizer.learning_rate: 0.01 -> 0.5") as error:
+        train(changed, workdir)
+    assert "\n" not in str(error.value)
+    assert before == ((workdir / "metrics.jsonl").read_bytes(), (workdir / "config.gin").stat().st_mtime_ns)
+    assert train(changed, workdir, allow_config_change=True).step == 12
+
+
+def test_a_work_directory_of_another_model_is_refused_even_with_the_flag(finished):
+    run, workdir, _ = finished
+    wider = dataclasses.replace(run, model=dataclasses.replace(run.model, model_dim=32))
+    for allowed in (False, True):
+        with pytest.raises(CallerError) as error:
+            train(wider, workdir, allow_config_change=allowed)
+        assert "model" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_init_from_takes_the_parameters_and_nothing_else(finished, tmp_path):
+    run, workdir, _ = finished
+    train(tiny.with_train(run, init_from=str(workdir), steps=1), tmp_path)
+    started, ended = rows(tmp_path)[0], [row for row in rows(workdir) if "loss" in row][-1]
+    assert started["step"] == 1 and started["tokens"] == 128
+    assert started["loss"] == pytest.approx(ended["loss"], abs=0.4) and started["loss"] < rows(workdir)[0]["loss"] - 1
+
+
+def test_init_from_nowhere_is_refused_before_anything_is_written(corpus, tmp_path):
+    run = tiny.run_config(corpus, init_from=str(tmp_path / "nothing"))
+    with pytest.raises(CallerError, match="no complete checkpoint"):
+        train(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def broken_router(logits_UE, inputs, config):
+    routing = router.top_k(logits_UE, inputs, config)
+    return dataclasses.replace(routing, gates_UK=routing.gates_UK * jnp.nan)
+
+
+def test_too_many_skipped_steps_end_with_a_checkpoint_of_finite_parameters(corpus, tmp_path):
+    moe = dataclasses.replace(tiny.MODEL.moe, router=broken_router)
+    model = dataclasses.replace(tiny.MODEL, moe=moe)
+    run = tiny.run_config(corpus, model=model, max_skipped_steps=3)
+    with pytest.raises(loop.SkipLimitError, match="not finite"):
+        train(run, tmp_path)
+    assert [row["skipped_steps"] for row in rows(tmp_path)][:3] == [1, 2, 3]
+    assert rows(tmp_path)[0]["loss"] is None
+    abstract = jax.eval_shape(lambda: state.initial_state(run))
+    saved = checkpoint.restore(tmp_path, checkpoint.latest_step(tmp_path), abstract)
+    for leaf, first in zip(
+        jax.tree.leaves(saved.params), jax.tree.leaves(state.initial_state(run).params), strict=True
+    ):
+        np.testing.assert_allclose(leaf, first, rtol=1e-5)
+    assert int(saved.skipped_in_row) == 0
+
+
+def test_data_that_ends_ends_the_run(corpus, tmp_path):
+    run = tiny.run_config(corpus, steps=1000)
+    result = train(run, tmp_path)
+    assert result.data_ended and not result.stopped
+    progress = checkpoint.restore_progress(tmp_path, result.step)
+    last = [row for row in rows(tmp_path) if "loss" in row][-1]
+    assert (last["epoch/code"], last["epoch/text"]) == (4.0, 2.0)
+    assert progress["tokens"] == result.tokens >= sum(progress["ledger"].values()) > 0.8 * result.tokens
