@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gpt4moe.config.check import CallerError
 from gpt4moe.data.documents import BadRecord, Document, is_held_out
 from gpt4moe.data.files import FilePart, read_documents
 from gpt4moe.data.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer, held_out_fraction: float, stop
         if isinstance(record, BadRecord):
             bad.append(f"{record.where} {record.reason}")
             if stop_at_bad:
-                raise ValueError(f"bad_records='stop' met {bad[-1]}; mend the record or set bad_records='count'")
+                raise CallerError(f"bad_records='stop' met {bad[-1]}; mend the record or set bad_records='count'")
         elif not record.text:
             empty += 1
         else:

@@ -19,7 +19,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
-from gpt4moe.config.check import require
+from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.data.assemble import assemble
 from gpt4moe.data.encode import Unit, UnitCounts, encode_unit, end_with_parent
@@ -131,7 +131,7 @@ def _tokenise(
     for name, done in by_source.items():
         if not any(sum(unit_counts.documents.values()) for _, unit_counts in done):
             bad = sum(unit_counts.bad_records for _, unit_counts in done)
-            raise ValueError(f"source={name!r} has no documents ({bad} bad records); check its paths or text_field")
+            raise CallerError(f"source={name!r} has no documents ({bad} bad records); check its paths or text_field")
     reports = [assemble(name, done, building, tokenizer, config.held_out_fraction) for name, done in by_source.items()]
     for report in reports:
         if report.bad_records:

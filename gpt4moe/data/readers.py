@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import zstandard
 from etils import epath
 
+from gpt4moe.config.check import CallerError
 from gpt4moe.data.documents import BadRecord, Document
 
 Records = Iterator[Document | BadRecord]
@@ -94,7 +95,7 @@ def read_parquet(path: str, start: int, stop: int | None, text_field: str, group
     with epath.Path(path).open("rb") as file:
         table = parquet.ParquetFile(file)
         if text_field not in table.schema_arrow.names:
-            raise ValueError(f"text_field={text_field!r} must be a column of {path} ({table.schema_arrow.names})")
+            raise CallerError(f"text_field={text_field!r} must be a column of {path} ({table.schema_arrow.names})")
         stop = table.num_row_groups if stop is None else stop
         number = sum(table.metadata.row_group(group).num_rows for group in range(start))
         batches = table.iter_batches(RECORDS_AT_ONCE, row_groups=list(range(start, stop)), columns=[text_field])

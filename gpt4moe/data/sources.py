@@ -17,6 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 
+from gpt4moe.config.check import CallerError
 from gpt4moe.config.data import SourceConfig
 from gpt4moe.data.documents import Document
 from gpt4moe.data.files import FilePart, file_identity, find_files, read_documents
@@ -69,7 +70,7 @@ def function_documents(function: DocumentFunction) -> Iterator[Document]:
     """Documents of a source function, strings made into documents; ValueError for anything else."""
     for item in function():
         if not isinstance(item, (Document, str)):
-            raise ValueError(f"documents={function!r} must yield Document or str; it gave {type(item).__name__}")
+            raise CallerError(f"documents={function!r} must yield Document or str; it gave {type(item).__name__}")
         yield item if isinstance(item, Document) else Document(item)
 
 

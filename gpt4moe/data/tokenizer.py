@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gpt4moe.config.check import require
+from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.tokenizer import NUM_BYTES, TokenizerConfig
 from gpt4moe.data.fast_bpe import byte_of_letter, fast_engine
 
@@ -45,7 +45,7 @@ class Tokenizer:
         try:
             self._reference = tokenizers.Tokenizer.from_str(serialized)
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(
+            raise CallerError(
                 f"tokenizer.json cannot be read: {error}; use the format of the tokenizers library"
             ) from None
         self._reference.encode_special_tokens = True  # their text inside a document is plain text

@@ -1,0 +1,175 @@
+"""The whole path from the command line: train, resume, evaluate, generate, report, load, and mistakes on the way."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+from flax import nnx
+
+import gpt4moe
+from gpt4moe.accounting import parameters
+from gpt4moe.launch import main
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+METRIC_KEYS = """step tokens epoch/files loss loss/files load_balance_loss router_z_loss grad_norm learning_rate
+    batch_tokens tokens_per_second model_flops_utilization step_seconds goodput moe/load moe/load_max_over_mean
+    moe/load_entropy moe/dropped_fraction moe/router_entropy skipped_steps"""
+SENTENCE = "The quick brown fox number {0} jumps over {0} lazy dogs and writes down what it saw.\n"
+
+
+def train_words(corpus, workdir, *more):
+    paths = f"--gin.DATA_PATHS=['{corpus}']"
+    return ["train", "--gin_file=gin_configs/run/tiny.gin", paths, f"--workdir={workdir}", "--json", *more]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(200):
+        (folder / f"{number}.txt").write_text(SENTENCE.format(number) * 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(train_words(corpus, folder)) == 0
+    return folder
+
+
+def document_of(capsys, words) -> dict:
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal_of(capsys, words) -> str:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_a_work_directory_holds_what_the_design_names(workdir):
+    names = {path.name for path in workdir.iterdir()}
+    files = {"config.gin", "metrics.jsonl", "environment.json", "evaluation.json", "samples.json", "tokenizer.json"}
+    assert names >= files | {"report.html", "checkpoints", "events", "data"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()} >= {"4", "8"}
+
+
+def test_every_logged_step_has_every_metric(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    for row in steps:
+        assert set(METRIC_KEYS.split()) <= set(row)
+        assert [len(layer) for layer in row["moe/load"]] == [4, 4]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert any("eval/files/loss" in row and "eval/files/bits_per_byte" in row for row in rows)
+
+
+def test_the_same_command_again_has_nothing_left_to_do(corpus, workdir, capsys):
+    before = (workdir / "metrics.jsonl").read_text()
+    document = document_of(capsys, train_words(corpus, workdir)[:-1])
+    assert document["step"] == 8
+    losses = [json.loads(line)["loss"] for line in before.splitlines() if '"loss"' in line]
+    after = (workdir / "metrics.jsonl").read_text()
+    assert [json.loads(line)["loss"] for line in after.splitlines() if '"loss"' in line] == losses
+
+
+def test_a_longer_run_goes_on_from_the_last_step(corpus, tmp_path, capsys):
+    short, long = train_words(corpus, tmp_path / "run", "--gin.TRAIN_STEPS=4"), train_words(corpus, tmp_path / "run")
+    assert document_of(capsys, short[:-2] + short[-1:])["step"] == 4
+    assert document_of(capsys, long[:-1])["step"] == 8
+
+
+def test_evaluate_repeats_what_training_found(workdir, capsys):
+    document = document_of(capsys, ["evaluate", f"--workdir={workdir}"])
+    found = json.loads((workdir / "evaluation.json").read_text())["sets"]
+    assert document["files"]["loss"] == pytest.approx(found["files"]["loss"], rel=1e-6)
+    assert document["files"]["bits_per_byte"] > 0
+
+
+def test_generate_is_a_function_of_its_seed(workdir, capsys):
+    words = ["generate", f"--workdir={workdir}", "--prompt=The quick", "--prompt=", "--max_new_tokens=8", "--seed=3"]
+    first, second = document_of(capsys, words), document_of(capsys, words)
+    assert first["samples"] == second["samples"]
+    assert [len(sample["token_ids"]) <= 8 for sample in first["samples"]] == [True, True]
+    assert main([*words[:-1], "--temperature=0"]) == 0
+    assert capsys.readouterr().out.startswith("The quick")
+
+
+def test_load_gives_the_trained_model_with_the_counted_parameters(workdir):
+    trained = gpt4moe.load(workdir)
+    held = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(trained.model)))
+    assert held == parameters.count(trained.config.model).total
+    assert trained.step == 8
+    assert trained.tokenizer.decode(trained.tokenizer.encode("The quick")) == "The quick"
+
+
+def test_report_and_doctor_answer(workdir, capsys):
+    assert document_of(capsys, ["report", f"--workdir={workdir}"])["report"].endswith("report.html")
+    document = document_of(capsys, ["doctor", "--gin_file=gin_configs/run/tiny.gin", f"--workdir={workdir}"])
+    assert document["model"]["fits"] is True
+    assert document["devices"][0]["platform"] == "cpu"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "report"])
+def test_a_folder_without_a_run_is_refused(command, tmp_path, capsys):
+    assert str(tmp_path / "nowhere") in refusal_of(capsys, [command, f"--workdir={tmp_path / 'nowhere'}"])
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("override", ["--gin.NUM_LAYERS=4", "--gin.LEARNING_RATE=0.5", "--gin.SEED=7"])
+def test_another_configuration_on_resume_is_refused_with_the_difference(corpus, workdir, capsys, override):
+    error = refusal_of(capsys, train_words(corpus, workdir, override))
+    assert override.split("=")[1] in error
+
+
+def test_a_prompt_longer_than_the_context_is_refused(workdir, capsys):
+    assert "context_length (64)" in refusal_of(capsys, ["generate", f"--workdir={workdir}", f"--prompt={'x' * 100}"])
+
+
+def test_a_corpus_that_cannot_be_read_leaves_no_work_directory(tmp_path, capsys):
+    empty, blank, broken = tmp_path / "empty", tmp_path / "blank", tmp_path / "broken"
+    for folder in (empty, blank, broken):
+        folder.mkdir()
+    (blank / "a.txt").write_text("")
+    (broken / "a.jsonl.gz").write_bytes(b"this is not gzip")
+    for folder in (empty, blank, broken, tmp_path / "missing"):
+        error = refusal_of(capsys, train_words(folder, tmp_path / "run"))
+        assert str(folder) in error or "files" in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_record_is_counted_or_stops_the_run(tmp_path, capsys):
+    lines = [json.dumps({"text": SENTENCE.format(number)}) for number in range(100)]
+    lines[41] = '{"text": broken'
+    source = tmp_path / "records.jsonl"
+    source.write_text("\n".join(lines))
+    words = ["prepare", *train_words(source, tmp_path / "run")[1:-1]]
+    document = document_of(capsys, words)
+    assert document["sources"][0]["bad_records"] == 1
+    assert "records.jsonl:42" in document["sources"][0]["bad_examples"][0]
+    stop = refusal_of(capsys, train_words(source, tmp_path / "stop", "--gin.data.DataConfig.bad_records='stop'"))
+    assert "records.jsonl:42" in stop
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_mesh_that_does_not_fit_is_refused(corpus, tmp_path, capsys):
+    words = train_words(corpus, tmp_path / "run", "--gin.MESH={'data': 3}")
+    assert "spans 3 devices but there are 8" in refusal_of(capsys, words)
+    words = train_words(corpus, tmp_path / "run", "--gin.MESH={'data': 8}")
+    assert "microbatch_rows=4 must be divisible" in refusal_of(capsys, words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sharded_run_has_the_losses_of_one_device(corpus, workdir, tmp_path, capsys):
+    mesh = "--gin.MESH={'data': 2, 'fsdp': 2, 'tensor': 2}"
+    document_of(capsys, [*train_words(corpus, tmp_path / "run")[:-1], mesh])
+
+    def losses(folder):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row]
+
+    assert losses(tmp_path / "run") == pytest.approx(losses(workdir), rel=1e-4)
