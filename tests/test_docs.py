@@ -1,0 +1,40 @@
+"""Examples in the documents are run as they stand."""
+
+import pathlib
+import re
+
+import gpt4moe
+from gpt4moe.launch import build_run, main
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def test_the_plugging_in_example_trains_and_loads(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs/plugging_in.md").read_text()
+    module, gin_file = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "mine.py").write_text(module)
+    (tmp_path / "mine.gin").write_text(gin_file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    small = ["TRAIN_STEPS=2", "BATCH_TOKENS=256", "SEQUENCE_LENGTH=64", "VOCAB_SIZE=300", "NUM_LAYERS=1"]
+    words = ["--gin_file=mine.gin", *(f"--gin.{override}" for override in small)]
+    assert main(["train", *words, "--workdir=run", "--json"]) == 0
+    capsys.readouterr()
+    run, _ = build_run(["run/config.gin"])
+    assert run.model.moe.router.__name__ == "cold_router"
+    assert run.optimizer.build.__name__ == "lion"
+    assert run.data.sources[0].documents.__name__ == "haikus"
+    assert gpt4moe.load("run").step == 2
+
+
+def test_every_file_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"(?:gin_configs|docs|benchmarks|experiments|gpt4moe)/[\w/.]+\.(?:gin|md|py)", text))
+    assert len(named) > 5
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_continuous_integration_runs_the_second_command_of_the_readme():
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    second = re.findall(r"```bash\n(python3 -m venv.*?)\n```", readme, re.DOTALL)[1]
+    assert second in script
