@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt4moe.config.check import require, require_count, require_positive
+from gpt4moe.config.check import require, require_count, require_flag, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,5 +36,6 @@ class AttentionConfig:
         if self.head_dim is not None:
             require_count("head_dim", self.head_dim)
             require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even for rotary positions")
+        require_flag("qk_norm", self.qk_norm)
         require_positive("rope_theta", self.rope_theta)
         require_count("query_chunk", self.query_chunk)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class CallerError(ValueError):
     """A mistake of the caller's, told in one line: the setting, its value, the constraint, the mend (exit code 2)."""
@@ -18,18 +20,39 @@ def require(condition: bool, setting: str, value: object, constraint: str, mend:
 
 
 def require_positive(setting: str, value: int | float | None) -> None:
-    """Raises unless `value` is a number above zero."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(number and value > 0, setting, value, "must be a number above 0")
+    """Raises unless `value` is a finite number above zero."""
+    require(_is_number(value) and value > 0, setting, value, "must be a number above 0")
 
 
-def require_count(setting: str, value: int) -> None:
-    """Raises unless `value` is an integer of at least one."""
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    require(integer and value >= 1, setting, value, "must be an integer of at least 1")
+def require_not_negative(setting: str, value: int | float) -> None:
+    """Raises unless `value` is a finite number of at least zero."""
+    require(_is_number(value) and value >= 0, setting, value, "must be a number of at least 0")
 
 
 def require_fraction(setting: str, value: float) -> None:
     """Raises unless `value` lies in [0, 1]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(number and 0 <= value <= 1, setting, value, "must lie between 0 and 1")
+    require(_is_number(value) and 0 <= value <= 1, setting, value, "must lie between 0 and 1")
+
+
+def require_count(setting: str, value: int, least: int = 1) -> None:
+    """Raises unless `value` is an integer of at least `least`."""
+    require(_is_integer(value) and value >= least, setting, value, f"must be an integer of at least {least}")
+
+
+def require_seed(setting: str, value: int) -> None:
+    """Raises unless `value` seeds a random key: 32 bits."""
+    fits = _is_integer(value) and 0 <= value < 2**32
+    require(fits, setting, value, "must be an integer from 0 to 2**32 - 1")
+
+
+def require_flag(setting: str, value: bool) -> None:
+    """Raises unless `value` is True or False; a word would count as True."""
+    require(isinstance(value, bool), setting, value, "must be True or False")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))

@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from gpt4moe.config.check import require, require_count, require_fraction, require_positive
+from gpt4moe.config.check import (
+    require,
+    require_count,
+    require_flag,
+    require_fraction,
+    require_positive,
+    require_seed,
+)
 from gpt4moe.config.tokenizer import TokenizerConfig
 
 BAD_RECORD_ACTIONS = ("count", "stop")
@@ -75,6 +82,8 @@ class DataConfig:
         require(
             self.bad_records in BAD_RECORD_ACTIONS, "bad_records", self.bad_records, f"must be in {BAD_RECORD_ACTIONS}"
         )
+        require_seed("seed", self.seed)
+        require_flag("exhaust_together", self.exhaust_together)
         if self.exhaust_together:
             capped = all(source.max_epochs is not None for source in self.sources)
             require(capped, "exhaust_together", True, "needs max_epochs on every source")

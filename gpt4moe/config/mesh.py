@@ -22,12 +22,14 @@ class MeshConfig:
     axes: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
+        form = "must be a dict of axis sizes"
+        require(isinstance(self.axes, (Mapping, list, tuple)), "MESH", self.axes, form, 'e.g. {"fsdp": -1}')
         pairs = self.axes.items() if isinstance(self.axes, Mapping) else self.axes
         axes = tuple((str(name), size) for name, size in pairs)
         object.__setattr__(self, "axes", axes)
         for name, size in axes:
             require(name in MESH_AXES, "MESH", dict(axes), f"has unknown axis {name!r}", f"use one of {MESH_AXES}")
-            require(isinstance(size, int) and (size >= 1 or size == -1), "MESH", dict(axes), f"needs {name} >= 1 or -1")
+            require(type(size) is int and (size >= 1 or size == -1), "MESH", dict(axes), f"needs {name} >= 1 or -1")
         require(sum(size == -1 for _, size in axes) <= 1, "MESH", dict(axes), "may infer (-1) at most one axis")
 
     def sizes(self, num_devices: int) -> dict[str, int]:

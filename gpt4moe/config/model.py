@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from gpt4moe.config.attention import AttentionConfig
-from gpt4moe.config.check import require, require_count, require_positive
+from gpt4moe.config.check import require, require_count, require_flag, require_positive
 from gpt4moe.config.moe import MoeConfig
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -41,6 +41,7 @@ class ModelConfig:
             require_count(name, getattr(self, name))
         require(isinstance(self.attention, AttentionConfig), "attention", self.attention, "must be an AttentionConfig")
         require(isinstance(self.moe, MoeConfig), "moe", self.moe, "must be a MoeConfig")
+        require_flag("tie_embeddings", self.tie_embeddings)
         require_positive("norm_epsilon", self.norm_epsilon)
         require(
             self.compute_dtype in COMPUTE_DTYPES, "compute_dtype", self.compute_dtype, f"must be in {COMPUTE_DTYPES}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from gpt4moe.config.check import require, require_count, require_positive
+from gpt4moe.config.check import require, require_count, require_flag, require_not_negative, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class MoeConfig:
     def __post_init__(self) -> None:
         for name in ("num_experts", "experts_per_token", "hidden_dim"):
             require_count(name, getattr(self, name))
+        for name in ("gated", "normalize_gates"):
+            require_flag(name, getattr(self, name))
         require(
             self.experts_per_token <= self.num_experts,
             "experts_per_token",
@@ -47,9 +49,9 @@ class MoeConfig:
             "gives the router no gradient when experts_per_token is 1 (the gate is always 1)",
             "set normalize_gates=False",
         )
-        require(self.shared_hidden_dim >= 0, "shared_hidden_dim", self.shared_hidden_dim, "must be at least 0")
+        require_count("shared_hidden_dim", self.shared_hidden_dim, least=0)
         if self.capacity_factor is not None:
             require_positive("capacity_factor", self.capacity_factor)
         for name in ("load_balance_weight", "router_z_weight"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+            require_not_negative(name, getattr(self, name))
         require(self.router is None or callable(self.router), "router", self.router, "must be a function or None")

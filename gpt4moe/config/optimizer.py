@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from gpt4moe.config.check import require, require_fraction, require_positive
+from gpt4moe.config.check import require, require_count, require_fraction, require_not_negative, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ScheduleConfig:
     shape: Callable | None = None
 
     def __post_init__(self) -> None:
-        require(self.warmup_tokens >= 0, "warmup_tokens", self.warmup_tokens, "must be at least 0")
+        require_count("warmup_tokens", self.warmup_tokens, least=0)
         require_fraction("final_fraction", self.final_fraction)
         require_fraction("decay_fraction", self.decay_fraction)
         require(self.shape is None or callable(self.shape), "shape", self.shape, "must be a function or None")
@@ -49,8 +49,10 @@ class OptimizerConfig:
         require_positive("learning_rate", self.learning_rate)
         for name in ("b1", "b2"):
             require_fraction(name, getattr(self, name))
+            # AdamW divides by 1 - b^t: at 1 every parameter becomes infinite in the first step.
+            require(getattr(self, name) < 1, name, getattr(self, name), "must be below 1")
         require_positive("epsilon", self.epsilon)
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be at least 0")
+        require_not_negative("weight_decay", self.weight_decay)
         if self.clip_norm is not None:
             require_positive("clip_norm", self.clip_norm)
         require(self.build is None or callable(self.build), "build", self.build, "must be a function or None")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from gpt4moe.config.check import require, require_count, require_fraction, require_positive
+from gpt4moe.config.check import require_count, require_fraction, require_not_negative, require_positive, require_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +23,10 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
-        require(
-            number and math.isfinite(self.temperature) and self.temperature >= 0,
-            "temperature",
-            self.temperature,
-            "must be a finite number of at least 0",
-            "use 0 for greedy decoding",
-        )
+        require_not_negative("temperature", self.temperature)
         if self.top_k is not None:
             require_count("top_k", self.top_k)
         require_fraction("top_p", self.top_p)
         require_positive("top_p", self.top_p)
         require_count("max_new_tokens", self.max_new_tokens)
-        seed_fits = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32
-        require(seed_fits, "seed", self.seed, "must be an integer from 0 to 2**32 - 1")
+        require_seed("seed", self.seed)

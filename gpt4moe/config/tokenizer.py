@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt4moe.config.check import require, require_count
+from gpt4moe.config.check import require, require_count, require_flag
 
 NUM_BYTES = 256
 
@@ -26,3 +26,4 @@ class TokenizerConfig:
         require_count("vocab_size", self.vocab_size)
         require(self.vocab_size > NUM_BYTES, "vocab_size", self.vocab_size, f"must exceed the {NUM_BYTES} bytes")
         require_count("train_bytes", self.train_bytes)
+        require_flag("byte_level_only", self.byte_level_only)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from gpt4moe.config.check import require, require_count, require_positive
+from gpt4moe.config.check import require, require_count, require_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +41,29 @@ class TrainConfig:
         for name in ("microbatch_rows", "evaluate_every"):
             if getattr(self, name) is not None:
                 require_count(name, getattr(self, name))
-        require(self.keep_best >= 0, "keep_best", self.keep_best, "must be at least 0")
+        require_count("keep_best", self.keep_best, least=0)
+        require_seed("seed", self.seed)
         require_count("sample_tokens", self.sample_tokens)
-        object.__setattr__(self, "sample_prompts", tuple(self.sample_prompts))
+        prompts = (self.sample_prompts,) if isinstance(self.sample_prompts, str) else tuple(self.sample_prompts)
+        object.__setattr__(self, "sample_prompts", prompts)
         self._check_ramp()
 
     def _check_ramp(self) -> None:
-        if isinstance(self.batch_tokens, int):
+        if not isinstance(self.batch_tokens, (list, tuple)):
             require_count("batch_tokens", self.batch_tokens)
             return
-        ramp = tuple((int(start), int(size)) for start, size in self.batch_tokens)
+        pairs = all(isinstance(entry, (list, tuple)) and len(entry) == 2 for entry in self.batch_tokens)
+        require(pairs, "batch_tokens", self.batch_tokens, "must be a number or pairs (tokens seen, batch tokens)")
+        ramp = tuple((start, size) for start, size in self.batch_tokens)
+        for start, size in ramp:
+            require_count("batch_tokens", start, least=0)
+            require_count("batch_tokens", size)
         object.__setattr__(self, "batch_tokens", ramp)
         require(bool(ramp) and ramp[0][0] == 0, "batch_tokens", ramp, "must start with (0, tokens)")
         starts, sizes = zip(*ramp, strict=True)
         ascending = all(a < b for a, b in itertools.pairwise(starts))
         growing = all(a <= b for a, b in itertools.pairwise(sizes))
         require(ascending and growing, "batch_tokens", ramp, "must rise in both numbers")
-        for size in sizes:
-            require_positive("batch_tokens", size)
 
     @property
     def ramp(self) -> tuple[tuple[int, int], ...]:
