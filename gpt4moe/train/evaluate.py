@@ -115,9 +115,13 @@ def _trained_store(run: RunConfig, workdir: epath.Path) -> TokenStore:
     return store
 
 
-def to_document(evaluation: Evaluation | None) -> dict:
-    """What `--json` prints: a dict by source, empty where nothing was evaluated."""
-    return {source: dataclasses.asdict(result) for source, result in evaluation.sets.items()} if evaluation else {}
+def to_document(evaluation: Evaluation | None) -> dict[str, dict]:
+    """What `--json` prints: fields by source, null for what is not finite; empty where nothing was evaluated."""
+    sets = evaluation.sets if evaluation else {}
+    return {
+        source: {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(result).items()}
+        for source, result in sets.items()
+    }
 
 
 def format_evaluation(evaluation: Evaluation | None) -> str:

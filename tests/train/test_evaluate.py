@@ -25,7 +25,7 @@ from gpt4moe.data.pipeline import held_out_batches, open_store
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.mesh import make_mesh
 from gpt4moe.parallel.sharding import state_shardings
-from gpt4moe.train.evaluate import EvalResult, Evaluation, evaluate, evaluate_trained, format_evaluation
+from gpt4moe.train.evaluate import EvalResult, Evaluation, evaluate, evaluate_trained, format_evaluation, to_document
 from gpt4moe.train.state import model_definition
 
 LENGTH = 32
@@ -189,3 +189,14 @@ def test_rows_and_table_of_two_sources():
     assert len(header) == len(code) == len(prose)
     assert code.split() == ["code", "2.000", "6.000", "1.500", "4.500", "3,000"]
     assert "no held-out" in format_evaluation(None)
+
+
+def test_what_is_not_finite_is_null_in_json():
+    document = to_document(Evaluation({"code": EvalResult(math.nan, math.inf, 6.0, 4.5, tokens=3000)}))
+    assert (document["code"]["loss"], document["code"]["bits_per_byte"], document["code"]["tokens"]) == (
+        None,
+        None,
+        3000,
+    )
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert to_document(None) == {}
