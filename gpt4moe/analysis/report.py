@@ -11,6 +11,7 @@ import html
 import json
 import string
 
+import numpy as np
 from etils import epath
 
 from gpt4moe.analysis.figures import Chart, run_figures
@@ -40,8 +41,8 @@ def write_report(workdir: str | epath.Path) -> epath.Path:
 
 def _tiles(history: History) -> str:
     """The run in a row of numbers."""
-    load = history.last("moe/load")
-    spread = [share * len(layer) for layer in load or [] for share in layer]
+    load_LE = np.array(history.last("moe/load") or [[]], np.float64)
+    relative_LE = load_LE * load_LE.shape[-1]
     shown = {
         "steps": _number(history.last("step"), ",d"),
         "tokens": _number(history.last("tokens"), ",d"),
@@ -49,7 +50,7 @@ def _tiles(history: History) -> str:
         "tokens/s, median": _number(history.median("tokens_per_second"), ",.0f"),
         "MFU, median": _number(history.median("model_flops_utilization"), ".1%"),
         "goodput": _number(history.last("goodput"), ".1%"),
-        "expert load / mean": f"{min(spread):.2f} to {max(spread):.2f}" if spread else None,
+        "expert load / mean": f"{relative_LE.min():.2f} to {relative_LE.max():.2f}" if load_LE.size else None,
         "dropped assignments": _number(_mean(history.last("moe/dropped_fraction")), ".2%"),
         "skipped steps": _number(history.last("skipped_steps"), ",.0f"),
     }
@@ -105,7 +106,8 @@ def _number(value: float | None, form: str) -> str | None:
 
 
 def _mean(value: float | list | None) -> float | None:
-    return sum(value) / len(value) if isinstance(value, list) else value
+    """Mean over layers; not a number where one of them is null."""
+    return None if value is None else float(np.mean(np.array(value, np.float64)))
 
 
 PAGE = string.Template("""<!doctype html>

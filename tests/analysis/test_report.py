@@ -154,6 +154,18 @@ def test_a_skipped_step_without_a_loss_leaves_a_gap(workdir):
     assert write_report(workdir).exists()
 
 
+def test_a_run_in_which_nothing_was_finite_has_a_report_all_the_same(workdir):
+    def nulls(value):
+        return [nulls(item) for item in value] if isinstance(value, list) else None
+
+    rows = [logged_row(step) for step in range(1, 4)]
+    rows = [{k: v if k in ("step", "tokens") else nulls(v) for k, v in row.items()} for row in rows]
+    (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (workdir / "evaluation.json").write_text(json.dumps({"step": 3, "sets": {"code": dict.fromkeys(HELD_OUT_KEYS)}}))
+    page = Page(write_report(workdir).read_text())
+    assert "12,288" in page.text and page.tags.count("svg") == 8
+
+
 def test_thinning_keeps_the_mean_and_the_last_token():
     values = np.random.default_rng(0).normal(size=(5 * MAX_POINTS, 2, 3))
     thinned = thin(Series(np.arange(5.0 * MAX_POINTS), values))
