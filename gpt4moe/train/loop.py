@@ -112,20 +112,13 @@ def train(
     abstract = train_state.abstract_state(run, mesh, rules)
     progress = resume.saved_progress(run, workdir, abstract, allow_change=allow_config_change)
     store = pipeline.open_store(run.data, run.data.store or workdir / "data", progress=_say if show_progress else None)
-    rows = pipeline.TrainRows(
-        store,
-        run.data,
-        microbatch_rows=run.microbatch_rows,
-        num_hosts=jax.process_count(),
-        host=jax.process_index(),
-    )
+    rows = _rows(run, store, progress)
     _describe(workdir, config_text, store)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        at = _first_position(run, workdir, abstract, progress, rows)
+        at = _first_position(run, workdir, abstract, progress)
         batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, rules))
-        keep = {"keep_last": run.train.keep_last, "keep_best": run.train.keep_best}
-        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, **keep))
+        kept = {"keep_last": run.train.keep_last, "keep_best": run.train.keep_best}
         log = stack.enter_context(metrics.MetricsLog(workdir, keep_to_step=at.step))
         bar = stack.enter_context(_progress_bar(run, at, show_progress))
         parts = Parts(
@@ -135,7 +128,7 @@ def train(
             rows=rows,
             batch=batch,
             step=_compile(run, len(store.source_names), abstract, batch),
-            checkpoints=checkpoints,
+            checkpoints=stack.enter_context(checkpoint.Checkpoints(workdir, **kept)),
             log=log,
             recorder=Recorder(run, store.source_names, log, bar, list(mesh.devices.flat)),
             bar=bar,
@@ -150,7 +143,7 @@ def _steps(parts: Parts, at: Position) -> TrainResult:
     run, evaluation, data_ended = parts.run, None, False
     parts.recorder.clock.resume()
     while not (_is_finished(run, at) or parts.stop.requested or data_ended):
-        drawn = feed.draw(parts.rows, schedule.batch_tokens_at(run.train.ramp, at.tokens), parts.batch)
+        drawn = _draw(parts, at)
         data_ended = drawn is None
         if drawn is not None:
             at = _step(parts, at, drawn)
@@ -161,6 +154,17 @@ def _steps(parts: Parts, at: Position) -> TrainResult:
         evaluation = _evaluate(parts, at)
     _save(parts, at, evaluation)
     return TrainResult(at.step, at.tokens, parts.stop.requested and not _is_finished(run, at), data_ended, evaluation)
+
+
+def _draw(parts: Parts, at: Position) -> feed.Drawn | None:
+    """The next batch, with a word about sources that leave the mixture in it; None where the data has ended."""
+    before = parts.rows.exhausted()
+    drawn = feed.draw(parts.rows, schedule.batch_tokens_at(parts.run.train.ramp, at.tokens), parts.batch)
+    for name in sorted(set(parts.rows.exhausted()) - set(before)):
+        _say(f"source {name!r} has been seen max_epochs times and leaves the mixture at step {at.step + 1:,}")
+    if drawn is None:
+        _say(f"all sources are used up: the run ends at step {at.step:,}, {at.tokens:,} tokens")
+    return drawn
 
 
 def _step(parts: Parts, at: Position, drawn: feed.Drawn) -> Position:
@@ -224,12 +228,18 @@ def _give_up(parts: Parts, at: Position) -> NoReturn:
     )
 
 
-def _first_position(
-    run: RunConfig, workdir: epath.Path, abstract: TrainState, progress: dict | None, rows: pipeline.TrainRows
-) -> Position:
-    """The newest checkpoint's position, or step 0 with fresh parameters or those of `init_from`."""
+def _rows(run: RunConfig, store: pipeline.TokenStore, progress: dict | None) -> pipeline.TrainRows:
+    """This host's rows, from where the checkpoint stood."""
+    hosts = {"num_hosts": jax.process_count(), "host": jax.process_index()}
+    rows = pipeline.TrainRows(store, run.data, microbatch_rows=run.microbatch_rows, **hosts)
     if progress:
         rows.set_state(progress["data"])
+    return rows
+
+
+def _first_position(run: RunConfig, workdir: epath.Path, abstract: TrainState, progress: dict | None) -> Position:
+    """The newest checkpoint's position, or step 0 with fresh parameters or those of `init_from`."""
+    if progress:
         step = progress["step"]
         return Position(checkpoint.restore(workdir, step, abstract), step, progress["tokens"])
     state = train_state.create_state(run, abstract)
@@ -254,8 +264,8 @@ def _describe(workdir: epath.Path, config_text: str, store: pipeline.TokenStore)
 
 
 def _say(line: str) -> None:
-    """What goes on before the progress bar appears."""
-    print(line, file=sys.stderr, flush=True)
+    """One line on stderr, above the progress bar where there is one."""
+    tqdm.tqdm.write(line, file=sys.stderr)
 
 
 def _progress_bar(run: RunConfig, at: Position, shown: bool) -> tqdm.tqdm:
