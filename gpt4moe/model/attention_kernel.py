@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gpt4moe.model.product import product, product_nt, product_tn
 from gpt4moe.types import Array
 
 # Queries of one block on a CPU: its block of scores stays in cache.
@@ -38,7 +39,7 @@ def attend_cached(q_BTNH: Array, keys_BSMH: Array, values_BSMH: Array, positions
 
     def one_head(q_QGH: Array, k_SH: Array, v_SH: Array, positions_Q: Array) -> Array:
         scores_QGS = _masked_scores(q_QGH, k_SH, slots_S <= positions_Q[:, None])
-        return _product("QGS,SH->QGH", jax.nn.softmax(scores_QGS, axis=-1).astype(dtype), v_SH).astype(dtype)
+        return _averages(jax.nn.softmax(scores_QGS, axis=-1).astype(dtype), v_SH).astype(dtype)
 
     q_BMTGH = _split_heads(q_BTNH, kv_heads)
     keys_BMSH, values_BMSH = (x.astype(dtype).swapaxes(1, 2) for x in (keys_BSMH, values_BSMH))
@@ -78,7 +79,7 @@ def _forward_one_head(q_TGH: Array, k_TH: Array, v_TH: Array, segments_T: Array,
         largest_QG = jnp.max(scores_QGS, axis=-1)
         weights_QGS = jnp.exp(scores_QGS - largest_QG[..., None])
         partition_QG = jnp.sum(weights_QGS, axis=-1)
-        y_QGH = _product("QGS,SH->QGH", weights_QGS.astype(q_TGH.dtype), v_TH[:stop]) / partition_QG[..., None]
+        y_QGH = _averages(weights_QGS.astype(q_TGH.dtype), v_TH[:stop]) / partition_QG[..., None]
         outputs.append(y_QGH.astype(q_TGH.dtype))
         log_partitions.append(largest_QG + jnp.log(partition_QG))
     return jnp.concatenate(outputs), jnp.concatenate(log_partitions)
@@ -101,12 +102,12 @@ def _backward_one_head(
         q_QGH, dy_QGH = q_TGH[start:stop], dy_TGH[start:stop]
         scores_QGS = _masked_scores(q_QGH, k_TH[:stop], _visible(segments_T, start, stop))
         weights_QGS = jnp.exp(scores_QGS - log_partition_TG[start:stop, :, None])
-        dweights_QGS = _product("QGH,SH->QGS", dy_QGH, v_TH[:stop])
+        dweights_QGS = _similarities(dy_QGH, v_TH[:stop])
         mean_QG = jnp.sum(dy_QGH.astype(jnp.float32) * y_TGH[start:stop].astype(jnp.float32), axis=-1)
         dscores_QGS = (weights_QGS * (dweights_QGS - mean_QG[..., None]) * scale).astype(dtype)
-        dq_blocks.append(_product("QGS,SH->QGH", dscores_QGS, k_TH[:stop]).astype(dtype))
-        dk_TH = dk_TH.at[:stop].add(_product("QGS,QGH->SH", dscores_QGS, q_QGH))
-        dv_TH = dv_TH.at[:stop].add(_product("QGS,QGH->SH", weights_QGS.astype(dtype), dy_QGH))
+        dq_blocks.append(_averages(dscores_QGS, k_TH[:stop]).astype(dtype))
+        dk_TH = dk_TH.at[:stop].add(_totals(dscores_QGS, q_QGH))
+        dv_TH = dv_TH.at[:stop].add(_totals(weights_QGS.astype(dtype), dy_QGH))
     return jnp.concatenate(dq_blocks), dk_TH.astype(dtype), dv_TH.astype(dtype)
 
 
@@ -121,12 +122,24 @@ def _visible(segments_T: Array, start: int, stop: int) -> Array:
 
 
 def _masked_scores(q_QGH: Array, k_SH: Array, visible_QS: Array) -> Array:
-    scores_QGS = _product("QGH,SH->QGS", q_QGH, k_SH) * q_QGH.shape[-1] ** -0.5
+    scores_QGS = _similarities(q_QGH, k_SH) * q_QGH.shape[-1] ** -0.5
     return jnp.where(visible_QS[:, None], scores_QGS, MASKED)
 
 
-def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+def _similarities(a_QGH: Array, b_SH: Array) -> Array:
+    """QGH,SH->QGS"""
+    a_2d = a_QGH.reshape(-1, a_QGH.shape[-1])
+    return product_nt(a_2d, b_SH).reshape(*a_QGH.shape[:2], -1)
+
+
+def _averages(weights_QGS: Array, v_SH: Array) -> Array:
+    """QGS,SH->QGH"""
+    return product(weights_QGS.reshape(-1, len(v_SH)), v_SH).reshape(*weights_QGS.shape[:2], -1)
+
+
+def _totals(weights_QGS: Array, a_QGH: Array) -> Array:
+    """QGS,QGH->SH"""
+    return product_tn(*(x.reshape(-1, x.shape[-1]) for x in (weights_QGS, a_QGH)))
 
 
 def _over_heads(one_head: Callable, *operands: Array):

@@ -1,17 +1,21 @@
-"""Products of blocks of rows with the matrix of each block's expert."""
+"""Products of blocks of rows with the matrix of each block's expert, accumulated in float32, with their own VJPs.
+
+All operands enter in the rows' dtype, forward and backward; the gradient of the matrices comes in their own.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from gpt4moe.model.product import each_transposed, product, product_tn, products, products_nt, products_tn
 from gpt4moe.types import Array
 
 
 @jax.custom_vjp
 def expert_matmul(rows_ECD: Array, w_EDF: Array) -> Array:
-    """Returns [E, C, F] in the rows' dtype: block e times matrix e, float32 accumulation, gradients in kind."""
-    return _products(rows_ECD, w_EDF.astype(rows_ECD.dtype)).astype(rows_ECD.dtype)
+    """Returns [E, C, F] in the rows' dtype: block e times matrix e."""
+    return products(rows_ECD, w_EDF.astype(rows_ECD.dtype)).astype(rows_ECD.dtype)
 
 
 def _expert_forward(rows_ECD: Array, w_EDF: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -20,28 +24,11 @@ def _expert_forward(rows_ECD: Array, w_EDF: Array) -> tuple[Array, tuple[Array, 
 
 def _expert_backward(residuals: tuple[Array, Array], dy_ECF: Array) -> tuple[Array, Array]:
     rows_ECD, w_EDF = residuals
-    drows_ECD = _products(dy_ECF, w_EDF.astype(rows_ECD.dtype).swapaxes(1, 2)).astype(rows_ECD.dtype)
-    return drows_ECD, _products(rows_ECD.swapaxes(1, 2), dy_ECF).astype(w_EDF.dtype)
+    drows_ECD = products_nt(dy_ECF, w_EDF.astype(dy_ECF.dtype)).astype(rows_ECD.dtype)
+    return drows_ECD, products_tn(rows_ECD, dy_ECF).astype(w_EDF.dtype)
 
 
 expert_matmul.defvjp(_expert_forward, _expert_backward)
-
-
-def _products(a_EIJ: Array, b_EJK: Array) -> Array:
-    """Batched product in float32: one by one on a CPU, which has no fast (or, in bfloat16, any) batched product."""
-    return jax.lax.platform_dependent(a_EIJ, b_EJK, cpu=_one_by_one, default=_batched)
-
-
-def _one_by_one(a_EIJ: Array, b_EJK: Array) -> Array:
-    return jnp.stack([_product(a, b) for a, b in zip(a_EIJ, b_EJK, strict=True)])
-
-
-def _batched(a_EIJ: Array, b_EJK: Array) -> Array:
-    return jnp.einsum("eij,ejk->eik", a_EIJ, b_EJK, preferred_element_type=jnp.float32)
-
-
-def _product(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
@@ -50,7 +37,14 @@ def block_matmul(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_block
 
     A loop over the blocks in use, so that no work is done for experts without tokens.
     """
-    return _over_blocks(rows_XCD, w_EDF.astype(rows_XCD.dtype), block_expert_X, num_blocks)
+    matrices_EDF = w_EDF.astype(rows_XCD.dtype)
+
+    def multiply(block: Array, y_XCF: Array) -> Array:
+        y_CF = product(rows_XCD[block], matrices_EDF[block_expert_X[block]])
+        return y_XCF.at[block].set(y_CF.astype(y_XCF.dtype))
+
+    y_XCF = jnp.zeros((*rows_XCD.shape[:2], w_EDF.shape[-1]), rows_XCD.dtype)
+    return jax.lax.fori_loop(0, num_blocks, multiply, y_XCF)
 
 
 def _block_forward(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_blocks: Array):
@@ -60,24 +54,18 @@ def _block_forward(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_blo
 
 def _block_backward(residuals: tuple, dy_XCF: Array) -> tuple:
     rows_XCD, w_EDF, block_expert_X, num_blocks = residuals
-    w_transposed_EFD = w_EDF.astype(rows_XCD.dtype).swapaxes(1, 2)
-    drows_XCD = _over_blocks(dy_XCF, w_transposed_EFD, block_expert_X, num_blocks)
+    matrices_EFD = each_transposed(w_EDF.astype(rows_XCD.dtype))
 
-    def accumulate(block: Array, dw_EDF: Array) -> Array:
-        expert = block_expert_X[block]
-        return dw_EDF.at[expert].add(_product(rows_XCD[block].T, dy_XCF[block]))
+    def multiply(block: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+        drows_XCD, dw_EDF = gradients
+        expert, dy_CF = block_expert_X[block], dy_XCF[block]
+        drows_CD = product(dy_CF, matrices_EFD[expert]).astype(rows_XCD.dtype)
+        dw_EDF = dw_EDF.at[expert].add(product_tn(rows_XCD[block], dy_CF))
+        return drows_XCD.at[block].set(drows_CD), dw_EDF
 
-    dw_EDF = jax.lax.fori_loop(0, num_blocks, accumulate, jnp.zeros(w_EDF.shape, jnp.float32))
+    zeros = jnp.zeros_like(rows_XCD), jnp.zeros(w_EDF.shape, jnp.float32)
+    drows_XCD, dw_EDF = jax.lax.fori_loop(0, num_blocks, multiply, zeros)
     return drows_XCD, dw_EDF.astype(w_EDF.dtype), None, None
 
 
 block_matmul.defvjp(_block_forward, _block_backward)
-
-
-def _over_blocks(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_blocks: Array) -> Array:
-    def multiply(block: Array, y_XCF: Array) -> Array:
-        product = _product(rows_XCD[block], w_EDF[block_expert_X[block]])
-        return y_XCF.at[block].set(product.astype(y_XCF.dtype))
-
-    shape = (*rows_XCD.shape[:2], w_EDF.shape[-1])
-    return jax.lax.fori_loop(0, num_blocks, multiply, jnp.zeros(shape, rows_XCD.dtype))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from gpt4moe.model.product import product, product_nt, product_tn
 from gpt4moe.types import Array
 
 # Standard deviation of a standard normal cut at two sigmas; dividing by it gives the stated deviation.
@@ -49,9 +50,9 @@ def matmul(x: Array, w: Array, num_contracted: int = 1) -> Array:
     form that reaches the matrix units of a CPU, and the right one elsewhere. The gradient of w comes in w's dtype,
     never rounded to x's.
     """
-    first = x.ndim - num_contracted
-    y = _dot(x, w.astype(x.dtype), range(first, x.ndim), range(num_contracted)).astype(x.dtype)
-    return checkpoint_name(y, MATMUL_NAME)
+    x_2d, w_2d = _matrices(x, w, num_contracted)
+    y_2d = product(x_2d, w_2d.astype(x.dtype)).astype(x.dtype)
+    return checkpoint_name(y_2d.reshape(*x.shape[: x.ndim - num_contracted], *w.shape[num_contracted:]), MATMUL_NAME)
 
 
 def _matmul_forward(x: Array, w: Array, num_contracted: int) -> tuple[Array, tuple[Array, Array]]:
@@ -60,17 +61,18 @@ def _matmul_forward(x: Array, w: Array, num_contracted: int) -> tuple[Array, tup
 
 def _matmul_backward(num_contracted: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = residuals
-    leading = range(x.ndim - num_contracted)
-    dx = _dot(dy, w.astype(x.dtype), range(len(leading), dy.ndim), range(num_contracted, w.ndim)).astype(x.dtype)
-    return dx, _dot(x, dy, leading, leading).astype(w.dtype)
+    x_2d, w_2d = _matrices(x, w, num_contracted)
+    dy_2d = dy.reshape(-1, w_2d.shape[1])
+    dx = product_nt(dy_2d, w_2d.astype(x.dtype)).astype(x.dtype).reshape(x.shape)
+    return dx, product_tn(x_2d, dy_2d).astype(w.dtype).reshape(w.shape)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _dot(a: Array, b: Array, contract_a: range, contract_b: range) -> Array:
-    dims = ((tuple(contract_a), tuple(contract_b)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+def _matrices(x: Array, w: Array, num_contracted: int) -> tuple[Array, Array]:
+    summed = math.prod(w.shape[:num_contracted])
+    return x.reshape(-1, summed), w.reshape(summed, -1)
 
 
 class RMSNorm(nnx.Module):

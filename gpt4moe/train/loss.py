@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from gpt4moe.model.moe import MoeOut
+from gpt4moe.model.product import product, product_nt, product_tn
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.types import Array, Batch
 
 # Vocabulary entries whose logits exist at once.
-VOCAB_CHUNK = 8192
+VOCAB_CHUNK = 2048
 
 
 @jax.tree_util.register_dataclass
@@ -113,16 +114,18 @@ def _cross_entropy_forward(x_BTD: Array, weight_VD: Array, targets_BT: Array, ch
 
 def _cross_entropy_backward(chunk: int, residuals: tuple, dnll_BT: Array) -> tuple:
     x_BTD, weight_VD, targets_BT, log_partition_BT = residuals
-    dx_BTD = jnp.zeros(x_BTD.shape, jnp.float32)
+    x_UD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    dx_UD = jnp.zeros(x_UD.shape, jnp.float32)
     dweight_chunks = []
     for start in range(0, len(weight_VD), chunk):
         logits_BTV, is_target_BTV = _chunk_logits(x_BTD, weight_VD, targets_BT, start, chunk)
         probabilities_BTV = jnp.exp(logits_BTV - log_partition_BT[..., None])
         dlogits_BTV = ((probabilities_BTV - is_target_BTV) * dnll_BT[..., None]).astype(x_BTD.dtype)
-        weight_chunk = weight_VD[start : start + chunk].astype(x_BTD.dtype)
-        dx_BTD += jnp.einsum("BTV,VD->BTD", dlogits_BTV, weight_chunk, preferred_element_type=jnp.float32)
-        dweight_chunks.append(jnp.einsum("BTV,BTD->VD", dlogits_BTV, x_BTD, preferred_element_type=jnp.float32))
-    return dx_BTD.astype(x_BTD.dtype), jnp.concatenate(dweight_chunks).astype(weight_VD.dtype), None
+        dlogits_UV = dlogits_BTV.reshape(len(x_UD), -1)
+        dx_UD += product(dlogits_UV, weight_VD[start : start + chunk].astype(x_BTD.dtype))
+        dweight_chunks.append(product_tn(dlogits_UV, x_UD))
+    dweight_VD = jnp.concatenate(dweight_chunks).astype(weight_VD.dtype)
+    return dx_UD.astype(x_BTD.dtype).reshape(x_BTD.shape), dweight_VD, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
@@ -130,5 +133,6 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 def _chunk_logits(x_BTD: Array, weight_VD: Array, targets_BT: Array, start: int, chunk: int) -> tuple[Array, Array]:
     weight_chunk = weight_VD[start : start + chunk].astype(x_BTD.dtype)
-    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, weight_chunk, preferred_element_type=jnp.float32)
+    logits_UV = product_nt(x_BTD.reshape(-1, x_BTD.shape[-1]), weight_chunk)
+    logits_BTV = logits_UV.reshape(*targets_BT.shape, -1)
     return logits_BTV, targets_BT[..., None] == start + jnp.arange(len(weight_chunk))

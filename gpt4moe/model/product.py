@@ -1,0 +1,85 @@
+"""Matrix products with float32 accumulation, in the forms that are fast on every backend.
+
+XLA:CPU reaches the matrix units in bfloat16 only for a plain row-by-column product of two matrices with a float32
+result. Given a transposed operand it converts both to float32 and is five times slower, and it folds any transpose it
+can see into the product. `transposed` hides it in a loop; `product_nt` and `product_tn` transpose what is smaller.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from gpt4moe.types import Array
+
+
+def product(a: Array, b: Array) -> Array:
+    """Returns a [I, J] times b [J, K] in float32."""
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def product_nt(a: Array, b: Array) -> Array:
+    """Returns a [I, J] times the transpose of b [K, J] in float32."""
+    if a.dtype == jnp.float32:
+        return product(a, b.T)
+    return product(a, transposed(b))
+
+
+def product_tn(a: Array, b: Array) -> Array:
+    """Returns the transpose of a [J, I] times b [J, K] in float32."""
+    turn = jnp.transpose if a.dtype == jnp.float32 else transposed
+    if b.size < a.size:
+        return turn(product(turn(b), a))
+    return product(turn(a), b)
+
+
+def transposed(a: Array) -> Array:
+    """Returns the transpose of a matrix as a copy that XLA:CPU cannot fold into a product."""
+    if a.shape[1] % 2:
+        a_padded = jnp.pad(a, ((0, 0), (0, 1)))
+        return transposed(a_padded)[:-1]
+    return jax.lax.platform_dependent(a, cpu=_transposed_in_halves, default=jnp.transpose)
+
+
+def products(a_EIJ: Array, b_EJK: Array) -> Array:
+    """Returns a [E, I, J] times b [E, J, K], one by one, in float32; a CPU has no batched product in bfloat16."""
+    if a_EIJ.dtype == jnp.float32:
+        return _batched(a_EIJ, b_EJK)
+    return jax.lax.platform_dependent(a_EIJ, b_EJK, cpu=_one_by_one, default=_batched)
+
+
+def products_nt(a_EIJ: Array, b_EKJ: Array) -> Array:
+    """Returns a [E, I, J] times the transposes of b [E, K, J] in float32."""
+    return products(a_EIJ, _swap(b_EKJ) if a_EIJ.dtype == jnp.float32 else each_transposed(b_EKJ))
+
+
+def products_tn(a_EJI: Array, b_EJK: Array) -> Array:
+    """Returns the transposes of a [E, J, I] times b [E, J, K] in float32."""
+    turn = _swap if a_EJI.dtype == jnp.float32 else each_transposed
+    if b_EJK.size < a_EJI.size:
+        return turn(products(turn(b_EJK), a_EJI))
+    return products(turn(a_EJI), b_EJK)
+
+
+def each_transposed(a_EIJ: Array) -> Array:
+    """Returns the transpose of each matrix as a copy that XLA:CPU cannot fold into a product."""
+    if len(a_EIJ) == 1:  # a loop of one round would be unrolled
+        return transposed(a_EIJ[0])[None]
+    return jax.lax.platform_dependent(a_EIJ, cpu=lambda a: jax.lax.map(jnp.transpose, a), default=_swap)
+
+
+def _transposed_in_halves(a: Array) -> Array:
+    halves = a.reshape(a.shape[0], 2, -1).swapaxes(0, 1)
+    return jax.lax.map(jnp.transpose, halves).reshape(a.shape[::-1])
+
+
+def _swap(a_EIJ: Array) -> Array:
+    return a_EIJ.swapaxes(1, 2)
+
+
+def _batched(a_EIJ: Array, b_EJK: Array) -> Array:
+    return jnp.einsum("eij,ejk->eik", a_EIJ, b_EJK, preferred_element_type=jnp.float32)
+
+
+def _one_by_one(a_EIJ: Array, b_EJK: Array) -> Array:
+    return jnp.stack([product(a, b) for a, b in zip(a_EIJ, b_EJK, strict=True)])
