@@ -200,3 +200,10 @@ def test_what_is_not_finite_is_null_in_json():
     )
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert to_document(None) == {}
+
+
+def test_a_loss_that_is_not_a_number_is_no_ones_best():
+    poor, broken = EvalResult(9.0, 5.0, 6.0, 4.5, tokens=10), EvalResult(math.nan, math.nan, 6.0, 4.5, tokens=10)
+    assert Evaluation({"code": poor}).mean_loss == pytest.approx(9.0)
+    assert Evaluation({"code": poor, "prose": broken}).mean_loss is None
+    assert Evaluation({}).mean_loss is None
