@@ -53,11 +53,11 @@ class Evaluation:
     sets: Mapping[str, EvalResult]
 
     @property
-    def mean_loss(self) -> float | None:
-        """Nats a target over all sources together; None, never the best, where nothing is held out or it is not finite."""
+    def mean_loss(self) -> float:
+        """Nats a target over all sources together; not a number where nothing is held out."""
         tokens = sum(result.tokens for result in self.sets.values())
         nats = sum(result.loss * result.tokens for result in self.sets.values())
-        return nats / tokens if tokens and math.isfinite(nats) else None
+        return nats / tokens if tokens else math.nan
 
     def row(self) -> dict[str, float]:
         """The keys of `metrics.jsonl`: `eval/<source>/<field of EvalResult>`."""
