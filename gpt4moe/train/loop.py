@@ -15,10 +15,12 @@ from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 from etils import epath
 
 from gpt4moe import checkpoint
+from gpt4moe.config.check import RunError
 from gpt4moe.config.rules import ShardingRules
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
@@ -35,7 +37,7 @@ from gpt4moe.train.stop import StopRequest
 from gpt4moe.types import Batch
 
 
-class SkipLimitError(RuntimeError):
+class SkipLimitError(RunError):
     """Too many steps in a row had a non-finite loss or gradient; a checkpoint of finite parameters was saved."""
 
 
@@ -110,6 +112,7 @@ def train(
     mesh, rules = make_mesh(run.mesh), ShardingRules()
     sharding.check_rows(run.microbatch_rows, mesh, rules)
     abstract = train_state.abstract_state(run, mesh, rules)
+    metrics.refuse_second_trainer(workdir)
     progress = resume.saved_progress(run, workdir, abstract, allow_change=allow_config_change)
     store = pipeline.open_store(run.data, run.data.store or workdir / "data", progress=_say if show_progress else None)
     rows = _rows(run, store, progress)
@@ -150,10 +153,11 @@ def _steps(parts: Parts, at: Position) -> TrainResult:
             evaluation = _evaluate(parts, at) if _is_due(at.step, run.train.evaluate_every) else None
             if _is_due(at.step, run.train.checkpoint_every):
                 _save(parts, at, evaluation)
-    if not parts.stop.requested and evaluation is None:
+    stopped = not (_is_finished(run, at) or data_ended)
+    if evaluation is None and not stopped:
         evaluation = _evaluate(parts, at)
     _save(parts, at, evaluation)
-    return TrainResult(at.step, at.tokens, parts.stop.requested and not _is_finished(run, at), data_ended, evaluation)
+    return TrainResult(at.step, at.tokens, stopped, data_ended, evaluation)
 
 
 def _draw(parts: Parts, at: Position) -> feed.Drawn | None:
@@ -170,8 +174,8 @@ def _draw(parts: Parts, at: Position) -> feed.Drawn | None:
 def _step(parts: Parts, at: Position, drawn: feed.Drawn) -> Position:
     """Dispatches one step and writes the row of the one before it."""
     parts.profile.before_step()
-    tokens = jnp.asarray(at.tokens, jnp.float32)
-    state, step_metrics = parts.step(at.state, drawn.microbatches, jnp.asarray(drawn.num_microbatches), tokens)
+    count, tokens = np.int32(drawn.num_microbatches), np.float32(at.tokens)
+    state, step_metrics = parts.step(at.state, drawn.microbatches, count, tokens)
     at = Position(state, at.step + 1, at.tokens + drawn.tokens)
     parts.recorder.record(step_metrics, StepFacts(at.step, at.tokens, drawn.tokens, parts.rows.epochs()))
     parts.checkpoints.check()

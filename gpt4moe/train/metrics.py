@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -17,6 +18,8 @@ from typing import Any
 import jax
 import tensorboardX
 from etils import epath
+
+from gpt4moe.config.check import CallerError
 
 PACKAGES = ("gpt4moe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorstore")
 
@@ -42,6 +45,7 @@ class MetricsLog:
         else:
             write_atomically(self._path, kept)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+            fcntl.flock(self._file, fcntl.LOCK_EX)
         self._events = tensorboardX.SummaryWriter(os.fspath(workdir / "events"), purge_step=keep_to_step + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -66,6 +70,21 @@ class MetricsLog:
         self.upload()
         self._file.close()
         self._events.close()
+
+
+def refuse_second_trainer(workdir: epath.Path) -> None:
+    """Raises `CallerError` while another process of this machine trains in a local `workdir`: it holds its log."""
+    path = workdir / "metrics.jsonl"
+    if "://" in os.fspath(workdir) or not path.exists():
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            mend = "wait for it to end, or give another workdir"
+            raise CallerError(
+                f"workdir={os.fspath(workdir)!r} is being trained in by another process; {mend}"
+            ) from error
 
 
 def environment() -> dict[str, Any]:

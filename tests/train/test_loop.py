@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from gpt4moe import checkpoint
 from gpt4moe.config.check import CallerError
 from gpt4moe.model import router
-from gpt4moe.train import loop, state
+from gpt4moe.train import loop, metrics, state
 from tests.train import tiny
 from tests.train.kill_campaign import CLOCK_KEYS
 
@@ -163,6 +164,15 @@ def test_a_work_directory_of_another_model_is_refused_even_with_the_flag(finishe
         assert "model" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_two_processes_do_not_train_in_one_work_directory(finished):
+    run, workdir, _ = finished
+    with (
+        metrics.MetricsLog(epath.Path(workdir), keep_to_step=12),
+        pytest.raises(CallerError, match="another process"),
+    ):
+        train(run, workdir)
+
+
 def test_init_from_takes_the_parameters_and_nothing_else(finished, tmp_path):
     run, workdir, _ = finished
     train(tiny.with_train(run, init_from=str(workdir), steps=1), tmp_path)
@@ -200,10 +210,11 @@ def test_too_many_skipped_steps_end_with_a_checkpoint_of_finite_parameters(corpu
     assert int(saved.skipped_in_row) == 0
 
 
-def test_data_that_ends_ends_the_run(corpus, tmp_path):
+def test_data_that_ends_ends_the_run_and_a_profile_is_written(corpus, tmp_path):
     run = tiny.run_config(corpus, steps=1000)
-    result = train(run, tmp_path)
+    result = train(run, tmp_path, profile_steps=1)
     assert result.data_ended and not result.stopped
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     progress = checkpoint.restore_progress(tmp_path, result.step)
     last = [row for row in rows(tmp_path) if "loss" in row][-1]
     assert (last["epoch/code"], last["epoch/text"]) == (4.0, 2.0)
