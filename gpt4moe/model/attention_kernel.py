@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gpt4moe.model.product import product, product_nt, product_tn
+from gpt4moe.model.product import from_bits, product, product_nt, product_tn, to_bits
 from gpt4moe.types import Array
 
 # Queries of one block on a CPU: its block of scores stays in cache.
@@ -149,12 +149,13 @@ def _over_heads(one_head: Callable, *operands: Array):
     """
     shape = operands[0].shape[:2]
     flat = [x.reshape(-1, *x.shape[2:]) for x in operands]
-    results = jax.lax.platform_dependent(
-        *flat,
-        cpu=lambda *xs: jax.lax.map(lambda row: one_head(*row), xs),
-        default=jax.vmap(one_head),
-    )
+    results = jax.lax.platform_dependent(*flat, cpu=functools.partial(_in_turn, one_head), default=jax.vmap(one_head))
     return jax.tree.map(lambda y: y.reshape(*shape, *y.shape[1:]), results)
+
+
+def _in_turn(one_head: Callable, *operands: Array):
+    bits = jax.lax.map(lambda row: jax.tree.map(to_bits, one_head(*row)), operands)
+    return jax.tree.map(from_bits, bits)
 
 
 def _split_heads(q_BTNH: Array, kv_heads: int) -> Array:

@@ -8,7 +8,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gpt4moe.model.product import each_transposed, product, product_tn, products, products_nt, products_tn
+from gpt4moe.model.product import (
+    each_transposed,
+    from_bits,
+    product,
+    product_tn,
+    products,
+    products_nt,
+    products_tn,
+    to_bits,
+)
 from gpt4moe.types import Array
 
 
@@ -41,10 +50,10 @@ def block_matmul(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_block
 
     def multiply(block: Array, y_XCF: Array) -> Array:
         y_CF = product(rows_XCD[block], matrices_EDF[block_expert_X[block]])
-        return y_XCF.at[block].set(y_CF.astype(y_XCF.dtype))
+        return y_XCF.at[block].set(to_bits(y_CF.astype(rows_XCD.dtype)))
 
-    y_XCF = jnp.zeros((*rows_XCD.shape[:2], w_EDF.shape[-1]), rows_XCD.dtype)
-    return jax.lax.fori_loop(0, num_blocks, multiply, y_XCF)
+    y_XCF = to_bits(jnp.zeros((*rows_XCD.shape[:2], w_EDF.shape[-1]), rows_XCD.dtype))
+    return from_bits(jax.lax.fori_loop(0, num_blocks, multiply, y_XCF))
 
 
 def _block_forward(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_blocks: Array):
@@ -61,11 +70,11 @@ def _block_backward(residuals: tuple, dy_XCF: Array) -> tuple:
         expert, dy_CF = block_expert_X[block], dy_XCF[block]
         drows_CD = product(dy_CF, matrices_EFD[expert]).astype(rows_XCD.dtype)
         dw_EDF = dw_EDF.at[expert].add(product_tn(rows_XCD[block], dy_CF))
-        return drows_XCD.at[block].set(drows_CD), dw_EDF
+        return drows_XCD.at[block].set(to_bits(drows_CD)), dw_EDF
 
-    zeros = jnp.zeros_like(rows_XCD), jnp.zeros(w_EDF.shape, jnp.float32)
+    zeros = to_bits(jnp.zeros_like(rows_XCD)), jnp.zeros(w_EDF.shape, jnp.float32)
     drows_XCD, dw_EDF = jax.lax.fori_loop(0, num_blocks, multiply, zeros)
-    return drows_XCD, dw_EDF.astype(w_EDF.dtype), None, None
+    return from_bits(drows_XCD), dw_EDF.astype(w_EDF.dtype), None, None
 
 
 block_matmul.defvjp(_block_forward, _block_backward)

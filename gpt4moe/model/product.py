@@ -61,16 +61,34 @@ def products_tn(a_EJI: Array, b_EJK: Array) -> Array:
     return products(turn(a_EJI), b_EJK)
 
 
+def to_bits(a: Array) -> Array:
+    """Returns a bfloat16 array as its bits, others as they are.
+
+    For what a loop writes piece by piece: XLA:CPU converts the whole of a bfloat16 buffer to float32 and back at every
+    such write, and leaves integers alone.
+    """
+    return jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a
+
+
+def from_bits(a: Array) -> Array:
+    """Undoes `to_bits`."""
+    return jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
+
+
 def each_transposed(a_EIJ: Array) -> Array:
     """Returns the transpose of each matrix as a copy that XLA:CPU cannot fold into a product."""
     if len(a_EIJ) == 1:  # a loop of one round would be unrolled
         return transposed(a_EIJ[0])[None]
-    return jax.lax.platform_dependent(a_EIJ, cpu=lambda a: jax.lax.map(jnp.transpose, a), default=_swap)
+    return jax.lax.platform_dependent(a_EIJ, cpu=_transposed_in_turn, default=_swap)
 
 
 def _transposed_in_halves(a: Array) -> Array:
     halves = a.reshape(a.shape[0], 2, -1).swapaxes(0, 1)
-    return jax.lax.map(jnp.transpose, halves).reshape(a.shape[::-1])
+    return _transposed_in_turn(halves).reshape(a.shape[::-1])
+
+
+def _transposed_in_turn(a_EIJ: Array) -> Array:
+    return from_bits(jax.lax.map(jnp.transpose, to_bits(a_EIJ)))
 
 
 def _swap(a_EIJ: Array) -> Array:
