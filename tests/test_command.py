@@ -80,7 +80,12 @@ def test_the_same_command_again_has_nothing_left_to_do(corpus, workdir, capsys):
 def test_a_longer_run_goes_on_from_the_last_step(corpus, tmp_path, capsys):
     short, long = train_words(corpus, tmp_path / "run", "--gin.TRAIN_STEPS=4"), train_words(corpus, tmp_path / "run")
     assert document_of(capsys, short[:-2] + short[-1:])["step"] == 4
+    first = [line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert document_of(capsys, long[:-1])["step"] == 8
+    both = [line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert len(first) == 4
+    assert both[:4] == first  # with their times: the first steps were not taken again
+    assert [json.loads(line)["step"] for line in both] == list(range(1, 9))
 
 
 def test_evaluate_repeats_what_training_found(workdir, capsys):
@@ -124,6 +129,11 @@ def test_a_folder_without_a_run_is_refused(command, tmp_path, capsys):
 def test_another_configuration_on_resume_is_refused_with_the_difference(corpus, workdir, capsys, override):
     error = refusal_of(capsys, train_words(corpus, workdir, override))
     assert override.split("=")[1] in error
+
+
+def test_a_step_that_is_not_saved_is_refused_with_those_that_are(workdir, capsys):
+    assert "--step=99 is not saved" in (error := refusal_of(capsys, ["evaluate", f"--workdir={workdir}", "--step=99"]))
+    assert "[4, 8]" in error
 
 
 def test_a_prompt_longer_than_the_context_is_refused(workdir, capsys):

@@ -38,6 +38,8 @@ class RunConfig:
                 batch_tokens,
                 f"must be a multiple of sequence_length * microbatch_rows ({length} * {self.microbatch_rows})",
             )
+        held_out = self.data.held_out_fraction
+        require(held_out < 1, "held_out_fraction", held_out, "must leave text to train on")
         vocab_size = self.data.tokenizer.vocab_size
         require(
             vocab_size <= self.model.vocab_size,

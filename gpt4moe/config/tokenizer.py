@@ -7,6 +7,11 @@ import dataclasses
 from gpt4moe.config.check import require, require_count, require_flag
 
 NUM_BYTES = 256
+# Ids from 0 in this order, so that they stay put whatever the merges: end of text first.
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|pad|>", "<|image|>", "<|endofchunk|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    *("<|im_start|>", "<|im_end|>", *(f"<|spare_{index}|>" for index in range(7))),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,12 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         require_count("vocab_size", self.vocab_size)
-        require(self.vocab_size > NUM_BYTES, "vocab_size", self.vocab_size, f"must exceed the {NUM_BYTES} bytes")
+        least = NUM_BYTES + len(SPECIAL_TOKENS)
+        require(
+            self.path is not None or self.vocab_size >= least,
+            "tokenizer.vocab_size",
+            self.vocab_size,
+            f"must be at least {least}: bytes and special tokens",
+        )
         require_count("train_bytes", self.train_bytes)
         require_flag("byte_level_only", self.byte_level_only)

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt4moe.config.check import CallerError, require
-from gpt4moe.config.tokenizer import NUM_BYTES, TokenizerConfig
+from gpt4moe.config.tokenizer import SPECIAL_TOKENS, TokenizerConfig
 from gpt4moe.data.fast_bpe import byte_of_letter, fast_engine
 
 # The pieces that merges stay within: the pattern of OpenAI's cl100k_base with its case-insensitive group written out,
@@ -19,11 +19,6 @@ from gpt4moe.data.fast_bpe import byte_of_letter, fast_engine
 PATTERN = (
     r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Ids from 0 in this order, so that they stay put whatever the merges: end of text first.
-SPECIAL_TOKENS = (
-    *("<|endoftext|>", "<|pad|>", "<|image|>", "<|endofchunk|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
-    *("<|im_start|>", "<|im_end|>", *(f"<|spare_{index}|>" for index in range(7))),
 )
 END_OF_TEXT_NAMES = (SPECIAL_TOKENS[0], "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]")
@@ -103,7 +98,6 @@ class Tokenizer:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learns byte-level BPE merges from `texts` until the vocabulary has `vocab_size` ids (or none is left)."""
-    _require_room(vocab_size)
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -136,7 +130,6 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     if config.path is not None:
         tokenizer = load_tokenizer(config.path)
     elif config.byte_level_only:
-        _require_room(config.vocab_size)
         tokenizer = byte_tokenizer()
     else:
         tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -152,13 +145,6 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _require_room(vocab_size: int) -> None:
-    least = len(SPECIAL_TOKENS) + NUM_BYTES
-    require(
-        vocab_size >= least, "tokenizer.vocab_size", vocab_size, f"must be at least {least}: bytes and special tokens"
-    )
 
 
 def _first_of(names: Sequence[str], vocabulary: dict[str, int]) -> int | None:

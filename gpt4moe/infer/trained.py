@@ -9,6 +9,7 @@ from etils import epath
 from flax import nnx
 
 from gpt4moe import checkpoint
+from gpt4moe.config.check import require
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.data.tokenizer import Tokenizer
@@ -29,10 +30,12 @@ class Trained:
 def restore(config: RunConfig, workdir: str | os.PathLike, *, step: int | None = None) -> Trained:
     """Returns the model of a run at `step` (None: the latest checkpoint), on the default device.
 
-    Raises `CallerError` where the work directory holds no complete checkpoint, or one of another model.
+    Raises `CallerError` where the work directory holds no such checkpoint, or one of another model.
     """
     workdir = os.fspath(workdir)
     step = checkpoint.latest_step(workdir) if step is None else step
+    saved = checkpoint.saved_steps(workdir)
+    require(step in saved, "--step", step, f"is not saved in {workdir}", f"choose one of {saved}")
     definition, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))
     params = checkpoint.restore(workdir, step, {"params": abstract})["params"]
     tokenizer = Tokenizer((epath.Path(workdir) / TOKENIZER_FILE).read_text())

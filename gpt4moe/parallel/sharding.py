@@ -36,8 +36,8 @@ def partition_spec(
 def state_shardings(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """Returns the shardings of a tree whose parameters (and their optimizer moments) are `nnx.Variable`s.
 
-    A variable names its dims in its `logical_axes` metadata; one without, and every plain array (step, keys, counts), is
-    replicated, unless it is a parameter: those must be covered by the table.
+    A variable names its dims in its `logical_axes` metadata, all of which the table must cover; every plain array
+    (step, keys, counts) is replicated.
     """
 
     def of_leaf(path, leaf):

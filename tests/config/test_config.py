@@ -49,9 +49,10 @@ REFUSED = [
     (OPTIMIZER, {"learning_rate": -1}, "learning_rate=-1"),
     (OPTIMIZER, {"b1": 1.5}, "b1=1.5 must lie between 0 and 1"),
     (ScheduleConfig(), {"final_fraction": 2}, "final_fraction=2"),
-    (TokenizerConfig(), {"vocab_size": 256}, "vocab_size=256 must exceed the 256 bytes"),
+    (TokenizerConfig(), {"vocab_size": 271}, "vocab_size=271 must be at least 272: bytes and special tokens"),
     (RUN, {"data": dataclasses.replace(DATA, sequence_length=65)}, "sequence_length=65 must be at most"),
     (RUN, {"train": dataclasses.replace(TRAIN, batch_tokens=100)}, "batch_tokens=100 must be a multiple of"),
+    (RUN, {"data": dataclasses.replace(DATA, held_out_fraction=1.0)}, "held_out_fraction=1.0 must leave text"),
     (RUN, {"model": dataclasses.replace(MODEL, vocab_size=300)}, "tokenizer.vocab_size=512 must be at most"),
 ]
 
