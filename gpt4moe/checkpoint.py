@@ -49,7 +49,8 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             save_root_metadata=False,
         )
-        # Orbax logs the traceback of every failed write several times over; the failure itself reaches the caller.
+        # Orbax logs the traceback of every failed write several times over, from threads that may outlive this object;
+        # the failure itself reaches the caller.
         logging.getLogger("absl").addFilter(_not_from_orbax)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -83,7 +84,6 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception):
                 self._manager.close()
-            logging.getLogger("absl").removeFilter(_not_from_orbax)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -2,12 +2,14 @@
 
     python -m tests.train.kill_campaign --kills 8 --steps 60
 
-Every other kill waits for a checkpoint that is being written. Prints one JSON document; exit code 1 on a difference.
+Kills take turns: while a checkpoint is being written, between checkpoints, and at any moment from the start of the
+process on. Prints one JSON document; exit code 1 on a difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -22,6 +24,9 @@ import time
 CLOCK_KEYS = {"tokens_per_second", "model_flops_utilization", "step_seconds", "goodput"}
 POLL_SECONDS = 0.002
 DEADLINE_SECONDS = 300
+# From the start of a worker to somewhere in its training.
+START_SECONDS = 8
+MOMENTS = ("saving", "between", "any")
 
 
 def campaign(directory: pathlib.Path, *, kills: int, steps: int, seed: int = 0) -> dict:
@@ -31,7 +36,8 @@ def campaign(directory: pathlib.Path, *, kills: int, steps: int, seed: int = 0) 
     tiny.write_corpus(directory / "corpus")
     _finish(_start(directory, "reference", steps))
     draw = random.Random(seed)
-    killed = [_kill(directory, steps, draw.randrange(1, steps), during_save=kill % 2 == 0) for kill in range(kills)]
+    moments = itertools.islice(itertools.cycle(MOMENTS), kills)
+    killed = [_kill(directory, steps, moment, draw) for moment in moments]
     _finish(_start(directory, "killed", steps))
     reference, survivor = (_rows(directory / name) for name in ("reference", "killed"))
     differing = [a["step"] for a, b in zip(reference, survivor, strict=False) if a != b]
@@ -64,20 +70,19 @@ def _finish(process: subprocess.Popen) -> None:
         raise RuntimeError(f"a worker that was left alone failed with exit code {process.returncode}")
 
 
-def _kill(directory: pathlib.Path, steps: int, at_row: int, *, during_save: bool) -> dict:
-    """Kills a worker `at_row` rows after its start, or in the middle of the first save after that."""
-    before = len(_rows(directory / "killed"))
-    at_row = min(before + at_row % max(steps // 4, 1) + 1, steps - 2)
-    process = _start(directory, "killed", steps)
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        saving = _saving(directory)
-        if len(_rows(directory / "killed")) >= at_row and (saving or not during_save):
+def _kill(directory: pathlib.Path, steps: int, moment: str, draw: random.Random) -> dict:
+    """Kills a worker at its `moment`: some rows on and (not) saving, or some seconds after its start."""
+    at_row = min(len(_rows(directory / "killed")) + draw.randrange(1, max(steps // 4, 2)), steps - 2)
+    process, started = _start(directory, "killed", steps), time.monotonic()
+    seconds = draw.uniform(0, START_SECONDS) if moment == "any" else DEADLINE_SECONDS
+    while process.poll() is None and time.monotonic() < started + seconds:
+        if len(_rows(directory / "killed")) >= at_row and bool(_saving(directory)) == (moment == "saving"):
             break
         time.sleep(POLL_SECONDS)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    return {"rows": len(_rows(directory / "killed")), "half_written": _saving(directory), "code": process.returncode}
+    rows = len(_rows(directory / "killed"))
+    return {"moment": moment, "rows": rows, "half_written": _saving(directory), "code": process.returncode}
 
 
 def _saving(directory: pathlib.Path) -> list[str]:
