@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,6 +63,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_by_path(state)), progress=ocp.args.JsonSave(progress))
         metrics = None if held_out_loss is None else {_HELD_OUT_LOSS: float(held_out_loss)}
         with self._explained():
+            _require_room(self._directory, state)
             self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def check(self) -> None:
@@ -164,6 +167,17 @@ def check_shapes(workdir: epath.PathLike, step: int, abstract: PyTree) -> None:
     )
 
 
+def _require_room(directory: epath.Path, state: PyTree) -> None:
+    """Raises `OSError` before anything is written where a local disk has less room than this host's arrays take."""
+    if "://" in os.fspath(directory):
+        return
+    shards = (shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
+    needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(f"No space left on device ({needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free)")
+
+
 def _by_path(tree: PyTree) -> dict[str, Any]:
     """Leaves under their dotted paths, so that the file format knows no class of any library."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -194,7 +208,7 @@ def _best(count: int) -> checkpoint_managers.BestN:
 def _cause(error: BaseException) -> str:
     """The operating system's own words where the error holds them, else its first line."""
     text = str(error)
-    known = re.search(r"No space left on device|File too large|Permission denied|Disk quota exceeded", text)
+    known = re.search(r"No space left on device( \(.*\))?|File too large|Permission denied|Disk quota exceeded", text)
     return known[0] if known else (text.splitlines() or [type(error).__name__])[0]
 
 

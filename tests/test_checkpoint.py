@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,17 @@ def test_when_the_disk_refuses_the_earlier_checkpoint_stands(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
     assert checkpoint.saved_steps(tmp_path) == [1]
     assert_equal(checkpoint.restore(tmp_path, 1, abstract(tree)), tree)
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(1000)}, {})
+        checkpoints.wait()
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3000))
+        with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device \(0.0 MB needed, 0.0 MB free\)"):
+            checkpoints.save(2, {"w": jnp.ones(1000)}, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_the_record_is_plain_json(tmp_path):
