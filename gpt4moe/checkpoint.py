@@ -29,6 +29,9 @@ PyTree = Any
 
 _HELD_OUT_LOSS = "held_out_loss"
 _SHOWN_NAMES = 3
+# Room asked for beyond the arrays themselves: indices and metadata. Some failures of a write already begun end in
+# tracebacks from TensorStore's threads that nothing can catch, so the margin is wide.
+_ROOM_FACTOR, _ROOM_BYTES = 1.1, 2**20
 
 
 class CheckpointError(OSError):
@@ -53,7 +56,8 @@ class Checkpoints:
         )
         # Orbax logs the traceback of every failed write several times over, from threads that may outlive this object;
         # the failure itself reaches the caller.
-        logging.getLogger("absl").addFilter(_not_from_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_from_orbax)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: PyTree, progress: Mapping, *, held_out_loss: float | None = None) -> None:
@@ -172,7 +176,7 @@ def _require_room(directory: epath.Path, state: PyTree) -> None:
     if "://" in os.fspath(directory):
         return
     shards = (shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
-    needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+    needed = _ROOM_FACTOR * sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + _ROOM_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(f"No space left on device ({needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free)")
@@ -213,4 +217,4 @@ def _cause(error: BaseException) -> str:
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()

@@ -151,8 +151,8 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkey
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": jnp.ones(1000)}, {})
         checkpoints.wait()
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3000))
-        with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device \(0.0 MB needed, 0.0 MB free\)"):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+        with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device \(1.1 MB needed, 1.0 MB free\)"):
             checkpoints.save(2, {"w": jnp.ones(1000)}, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
