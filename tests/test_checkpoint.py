@@ -20,7 +20,7 @@ from gpt4moe.config.check import CallerError
 
 
 def state(scale: float = 1.0):
-    """A tree with what training states have: variables, optimizer tuples, integers, keys."""
+    """A tree with what training states have: variables, optimizer tuples, integers, keys, and dozens of leaves."""
     draw = np.random.default_rng(0)
     params = nnx.State(
         {
@@ -28,7 +28,12 @@ def state(scale: float = 1.0):
             "alpha": {"w": nnx.Param(jnp.asarray(draw.normal(size=(16,)), jnp.float32))},
         }
     )
-    return {"params": params, "opt": optax.adam(0.1).init(params), "key": jax.random.key_data(jax.random.key(7))}
+    return {
+        "params": params,
+        "opt": optax.adam(0.1).init(params),
+        "key": jax.random.key_data(jax.random.key(7)),
+        "many": tuple(jnp.full(2, number) for number in range(12)),
+    }
 
 
 def layout(*names: str | None, axes: dict[str, int]) -> NamedSharding:
