@@ -27,26 +27,29 @@ PACKAGES = ("gpt4moe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 class MetricsLog:
     """Appends rows to `metrics.jsonl` and their scalars to `events/`; use as a context manager.
 
-    Rows of steps after `keep_to_step`, which a killed process had reached but not saved, are dropped first. A row has
-    left this process when `write` returns. An object store cannot append: there rows gather in a temporary file that
-    `upload` copies, which the trainer does before each checkpoint, and no row newer than that outlives a kill anyway.
+    Of several hosts the first one writes. Rows of steps after `keep_to_step`, which a killed process had reached but
+    not saved, are dropped first. A row has left this process when `write` returns. An object store cannot append:
+    there rows gather in a temporary file that `upload` copies, which the trainer does before each checkpoint, and no
+    row newer than that outlives a kill anyway.
     `evaluated_steps` are those that already have their evaluation in the log.
     """
 
     def __init__(self, workdir: epath.Path, *, keep_to_step: int) -> None:
         self._path = workdir / "metrics.jsonl"
-        self._remote = "://" in os.fspath(workdir)
+        self._primary = jax.process_index() == 0
+        self._appends = self._primary and "://" not in os.fspath(workdir)
         rows = _rows_up_to(self._path, keep_to_step)
         self.evaluated_steps = {row["step"] for row in rows if any(key.startswith("eval/") for key in row)}
         kept = "".join(json.dumps(row) + "\n" for row in rows)
-        if self._remote:
-            self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 closed in __exit__
-            self._file.write(kept)
-        else:
+        if self._appends:
             write_atomically(self._path, kept)
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 closed in __exit__
             fcntl.flock(self._file, fcntl.LOCK_EX)
-        self._events = tensorboardX.SummaryWriter(os.fspath(workdir / "events"), purge_step=keep_to_step + 1)
+        else:
+            self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+            self._file.write(kept)
+        events = os.fspath(workdir / "events")
+        self._events = tensorboardX.SummaryWriter(events, purge_step=keep_to_step + 1, write_to_disk=self._primary)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes one row, which has `step`; numbers that are not finite become null."""
@@ -59,7 +62,7 @@ class MetricsLog:
 
     def upload(self) -> None:
         """Copies the rows to the object store; a local work directory has them already."""
-        if self._remote:
+        if self._primary and not self._appends:
             self._file.seek(0)
             self._path.write_text(self._file.read())
 
@@ -75,7 +78,7 @@ class MetricsLog:
 def refuse_second_trainer(workdir: epath.Path) -> None:
     """Raises `CallerError` while another process of this machine trains in a local `workdir`: it holds its log."""
     path = workdir / "metrics.jsonl"
-    if "://" in os.fspath(workdir) or not path.exists():
+    if "://" in os.fspath(workdir) or jax.process_index() or not path.exists():
         return
     with open(path, "a", encoding="utf-8") as file:
         try:
@@ -104,7 +107,9 @@ def environment() -> dict[str, Any]:
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
-    """Replaces a file as a whole: a reader or a killed writer never leaves half of it."""
+    """Replaces a file as a whole, on the first host: no reader sees and no killed writer leaves half of it."""
+    if jax.process_index():
+        return
     partial = path.parent / f"{path.name}.partial"
     partial.write_text(text)
     partial.replace(path)
