@@ -13,17 +13,47 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gpt4moe.model.attention_backends import cudnn_attend, cudnn_fits, splash_attend, splash_fits
 from gpt4moe.model.product import from_bits, product, product_nt, product_tn, to_bits
 from gpt4moe.types import Array
 
 # Queries of one block on a CPU: its block of scores stays in cache.
 CPU_BLOCK = 128
+# Every block is laid out in the program: this bounds its size.
+MOST_CPU_BLOCKS = 16
 # A finite stand-in for minus infinity: a query that sees nothing (padding) gets an average, not NaN.
 MASKED = -1e30
 
 
-def attend(q_BTNH: Array, k_BTMH: Array, v_BTMH: Array, segment_ids_BT: Array, query_chunk: int) -> Array:
-    """Returns y_BTNH: each token sees the tokens of its own segment up to itself; N must be a multiple of M."""
+def attend(
+    q_BTNH: Array,
+    k_BTMH: Array,
+    v_BTMH: Array,
+    segment_ids_BT: Array,
+    query_chunk: int,
+    backend: str | None = None,
+) -> Array:
+    """Returns y_BTNH: each token sees the tokens of its own segment up to itself; N must be a multiple of M.
+
+    `backend` (None: the one in use) chooses the kernel: splash on a "tpu", cuDNN on a "gpu", each where it takes
+    these shapes; otherwise blocks of `query_chunk` queries in plain XLA.
+    """
+    backend = backend or jax.default_backend()
+    if backend == "tpu" and splash_fits(q_BTNH):
+        return splash_attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT)
+    if backend == "gpu" and cudnn_fits(q_BTNH):
+        return cudnn_attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT)
+    block = cpu_block(q_BTNH.shape[1], query_chunk) if backend == "cpu" else query_chunk
+    return attend_in_blocks(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT, block)
+
+
+def cpu_block(length: int, query_chunk: int) -> int:
+    """Queries of a block on a CPU: few enough for the scores to stay in cache, at most `MOST_CPU_BLOCKS` blocks."""
+    return min(query_chunk, max(CPU_BLOCK, -(-length // MOST_CPU_BLOCKS)))
+
+
+def attend_in_blocks(q_BTNH: Array, k_BTMH: Array, v_BTMH: Array, segment_ids_BT: Array, query_chunk: int) -> Array:
+    """`attend` in plain XLA for any backend, a block of `query_chunk` queries and the keys before its end at a time."""
     kv_heads = k_BTMH.shape[2]
     q_BMTGH = _split_heads(q_BTNH, kv_heads)
     k_BMTH, v_BMTH = k_BTMH.swapaxes(1, 2), v_BTMH.swapaxes(1, 2)

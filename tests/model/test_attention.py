@@ -1,11 +1,14 @@
 """Attention arithmetic against a loop over tokens and heads, values and gradients; cached against plain."""
 
+import functools
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt4moe.model import attention_kernel, rope
+from gpt4moe.model import attention_backends, attention_kernel, rope
 from tests.model import slow
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]])
@@ -64,6 +67,35 @@ def test_nothing_is_as_large_as_all_scores():
 
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, v))
     assert "[64,4,64]" not in text and "[8,4,64]" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_tpu_kernel_gives_the_same():
+    """Interpreted on the CPU; its own products are rounded, hence the tolerance."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (1, 128, n, 128)) for key, n in zip(keys, (4, 2, 2), strict=False))
+    dy = jax.random.normal(keys[3], q.shape)
+    segments = jnp.ones((1, 128), jnp.int32).at[:, 50:].set(2)
+
+    def weighted(attend):
+        return lambda *operands: jnp.sum(attend(*operands, segments) * dy)
+
+    interpreted = functools.partial(attention_backends.splash_attend, interpret=True)
+    plain = functools.partial(attention_kernel.attend, query_chunk=64)
+    got, want = (jax.jit(jax.grad(weighted(a), (0, 1, 2)))(q, k, v) for a in (interpreted, plain))
+    assert slow.relative_difference(got, want) < 1e-3
+
+
+def test_the_tpu_kernel_lowers_for_a_tpu():
+    q, kv = (jnp.ones((2, 256, n, 128), jnp.bfloat16) for n in (4, 1))
+
+    def loss(q, k, v):
+        y = attention_kernel.attend(q, k, v, jnp.ones((2, 256), jnp.int32), 1024, backend="tpu")
+        return jnp.sum(y.astype(jnp.float32))
+
+    checks = [jax.export.DisabledSafetyCheck.custom_call("tpu_custom_call")]
+    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["tpu"], disabled_checks=checks)(q, kv, kv)
+    assert "tpu_custom_call" in exported.mlir_module()
 
 
 def test_rotation_makes_scores_depend_on_distance_alone():
