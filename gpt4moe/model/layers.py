@@ -76,11 +76,14 @@ def _matrices(x: Array, w: Array, num_contracted: int) -> tuple[Array, Array]:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last dim, in float32, returned in x's dtype (Zhang and Sennrich 2019)."""
+    """x / rms(x) * scale over the last dim, in float32, returned in x's dtype (Zhang and Sennrich 2019).
 
-    def __init__(self, layers: int | None, dim: int, epsilon: float):
+    The scale begins at `initial`.
+    """
+
+    def __init__(self, layers: int | None, dim: int, epsilon: float, initial: float = 1.0):
         shape, axes = ((dim,), ("norm",)) if layers is None else ((layers, dim), ("layers", "norm"))
-        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), logical_axes=axes)
+        self.scale = nnx.Param(jnp.full(shape, initial, jnp.float32), logical_axes=axes)
         self.epsilon = epsilon
 
     def __call__(self, x: Array) -> Array:

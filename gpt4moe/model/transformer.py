@@ -19,6 +19,7 @@ from gpt4moe.model.rope import Rotation, rotation
 from gpt4moe.types import Array
 
 EMBEDDING_STD = 0.02
+INITIAL_SELF_LOGIT = 4.0
 
 # A model of at most this many superblocks is laid out without a loop: no copy of each layer's parameters in and of its
 # gradients and activations out, a sixth of the step of a small model on a CPU. Deeper ones compile once for all layers.
@@ -79,9 +80,10 @@ class Transformer(nnx.Module):
     """Parameters of `blocks` (layers with experts) and of each of `dense_blocks` are stacked over superblocks.
 
     A superblock is `moe_every` layers, the last of which has experts; the forward pass scans over superblocks.
-    Embeddings have deviation 0.02 (GPT-2), small beside what the layers write, so that a tied head does not begin by
-    predicting the token it has just read; matrices have deviation
-    fan_in^-1/2, those that write to the residual stream are scaled by 1/sqrt(2L) more.
+    Initialisation: embeddings have deviation 0.02 and enter the residual stream at unit deviation (times 50), so
+    that the first router tells tokens apart before it sees what attention made of their context; the final norm begins
+    at the scale that gives a tied head a logit of 4 for the token just read, whatever the width. Matrices have
+    deviation fan_in^-1/2, those that write to the residual stream are scaled by 1/sqrt(2L) more.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -90,7 +92,8 @@ class Transformer(nnx.Module):
         superblocks = config.num_moe_layers
         self.dense_blocks = nnx.List([Block(superblocks, config, False, rngs) for _ in range(config.moe_every - 1)])
         self.blocks = Block(superblocks, config, True, rngs)
-        self.final_norm = RMSNorm(None, config.model_dim, config.norm_epsilon)
+        logit_scale = INITIAL_SELF_LOGIT / (config.model_dim * EMBEDDING_STD)
+        self.final_norm = RMSNorm(None, config.model_dim, config.norm_epsilon, initial=logit_scale)
         self.head = None if config.tie_embeddings else normal_parameter(rngs, None, shape, axes, std)
         self.config = config
 
@@ -130,7 +133,7 @@ class Transformer(nnx.Module):
         return (self.embedding if self.head is None else self.head)[...]
 
     def _embed(self, tokens_BT: Array) -> Array:
-        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0)
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0) / EMBEDDING_STD
         return x_BTD.astype(self.config.compute_dtype)
 
 

@@ -89,7 +89,18 @@ def test_initial_deviations():
         values = np.asarray(parameter[...])
         np.testing.assert_allclose(values.std(), std, rtol=0.1, err_msg=name)
         assert np.abs(values).max() <= 2 * std / 0.879, name
-    np.testing.assert_array_equal(model.final_norm.scale[...], 1.0)
+    np.testing.assert_array_equal(model.blocks.attention_norm.scale[...], 1.0)
+
+
+@pytest.mark.parametrize("model_dim", [64, 256])
+def test_tokens_begin_at_unit_deviation_and_with_the_same_logit_for_themselves_at_any_width(model_dim):
+    config = dataclasses.replace(TINY, model_dim=model_dim, vocab_size=500, compute_dtype="float32")
+    model = _model(config)
+    embedded_VD = model._embed(jnp.arange(500))
+    np.testing.assert_allclose(np.std(embedded_VD), 1.0, rtol=0.05)
+    logits_VV = np.asarray(model.logits(model.final_norm(embedded_VD)))
+    np.testing.assert_allclose(np.diag(logits_VV).mean(), transformer.INITIAL_SELF_LOGIT, rtol=0.1)
+    assert np.abs(logits_VV - np.diag(np.diag(logits_VV))).mean() < 0.6
 
 
 def test_a_layers_initial_values_do_not_depend_on_the_number_of_layers():
