@@ -47,6 +47,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive("learning_rate", self.learning_rate)
+        require(self.learning_rate < 1000, "learning_rate", self.learning_rate, "must be below 1000")
         for name in ("b1", "b2"):
             require_fraction(name, getattr(self, name))
             # AdamW divides by 1 - b^t: at 1 every parameter becomes infinite in the first step.

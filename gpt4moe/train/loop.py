@@ -116,6 +116,8 @@ def train(
     progress = resume.saved_progress(run, workdir, abstract, allow_change=allow_config_change)
     store = pipeline.open_store(run.data, run.data.store or workdir / "data", progress=_say if show_progress else None)
     rows = _rows(run, store, progress)
+    if show_progress:
+        _say_what_is_read(store, rows)
     _describe(workdir, config_text, store)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
@@ -265,6 +267,12 @@ def _describe(workdir: epath.Path, config_text: str, store: pipeline.TokenStore)
     metrics.write_atomically(workdir / "config.gin", config_text)
     metrics.write_atomically(workdir / TOKENIZER_FILE, store.tokenizer.serialized)
     metrics.write_atomically(workdir / "environment.json", json.dumps(metrics.environment(), indent=2) + "\n")
+
+
+def _say_what_is_read(store: pipeline.TokenStore, rows: pipeline.TrainRows) -> None:
+    for name, packing in rows.packing().items():
+        tokens = f"{store.num_tokens(name, 'train'):,} tokens in {packing['rows']:,} rows, {packing['fill']:.1%} full"
+        _say(f"source {name}: {tokens}, {packing['split_documents']:,} documents longer than a row")
 
 
 def _say(line: str) -> None:
