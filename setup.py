@@ -24,6 +24,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "grain>=0.2.15",
         "chex>=0.1.90",
+        "jaxtyping>=0.3",
         "gin-config==0.5.0",
         "tokenizers>=0.21",
         "tiktoken>=0.9",
@@ -38,7 +39,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "jaxtyping>=0.3", "beartype>=0.19"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "beartype>=0.19"],
     },
     entry_points={"console_scripts": ["gpt4moe=gpt4moe.launch:main"]},
 )
