@@ -10,11 +10,12 @@ A letter means one thing everywhere; a tensor's name ends in its dimensions and 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float, Int
 
-Array = Any  # jax.Array on the device, numpy.ndarray on the host
+Array = jax.Array | np.ndarray  # on the device, on the host
 
 
 @jax.tree_util.register_dataclass
@@ -26,9 +27,9 @@ class Batch:
     target is not to be learned (padding).
     """
 
-    tokens: Array
-    targets: Array
-    loss_weights: Array
-    positions: Array
-    segment_ids: Array
-    source_ids: Array
+    tokens: Int[Array, "... B T"]
+    targets: Int[Array, "... B T"]
+    loss_weights: Float[Array, "... B T"]
+    positions: Int[Array, "... B T"]
+    segment_ids: Int[Array, "... B T"]
+    source_ids: Int[Array, "... B T"]

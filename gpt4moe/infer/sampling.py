@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int, Integer, Key
 
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.types import Array
@@ -24,9 +25,9 @@ class SamplingParams:
     1 keeps everything.
     """
 
-    temperature_B: Array
-    top_k_B: Array
-    top_p_B: Array
+    temperature_B: Float[Array, " B"]
+    top_k_B: Int[Array, " B"]
+    top_p_B: Float[Array, " B"]
 
 
 def sampling_params(configs: list[SamplingConfig], vocab_size: int) -> SamplingParams:
@@ -38,14 +39,16 @@ def sampling_params(configs: list[SamplingConfig], vocab_size: int) -> SamplingP
     )
 
 
-def row_keys(seeds_B: Array) -> Array:
+def row_keys(seeds_B: Integer[Array, " B"]) -> Key[Array, " B"]:
     """One key per row from its seed and its place, so that a row's draws do not depend on its neighbours."""
     return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(
         seeds_B, jnp.arange(seeds_B.shape[0])
     )
 
 
-def sample(logits_BV: Array, params: SamplingParams, keys_B: Array) -> tuple[Array, Array]:
+def sample(
+    logits_BV: Float[Array, "B V"], params: SamplingParams, keys_B: Key[Array, " B"]
+) -> tuple[Int[Array, " B"], Float32[Array, " B"]]:
     """Token ids [B] int32 and their log-probabilities [B] under the unmodified distribution (temperature 1, no filter).
 
     A row of temperature 0 takes the largest logit, the lowest id where several are equal. The others draw from
@@ -62,13 +65,13 @@ def sample(logits_BV: Array, params: SamplingParams, keys_B: Array) -> tuple[Arr
     return ids_B.astype(jnp.int32), token_logprobs(logits_BV, ids_B)
 
 
-def token_logprobs(logits_BV: Array, ids_B: Array) -> Array:
+def token_logprobs(logits_BV: Float[Array, "B V"], ids_B: Int[Array, " B"]) -> Float32[Array, " B"]:
     """log p(id) [B] float32 of one id per row under the softmax of the logits."""
     logprobs_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32), axis=-1)
     return jnp.take_along_axis(logprobs_BV, ids_B[:, None], axis=-1)[:, 0]
 
 
-def filtered_logits(logits_BV: Array, params: SamplingParams) -> Array:
+def filtered_logits(logits_BV: Float[Array, "B V"], params: SamplingParams) -> Float32[Array, "B V"]:
     """Logits [B, V] divided by the temperature, -inf outside the tokens that top-k and then top-p keep.
 
     Top-k keeps exactly k tokens, of equal logits the lower ids. Top-p (Holtzman et al. 2019, The Curious Case of

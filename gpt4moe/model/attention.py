@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flax import nnx
+from jaxtyping import Float, Int
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model import cache as kv_cache
@@ -31,8 +32,13 @@ class Attention(nnx.Module):
         self.query_chunk = attention.query_chunk
 
     def __call__(
-        self, x_BTD: Array, turn: Rotation, positions_BT: Array, segment_ids_BT: Array, cache: KVCache | None
-    ) -> tuple[Array, KVCache | None]:
+        self,
+        x_BTD: Float[Array, "B T D"],
+        turn: Rotation,
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns y_BTD and this layer's cache with the row's keys and values written (None without one)."""
         q_BTNH = rotate(_normed(self.query_norm, matmul(x_BTD, self.query[...])), turn)
         k_BTMH = rotate(_normed(self.key_norm, matmul(x_BTD, self.key[...])), turn)

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jaxtyping import Float, Int
 
 from gpt4moe.types import Array
 
@@ -15,14 +16,19 @@ SPLASH_HEAD_MULTIPLE, SPLASH_LENGTH_MULTIPLE = 128, 128
 CUDNN_HEAD_MULTIPLE, CUDNN_LARGEST_HEAD = 8, 128
 
 
-def splash_fits(q_BTNH: Array) -> bool:
+def splash_fits(q_BTNH: Float[Array, "B T N H"]) -> bool:
     """Whether the TPU kernel takes these shapes."""
     return q_BTNH.shape[3] % SPLASH_HEAD_MULTIPLE == 0 and q_BTNH.shape[1] % SPLASH_LENGTH_MULTIPLE == 0
 
 
 def splash_attend(
-    q_BTNH: Array, k_BTMH: Array, v_BTMH: Array, segment_ids_BT: Array, *, interpret: bool = False
-) -> Array:
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTMH: Float[Array, "B T M H"],
+    segment_ids_BT: Int[Array, "B T"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
     """TPU: the splash kernel with a causal mask and segments; differentiable, stores no scores."""
     length, heads = q_BTNH.shape[1:3]
     kv_heads = k_BTMH.shape[2]
@@ -40,14 +46,19 @@ def splash_attend(
     return y_BNTH.swapaxes(1, 2)
 
 
-def cudnn_fits(q_BTNH: Array) -> bool:
+def cudnn_fits(q_BTNH: Float[Array, "B T N H"]) -> bool:
     """Whether cuDNN's fused attention takes these shapes and dtype."""
     head_dim = q_BTNH.shape[3]
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
     return half and head_dim % CUDNN_HEAD_MULTIPLE == 0 and head_dim <= CUDNN_LARGEST_HEAD
 
 
-def cudnn_attend(q_BTNH: Array, k_BTMH: Array, v_BTMH: Array, segment_ids_BT: Array) -> Array:
+def cudnn_attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTMH: Float[Array, "B T M H"],
+    segment_ids_BT: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
     """GPU: cuDNN's fused attention; segments enter as one mask [B, 1, T, T] shared by the heads."""
     same_segment_BNTS = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
     attention = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from gpt4moe.model.attention_backends import cudnn_attend, cudnn_fits, splash_attend, splash_fits
 from gpt4moe.model.product import from_bits, product, product_nt, product_tn, to_bits
@@ -26,13 +27,13 @@ MASKED = -1e30
 
 
 def attend(
-    q_BTNH: Array,
-    k_BTMH: Array,
-    v_BTMH: Array,
-    segment_ids_BT: Array,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTMH: Float[Array, "B T M H"],
+    segment_ids_BT: Int[Array, "B T"],
     query_chunk: int,
     backend: str | None = None,
-) -> Array:
+) -> Float[Array, "B T N H"]:
     """Returns y_BTNH: each token sees the tokens of its own segment up to itself; N must be a multiple of M.
 
     `backend` (None: the one in use) chooses the kernel: splash on a "tpu", cuDNN on a "gpu", each where it takes
@@ -52,7 +53,13 @@ def cpu_block(length: int, query_chunk: int) -> int:
     return min(query_chunk, max(CPU_BLOCK, -(-length // MOST_CPU_BLOCKS)))
 
 
-def attend_in_blocks(q_BTNH: Array, k_BTMH: Array, v_BTMH: Array, segment_ids_BT: Array, query_chunk: int) -> Array:
+def attend_in_blocks(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTMH: Float[Array, "B T M H"],
+    segment_ids_BT: Int[Array, "B T"],
+    query_chunk: int,
+) -> Float[Array, "B T N H"]:
     """`attend` in plain XLA for any backend, a block of `query_chunk` queries and the keys before its end at a time."""
     kv_heads = k_BTMH.shape[2]
     q_BMTGH = _split_heads(q_BTNH, kv_heads)
@@ -61,7 +68,13 @@ def attend_in_blocks(q_BTNH: Array, k_BTMH: Array, v_BTMH: Array, segment_ids_BT
     return _join_heads(_attend_folded(q_BMTGH, k_BMTH, v_BMTH, segments_BMT, query_chunk))
 
 
-def attend_cached(q_BTNH: Array, keys_BSMH: Array, values_BSMH: Array, positions_BT: Array, query_chunk: int) -> Array:
+def attend_cached(
+    q_BTNH: Float[Array, "B T N H"],
+    keys_BSMH: Float[Array, "B S M H"],
+    values_BSMH: Float[Array, "B S M H"],
+    positions_BT: Int[Array, "B T"],
+    query_chunk: int,
+) -> Float[Array, "B T N H"]:
     """Returns y_BTNH: a query at position p sees slots 0..p of its row's cache. Has no fast backward pass."""
     length, kv_heads = q_BTNH.shape[1], keys_BSMH.shape[2]
     dtype = q_BTNH.dtype

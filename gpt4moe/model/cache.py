@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.types import Array
@@ -20,8 +21,8 @@ class KVCache:
     other record, and a slot written again is simply replaced.
     """
 
-    keys: Array
-    values: Array
+    keys: Float[Array, "... B S M H"]
+    values: Float[Array, "... B S M H"]
 
 
 def init_cache(config: ModelConfig, batch_rows: int, max_length: int, dtype: jnp.dtype | None = None) -> KVCache:
@@ -31,7 +32,13 @@ def init_cache(config: ModelConfig, batch_rows: int, max_length: int, dtype: jnp
     return KVCache(zeros, zeros)
 
 
-def write(cache: KVCache, keys_BTMH: Array, values_BTMH: Array, positions_BT: Array, valid_BT: Array) -> KVCache:
+def write(
+    cache: KVCache,
+    keys_BTMH: Float[Array, "B T M H"],
+    values_BTMH: Float[Array, "B T M H"],
+    positions_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+) -> KVCache:
     """Returns one layer's cache ([B, S, M, H]) with the valid tokens stored at their positions; the rest is dropped.
 
     A scatter, not a slice update: rows stand at different positions, and XLA updates a donated cache in place.

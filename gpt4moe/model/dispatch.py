@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.model.router import Routing
@@ -31,9 +32,9 @@ class Plan:
     slot_of_choice_PUK: the slot of each choice, S where it was dropped or not used; gates_PUK: its weight.
     """
 
-    choice_of_slot_PS: Array
-    slot_of_choice_PUK: Array
-    gates_PUK: Array
+    choice_of_slot_PS: Int[Array, "... S"]
+    slot_of_choice_PUK: Int[Array, "... U K"]
+    gates_PUK: Float[Array, "... U K"]
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +42,7 @@ class Plan:
 class DispatchStats:
     """dropped_G: choices of each group that found no place, int32."""
 
-    dropped_G: Array
+    dropped_G: Int[Array, " G"]
 
 
 @jax.tree_util.register_dataclass
@@ -53,14 +54,14 @@ class Dispatched:
     block, None where block x is expert x; num_blocks: blocks in use, counted from the first (None: all).
     """
 
-    rows_XCD: Array
-    block_expert_X: Array | None
-    num_blocks: Array | None
+    rows_XCD: Float[Array, "X C D"]
+    block_expert_X: Int[Array, " X"] | None
+    num_blocks: Int[Array, ""] | None
     plan: Plan
     stats: DispatchStats
 
 
-def capacity(x_GUD: Array, routing: Routing, config: MoeConfig) -> Dispatched:
+def capacity(x_GUD: Float[Array, "G U D"], routing: Routing, config: MoeConfig) -> Dispatched:
     """Gives every expert room for ceil(U * K / E * capacity_factor) choices of each group and drops the rest.
 
     Room is per group, so what is dropped depends neither on other rows nor on layout. First choices come before
@@ -88,7 +89,7 @@ def expert_capacity(tokens: int, config: MoeConfig) -> int:
     return min(tokens, math.ceil(share * config.capacity_factor))
 
 
-def dropless(x_GUD: Array, routing: Routing, config: MoeConfig) -> Dispatched:
+def dropless(x_GUD: Float[Array, "G U D"], routing: Routing, config: MoeConfig) -> Dispatched:
     """Gives every choice a place: all groups in one pool, each expert's choices padded to whole blocks.
 
     As in MegaBlocks (Gale et al. 2022), with static shapes: the number of blocks is the most there can be, and
@@ -116,7 +117,7 @@ def block_rows(num_choices: int, num_experts: int) -> int:
     return min(max(2 ** math.ceil(math.log2(share)), SMALLEST_BLOCK), LARGEST_BLOCK)
 
 
-def combine(y_XCD: Array, plan: Plan, groups: int) -> Array:
+def combine(y_XCD: Float[Array, "X C D"], plan: Plan, groups: int) -> Float[Array, "G U D"]:
     """Returns y_GUD: each token's experts' outputs, weighted by its gates and summed; 0 for a token without any."""
     movements, tokens, _ = plan.slot_of_choice_PUK.shape
     dim = y_XCD.shape[-1]
@@ -128,7 +129,7 @@ def combine(y_XCD: Array, plan: Plan, groups: int) -> Array:
 
 
 @jax.custom_vjp
-def gather_rows(x_PUD: Array, plan: Plan) -> Array:
+def gather_rows(x_PUD: Float[Array, "P U D"], plan: Plan) -> Float[Array, "P S D"]:
     """Returns [P, S, D]: the token in each slot, zeros in empty ones. Its backward is a gather too."""
     num_choices = plan.slot_of_choice_PUK.shape[-1]
     return _take(x_PUD, plan.choice_of_slot_PS // num_choices)
@@ -147,7 +148,7 @@ gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 
 
 @jax.custom_vjp
-def weighted_sum(y_PSD: Array, plan: Plan) -> Array:
+def weighted_sum(y_PSD: Float[Array, "P S D"], plan: Plan) -> Float[Array, "P U D"]:
     """Returns [P, U, D]: sum over k of gate times the row in the choice's slot, accumulated in float32."""
     y_PUKD = _take(y_PSD, plan.slot_of_choice_PUK).astype(jnp.float32)
     return jnp.sum(y_PUKD * plan.gates_PUK[..., None], axis=2).astype(y_PSD.dtype)

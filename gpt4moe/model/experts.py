@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flax import nnx
+from jaxtyping import Float
 
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.model.dispatch import Dispatched
@@ -24,7 +25,7 @@ class Experts(nnx.Module):
         self.up = normal_parameter(rngs, layers, *inward)
         self.down = normal_parameter(rngs, layers, *outward, config.hidden_dim**-0.5 * out_scale)
 
-    def __call__(self, dispatched: Dispatched) -> Array:
+    def __call__(self, dispatched: Dispatched) -> Float[Array, "X C D"]:
         """Returns y_XCD, the rows of every block after its expert."""
 
         def multiply(rows: Array, w: nnx.Param) -> Array:

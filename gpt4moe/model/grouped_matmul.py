@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from gpt4moe.model.product import (
     each_transposed,
@@ -22,7 +23,7 @@ from gpt4moe.types import Array
 
 
 @jax.custom_vjp
-def expert_matmul(rows_ECD: Array, w_EDF: Array) -> Array:
+def expert_matmul(rows_ECD: Float[Array, "E C D"], w_EDF: Float[Array, "E D F"]) -> Float[Array, "E C F"]:
     """Returns [E, C, F] in the rows' dtype: block e times matrix e."""
     return products(rows_ECD, w_EDF.astype(rows_ECD.dtype)).astype(rows_ECD.dtype)
 
@@ -41,7 +42,12 @@ expert_matmul.defvjp(_expert_forward, _expert_backward)
 
 
 @jax.custom_vjp
-def block_matmul(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_blocks: Array) -> Array:
+def block_matmul(
+    rows_XCD: Float[Array, "X C D"],
+    w_EDF: Float[Array, "E D F"],
+    block_expert_X: Int[Array, " X"],
+    num_blocks: Int[Array, ""],
+) -> Float[Array, "X C F"]:
     """Returns [X, C, F] in the rows' dtype: each of the first `num_blocks` blocks times its expert's matrix, 0 beyond.
 
     A loop over the blocks in use, so that no work is done for experts without tokens.

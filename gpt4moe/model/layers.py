@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
 
 from gpt4moe.model.product import product, product_nt, product_tn
 from gpt4moe.types import Array
@@ -43,7 +44,7 @@ def depth_scale(num_layers: int) -> float:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Array, w: Array, num_contracted: int = 1) -> Array:
+def matmul(x: Float[Array, " ..."], w: Float[Array, " ..."], num_contracted: int = 1) -> Float[Array, " ..."]:
     """Returns x [..., *contracted] times w [*contracted, ...] in x's dtype, the last `num_contracted` dims of x summed.
 
     Both operands enter in x's dtype, forward and backward, and every product accumulates in float32: the only bfloat16
@@ -86,13 +87,13 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.full(shape, initial, jnp.float32), logical_axes=axes)
         self.epsilon = epsilon
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         x_float = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
         return (x_float * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
 
 
-def activate(up: Array, gate: Array | None) -> Array:
+def activate(up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None) -> Float[Array, "*rows F"]:
     """Returns SwiGLU, silu(gate) * up (Shazeer 2020), or GELU(up) where there is no gate; float32 inside."""
     up_float = up.astype(jnp.float32)
     hidden = jax.nn.gelu(up_float) if gate is None else jax.nn.silu(gate.astype(jnp.float32)) * up_float
@@ -108,6 +109,6 @@ class FeedForward(nnx.Module):
         self.up = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std)
         self.down = normal_parameter(rngs, layers, (hidden, dim), ("mlp", "embed"), hidden**-0.5 * out_scale)
 
-    def __call__(self, x_D: Array) -> Array:
+    def __call__(self, x_D: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         gate_F = None if self.gate is None else matmul(x_D, self.gate[...])
         return matmul(activate(matmul(x_D, self.up[...]), gate_F), self.down[...])

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Int
 
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.model import dispatch
@@ -28,11 +29,11 @@ class MoeOut:
     rows, router_z and router_entropy: summed over tokens (float32). Stacked over layers, each leads with L.
     """
 
-    load_E: Array
-    dropped: Array
-    load_balance: Array
-    router_z: Array
-    router_entropy: Array
+    load_E: Int[Array, "... E"]
+    dropped: Int[Array, " ..."]
+    load_balance: Float[Array, " ..."]
+    router_z: Float[Array, " ..."]
+    router_entropy: Float[Array, " ..."]
 
 
 class Moe(nnx.Module):
@@ -47,7 +48,13 @@ class Moe(nnx.Module):
         self.shared_expert = FeedForward(layers, dim, shared, config.gated, out_scale, rngs) if shared else None
         self.config = config
 
-    def __call__(self, x_BTD: Array, token_ids_BT: Array, valid_BT: Array, dropless: bool) -> tuple[Array, MoeOut]:
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        token_ids_BT: Int[Array, "B T"],
+        valid_BT: Bool[Array, "B T"],
+        dropless: bool,
+    ) -> tuple[Float[Array, "B T D"], MoeOut]:
         """Returns y_BTD and the layer's sums; each row is one routing group. `dropless` overrides the capacity."""
         logits_BTE = jnp.einsum(
             "BTD,DE->BTE",

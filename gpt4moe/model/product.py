@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Shaped
 
 from gpt4moe.types import Array
 
 
-def product(a: Array, b: Array) -> Array:
+def product(a: Float[Array, "I J"], b: Float[Array, "J K"]) -> Float32[Array, "I K"]:
     """Returns a [I, J] times b [J, K] in float32."""
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def product_nt(a: Array, b: Array) -> Array:
+def product_nt(a: Float[Array, "I J"], b: Float[Array, "K J"]) -> Float32[Array, "I K"]:
     """Returns a [I, J] times the transpose of b [K, J] in float32."""
     if a.dtype == jnp.float32:
         return product(a, b.T)
     return product(a, transposed(b))
 
 
-def product_tn(a: Array, b: Array) -> Array:
+def product_tn(a: Float[Array, "J I"], b: Float[Array, "J K"]) -> Float32[Array, "I K"]:
     """Returns the transpose of a [J, I] times b [J, K] in float32."""
     turn = jnp.transpose if a.dtype == jnp.float32 else transposed
     if b.size < a.size:
@@ -33,7 +34,7 @@ def product_tn(a: Array, b: Array) -> Array:
     return product(turn(a), b)
 
 
-def transposed(a: Array) -> Array:
+def transposed(a: Float[Array, "I J"]) -> Float[Array, "J I"]:
     """Returns the transpose of a matrix as a copy that XLA:CPU cannot fold into a product."""
     if a.shape[1] % 2:
         a_padded = jnp.pad(a, ((0, 0), (0, 1)))
@@ -41,19 +42,19 @@ def transposed(a: Array) -> Array:
     return jax.lax.platform_dependent(a, cpu=_transposed_in_halves, default=jnp.transpose)
 
 
-def products(a_EIJ: Array, b_EJK: Array) -> Array:
+def products(a_EIJ: Float[Array, "E I J"], b_EJK: Float[Array, "E J K"]) -> Float32[Array, "E I K"]:
     """Returns a [E, I, J] times b [E, J, K], one by one, in float32; a CPU has no batched product in bfloat16."""
     if a_EIJ.dtype == jnp.float32:
         return _batched(a_EIJ, b_EJK)
     return jax.lax.platform_dependent(a_EIJ, b_EJK, cpu=_one_by_one, default=_batched)
 
 
-def products_nt(a_EIJ: Array, b_EKJ: Array) -> Array:
+def products_nt(a_EIJ: Float[Array, "E I J"], b_EKJ: Float[Array, "E K J"]) -> Float32[Array, "E I K"]:
     """Returns a [E, I, J] times the transposes of b [E, K, J] in float32."""
     return products(a_EIJ, _swap(b_EKJ) if a_EIJ.dtype == jnp.float32 else each_transposed(b_EKJ))
 
 
-def products_tn(a_EJI: Array, b_EJK: Array) -> Array:
+def products_tn(a_EJI: Float[Array, "E J I"], b_EJK: Float[Array, "E J K"]) -> Float32[Array, "E I K"]:
     """Returns the transposes of a [E, J, I] times b [E, J, K] in float32."""
     turn = _swap if a_EJI.dtype == jnp.float32 else each_transposed
     if b_EJK.size < a_EJI.size:
@@ -61,7 +62,7 @@ def products_tn(a_EJI: Array, b_EJK: Array) -> Array:
     return products(turn(a_EJI), b_EJK)
 
 
-def to_bits(a: Array) -> Array:
+def to_bits(a: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Returns a bfloat16 array as its bits, others as they are.
 
     For what a loop writes piece by piece: XLA:CPU converts the whole of a bfloat16 buffer to float32 and back at every
@@ -70,12 +71,12 @@ def to_bits(a: Array) -> Array:
     return jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a
 
 
-def from_bits(a: Array) -> Array:
+def from_bits(a: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Undoes `to_bits`."""
     return jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
 
 
-def each_transposed(a_EIJ: Array) -> Array:
+def each_transposed(a_EIJ: Float[Array, "E I J"]) -> Float[Array, "E J I"]:
     """Returns the transpose of each matrix as a copy that XLA:CPU cannot fold into a product."""
     if len(a_EIJ) == 1:  # a loop of one round would be unrolled
         return transposed(a_EIJ[0])[None]

@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Key
 
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.types import Array
@@ -25,11 +26,11 @@ class RouterInputs:
     replay_ids_UK: int32 choices to repeat.
     """
 
-    token_ids_U: Array
-    valid_U: Array
-    key: Array | None = None
-    bias_E: Array | None = None
-    replay_ids_UK: Array | None = None
+    token_ids_U: Int[Array, "... U"]
+    valid_U: Bool[Array, "... U"]
+    key: Key[Array, " ..."] | None = None
+    bias_E: Float[Array, "... E"] | None = None
+    replay_ids_UK: Int[Array, "... U K"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -41,8 +42,8 @@ class RouterLosses:
     router_z: squared log-partition summed over the group's tokens.
     """
 
-    load_balance: Array
-    router_z: Array
+    load_balance: Float[Array, " ..."]
+    router_z: Float[Array, " ..."]
 
 
 @jax.tree_util.register_dataclass
@@ -50,8 +51,8 @@ class RouterLosses:
 class RouterStats:
     """load_E: assignments to each expert, int32; entropy: nats of the router's distribution, summed over tokens."""
 
-    load_E: Array
-    entropy: Array
+    load_E: Int[Array, "... E"]
+    entropy: Float[Array, " ..."]
 
 
 @jax.tree_util.register_dataclass
@@ -62,14 +63,14 @@ class Routing:
     Of two tokens that want the last place at an expert, the one with the lower k wins, then the earlier one.
     """
 
-    expert_ids_UK: Array
-    gates_UK: Array
-    used_UK: Array
+    expert_ids_UK: Int[Array, "... U K"]
+    gates_UK: Float[Array, "... U K"]
+    used_UK: Bool[Array, "... U K"]
     losses: RouterLosses
     stats: RouterStats
 
 
-def top_k(logits_UE: Array, inputs: RouterInputs, config: MoeConfig) -> Routing:
+def top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Routes each token to its K likeliest experts, weighted by softmax probability (Shazeer et al. 2017).
 
     With `normalize_gates` the K probabilities are divided by their sum.
@@ -81,7 +82,12 @@ def top_k(logits_UE: Array, inputs: RouterInputs, config: MoeConfig) -> Routing:
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
 
-def assemble(logits_UE: Array, expert_ids_UK: Array, gates_UK: Array, inputs: RouterInputs) -> Routing:
+def assemble(
+    logits_UE: Float[Array, "U E"],
+    expert_ids_UK: Int[Array, "U K"],
+    gates_UK: Float[Array, "U K"],
+    inputs: RouterInputs,
+) -> Routing:
     """Returns the routing of these choices with its losses and statistics; padding is routed nowhere.
 
     Load balance follows Shazeer et al. 2017 / Switch (Fedus et al. 2021, eq. 4) with f_e the fraction of the group's

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Float32, Int
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.attention import Attention
@@ -40,9 +41,9 @@ class TransformerOut:
 class Tokens:
     """What every layer needs to know of the tokens: token_ids, positions, segment_ids [B, T] and their rotation."""
 
-    token_ids_BT: Array
-    positions_BT: Array
-    segment_ids_BT: Array
+    token_ids_BT: Int[Array, "B T"]
+    positions_BT: Int[Array, "B T"]
+    segment_ids_BT: Int[Array, "B T"]
     turn: Rotation
 
 
@@ -62,8 +63,8 @@ class Block(nnx.Module):
         self.has_experts = has_experts
 
     def __call__(
-        self, x_BTD: Array, tokens: Tokens, cache: KVCache | None, dropless: bool
-    ) -> tuple[Array, KVCache | None, MoeOut | None]:
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None, dropless: bool
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, MoeOut | None]:
         """Returns the residual stream after the layer, the layer's cache and, with experts, its sums."""
         attended, cache = self.attention(
             self.attention_norm(x_BTD), tokens.turn, tokens.positions_BT, tokens.segment_ids_BT, cache
@@ -99,13 +100,13 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens_BT: Array,
-        positions_BT: Array,
-        segment_ids_BT: Array,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
         *,
         dropless: bool = False,
         cache: KVCache | None = None,
-    ) -> tuple[Array, TransformerOut]:
+    ) -> tuple[Float[Array, "B T D"], TransformerOut]:
         """Returns x_BTD after the final norm, in the compute dtype, and what the layers report.
 
         Tokens see their own segment up to themselves; segment 0 is padding, routed nowhere. With `cache`, valid
@@ -123,12 +124,12 @@ class Transformer(nnx.Module):
         x_BTD, (caches, moe) = jax.lax.scan(step, self._embed(tokens_BT), layers, unroll=superblocks <= MOST_UNROLLED)
         return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(caches, config.num_layers))
 
-    def logits(self, x_BTD: Array) -> Array:
+    def logits(self, x_BTD: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Returns float32 logits [..., V] of final hidden states."""
         weight_VD = self.unembedding().astype(x_BTD.dtype)
         return jnp.einsum("...D,VD->...V", x_BTD, weight_VD, preferred_element_type=jnp.float32)
 
-    def unembedding(self) -> Array:
+    def unembedding(self) -> Float32[Array, "V D"]:
         """Returns the float32 matrix [V, D] that logits are products with: the embedding where they are tied."""
         return (self.embedding if self.head is None else self.head)[...]
 

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
 
 from gpt4moe.model.moe import MoeOut
 from gpt4moe.model.product import product, product_nt, product_tn
@@ -29,9 +30,9 @@ class LossNormalizers:
     target_weight: sum of the loss weights; tokens: tokens that are not padding; rows: rows with any such token.
     """
 
-    target_weight: Array
-    tokens: Array
-    rows: Array
+    target_weight: Float[Array, ""]
+    tokens: Float[Array, ""]
+    rows: Float[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -43,9 +44,9 @@ class LossOut:
     load_balance (per row, summed over rows and layers), router_z (summed over tokens and layers); moe: per layer.
     """
 
-    cross_entropy: Array
-    source_cross_entropy: Array
-    source_weight: Array
+    cross_entropy: Float[Array, ""]
+    source_cross_entropy: Float[Array, " num_sources"]
+    source_weight: Float[Array, " num_sources"]
     moe: MoeOut
 
 
@@ -61,7 +62,7 @@ def normalizers(batch: Batch) -> LossNormalizers:
 
 def batch_loss(
     model: Transformer, batch: Batch, weights: LossNormalizers, *, num_sources: int, dropless: bool = False
-) -> tuple[Array, LossOut]:
+) -> tuple[Float32[Array, ""], LossOut]:
     """Returns this microbatch's share of the objective, to be differentiated, and its sums.
 
     objective = weighted cross-entropy in nats per unit of target weight
@@ -89,7 +90,12 @@ def batch_loss(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def cross_entropy(x_BTD: Array, weight_VD: Array, targets_BT: Array, chunk: int = VOCAB_CHUNK) -> Array:
+def cross_entropy(
+    x_BTD: Float[Array, "B T D"],
+    weight_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    chunk: int = VOCAB_CHUNK,
+) -> Float32[Array, "B T"]:
     """Returns nll_BT float32, -log softmax(x weight^T)[target], with logits of `chunk` vocabulary entries at a time.
 
     The backward pass computes each chunk of logits again, so that [B, T, V] is never stored.
