@@ -1,7 +1,33 @@
-"""Tests run on eight emulated CPU devices, always."""
+"""Tests run on eight emulated CPU devices, always, and check the annotated shapes of what they call."""
 
 import os
 
-# Before the first JAX import: eight devices on one CPU, no GPU or TPU probing.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before the first JAX import: eight devices on one CPU, no GPU or TPU probing. Unoptimised programs: compiling is what
+# the tests of tiny models spend their time on.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+import beartype
+from jaxtyping import install_import_hook
+
+SHAPE_CHECKED = ("gpt4moe.model", "gpt4moe.train.loss", "gpt4moe.infer.sampling")
+
+
+def check_functions(function):
+    """`function` with its annotations checked at every call, except the making of a struct.
+
+    JAX also builds structs of shardings, abstract arrays and None where a tree is mapped.
+    """
+    if function.__name__ == "__init__":
+        return function
+    return beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))(function)
+
+
+# Before the first import of the package, here only: outside pytest annotations are never evaluated.
+install_import_hook(SHAPE_CHECKED, f"{__name__}.check_functions")
