@@ -56,6 +56,10 @@ def test_a_small_model_counted_by_hand():
     active = 80 + 576 + 2 * 2 * 72 + 64 + 40
     assert parameters.count_active(small()) == active
     assert flops.forward_flops_per_token(small()) == 2 * (active - 40)
+    assert flops.train_flops_per_token(small()) == 6 * (active - 40)
+    core = 2 * 2 * 6 * 2 * 2  # layers, heads, their width, scores and weighted values, a multiply-add is two
+    assert flops.attention_core_flops_per_token(small(), 16) == core * 8  # half of the row is ahead
+    assert flops.attention_core_flops_per_token(small(), 16, causal=False) == core * 16
 
 
 def test_untied_head_dense_layers_shared_expert_and_qk_norm_are_counted():

@@ -112,6 +112,12 @@ def test_every_used_choice_has_its_own_slot_in_a_block_of_its_expert(seed):
     )
 
 
+@pytest.mark.parametrize(("factor", "places"), [(0.7, 3), (1.0, 3), (9.0, 6)])
+def test_capacity_is_the_fair_share_times_the_factor_rounded_up_and_no_more_than_the_tokens(factor, places):
+    config = MoeConfig(NUM_EXPERTS, CHOICES, hidden_dim=1, capacity_factor=factor)  # a fair share of 6 tokens is 3
+    assert dispatch.expert_capacity(TOKENS, config) == places
+
+
 def test_capacity_does_not_depend_on_other_rows():
     config = MoeConfig(NUM_EXPERTS, CHOICES, hidden_dim=1, capacity_factor=0.7)
     logits_GUE = jax.random.normal(jax.random.key(0), (2, 6, NUM_EXPERTS))
