@@ -25,8 +25,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Leaves with exit code 2 and one line on stderr where the words cannot be understood.
     """
-    args = _parser().parse_args([word for word in argv if not word.startswith("--gin.")])
+    parser = _parser()
+    args = parser.parse_args([word for word in argv if not word.startswith("--gin.")])
     args.overrides = [word.removeprefix("--gin.") for word in argv if word.startswith("--gin.")]
+    if args.overrides and not hasattr(args, "gin_file"):
+        parser.error(f"--gin.{args.overrides[0]}: {args.command} takes its configuration from --workdir")
     return args
 
 
@@ -34,11 +37,13 @@ def _gin_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gin_file", action="append", default=[], metavar="F", help="gin file; may be repeated")
     paths = "folders of gin files and of your own modules"
     parser.add_argument("--gin_search_paths", type=_comma_list, default=[], metavar="A,B", help=paths)
-    parser.add_argument("--cpu_devices", type=int, metavar="N", help="emulate N devices on the CPU")
+    parser.add_argument("--cpu_devices", type=_positive, metavar="N", help="emulate N devices on the CPU")
 
 
 def _workdir_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--workdir", required=required, metavar="DIR", help="work directory, local or gs://")
+    parser.add_argument(
+        "--workdir", required=required, type=_folder, metavar="DIR", help="work directory, local or gs://"
+    )
 
 
 def _train_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +52,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     change = "resume although settings differ from those the run was started with"
     parser.add_argument("--allow_config_change", action="store_true", help=change)
     trace = "write a profiler trace of N steps into DIR/profile"
-    parser.add_argument("--profile", type=int, default=0, nargs="?", const=3, metavar="N", help=trace)
+    parser.add_argument("--profile", type=_positive, default=0, nargs="?", const=3, metavar="N", help=trace)
 
 
 def _trained_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +82,18 @@ def _prepare_flags(parser: argparse.ArgumentParser) -> None:
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     _gin_flags(parser)
     _workdir_flag(parser, required=False)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return int(text)
+
+
+def _folder(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def _comma_list(text: str) -> list[str]:

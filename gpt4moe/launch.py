@@ -17,6 +17,7 @@ import pathlib
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,12 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         _restart_with_huge_pages()
     _quiet(getattr(args, "cpu_devices", None))
     try:
-        return COMMANDS[args.command](args)
+        code = COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return code
     except (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if os.environ.get("GPT4MOE_TRACEBACK"):
             raise
         print(f"gpt4moe {args.command}: {_one_line(error)}", file=sys.stderr)
         return CALLER_MISTAKE
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (OSError, RunError) as error:
         if os.environ.get("GPT4MOE_TRACEBACK"):
             raise
@@ -77,7 +83,7 @@ def build_run(gin_files: Sequence[str], overrides: Sequence[str] = (), search_pa
     from gpt4moe.config.run import RunConfig
 
     _parse(gin_files, overrides, search_paths)
-    config = _construct(RunConfig)
+    config = _construct(RunConfig, gin_files)
     _refuse_unread(_names(overrides), _is_operative)
     return config, gin.operative_config_str()
 
@@ -87,7 +93,7 @@ def build_model(gin_files: Sequence[str], overrides: Sequence[str] = (), search_
     from gpt4moe.config.model import ModelConfig
 
     _parse(gin_files, overrides, search_paths)
-    config = _construct(ModelConfig)
+    config = _construct(ModelConfig, gin_files)
     _refuse_unread(_names(overrides), _is_referenced)
     return config
 
@@ -115,7 +121,7 @@ def _parse(gin_files: Sequence[str], overrides: Sequence[str], search_paths: Seq
 
 def _parse_override(gin, override: str) -> None:
     name, equals, value = override.partition("=")
-    require(bool(equals and name), "--gin." + override, None, "must have the form --gin.NAME=VALUE")
+    require(bool(equals and name), "--gin", override, "must have the form --gin.NAME=VALUE")
     try:
         gin.parse_config(f"{name} = {value}")
     except SyntaxError as error:
@@ -125,10 +131,10 @@ def _parse_override(gin, override: str) -> None:
         raise CallerError(f"--gin.{override}: {_one_line(error)}{_near(name)}") from error
 
 
-def _construct(config_type: type) -> Any:
+def _construct(config_type: type, gin_files: Sequence[str]) -> Any:
     import gin
 
-    require(_is_bound(config_type), "--gin_file", config_type.__name__, "is configured by none of the gin files")
+    require(_is_bound(config_type), "--gin_file", gin_files, f"configure no {config_type.__name__}", "give a run file")
     try:
         return gin.get_configurable(config_type)()
     except Exception as error:
@@ -205,7 +211,10 @@ def _saved_run(workdir: str | os.PathLike) -> tuple:
 
     saved = epath.Path(os.fspath(workdir)) / "config.gin"
     require(saved.exists(), "--workdir", os.fspath(workdir), "holds no run (no config.gin)", "train there first")
-    return build_run([str(saved)])
+    with tempfile.TemporaryDirectory() as folder:  # gin opens local files only
+        local = pathlib.Path(folder) / "config.gin"
+        local.write_text(saved.read_text())
+        return build_run([str(local)])
 
 
 def _not_gin_search(record: logging.LogRecord) -> bool:

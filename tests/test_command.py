@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import pytest
@@ -164,6 +165,59 @@ def test_a_broken_record_is_counted_or_stops_the_run(tmp_path, capsys):
     stop = refusal_of(capsys, train_words(source, tmp_path / "stop", "--gin.data.DataConfig.bad_records='stop'"))
     assert "records.jsonl:42" in stop
     assert not (tmp_path / "stop").exists()
+
+
+def test_a_run_goes_on_and_is_evaluated_when_its_sources_have_gone(tmp_path, capsys):
+    source = tmp_path / "corpus"
+    source.mkdir()
+    for number in range(100):
+        (source / f"{number}.txt").write_text(SENTENCE.format(number))
+    words = train_words(source, tmp_path / "run")[:-1]
+    assert document_of(capsys, [*words, "--gin.TRAIN_STEPS=2"])["step"] == 2
+    shutil.rmtree(source)
+    assert document_of(capsys, [*words, "--gin.TRAIN_STEPS=3"])["step"] == 3
+    assert document_of(capsys, ["evaluate", f"--workdir={tmp_path / 'run'}"])["files"]["loss"] > 0
+
+
+def test_a_run_started_from_another_reads_with_its_tokenizer(corpus, workdir, tmp_path, capsys):
+    learns = "--gin.tokenizer.TokenizerConfig.byte_level_only=False"
+    one = "--gin.TRAIN_STEPS=1"
+    inherits = [*train_words(corpus, tmp_path / "run", f"--gin.INIT_FROM='{workdir}'", one, learns)]
+    inherits.remove("--json")
+    document_of(capsys, inherits)
+    assert (tmp_path / "run/tokenizer.json").read_text() == (workdir / "tokenizer.json").read_text()
+    document_of(capsys, [*train_words(corpus, tmp_path / "own")[:-1], learns, one])
+    clashes = train_words(corpus, tmp_path / "other", f"--gin.INIT_FROM='{tmp_path / 'own'}'", one)
+    assert "is not the one of INIT_FROM" in refusal_of(capsys, clashes)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--gin_file=gin_configs/run/tiny.gin", "--workdir="], "must not be empty"),
+        (["train", "--gin_file=gin_configs/run/tiny.gin", "--workdir=x", "--cpu_devices=-1"], "at least 1"),
+        (["evaluate", "--workdir=x", "--gin.NUM_EXPERTS=4"], "takes its configuration from --workdir"),
+        (["generate", "--workdir=x", "--seed=one"], "invalid int value"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert message in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("override", ["DATA_PATHS=['']", "DATA_PATHS=[3]", "DATA_PATHS=3", "INIT_FROM=3"])
+def test_paths_that_are_no_text_are_refused(override, tmp_path, capsys):
+    words = ["train", "--gin_file=gin_configs/run/tiny.gin", f"--gin.{override}", f"--workdir={tmp_path / 'run'}"]
+    assert "must be text" in refusal_of(capsys, words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(workdir, capsys):
+    assert "not UTF-8" in refusal_of(capsys, ["generate", f"--workdir={workdir}", "--prompt=\udcff"])
 
 
 def test_a_mesh_that_does_not_fit_is_refused(corpus, tmp_path, capsys):

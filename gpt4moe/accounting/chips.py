@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator: dense bfloat16 peak in FLOP/s, memory in bytes, memory bandwidth in bytes/s.
+    """One accelerator: dense 16-bit peak in FLOP/s, memory in bytes, memory bandwidth in bytes/s.
 
     `device_kinds` are the names JAX reports (`jax.Device.device_kind`), matched as prefixes.
     """
@@ -26,6 +26,10 @@ CHIPS = (
     Chip("h100", ("NVIDIA H100",), 989.4e12, 80e9, 3.35e12),
     Chip("gb200", ("NVIDIA GB200",), 2500e12, 186e9, 8.0e12),
     Chip("b200", ("NVIDIA B200",), 2250e12, 180e9, 8.0e12),
+    Chip("v100", ("Tesla V100",), 125e12, 32e9, 0.9e12),
+    Chip("t4", ("Tesla T4",), 65e12, 16e9, 0.32e12),
+    Chip("l4", ("NVIDIA L4",), 121e12, 24e9, 0.3e12),
+    Chip("a10", ("NVIDIA A10",), 125e12, 24e9, 0.6e12),
     Chip("tpu_v4", ("TPU v4",), 275e12, 32e9, 1.2e12),
     Chip("tpu_v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 0.82e12),
     Chip("tpu_v5p", ("TPU v5",), 459e12, 95e9, 2.765e12),

@@ -50,6 +50,20 @@ def require_flag(setting: str, value: bool) -> None:
     require(isinstance(value, bool), setting, value, "must be True or False")
 
 
+def require_text(setting: str, value: str | None) -> None:
+    """Raises unless `value` is text that is not empty, or None."""
+    text = value is None or (isinstance(value, str) and bool(value.strip()))
+    require(text, setting, value, "must be text that is not empty", "quote it")
+
+
+def require_texts(setting: str, values: object) -> tuple[str, ...]:
+    """Returns one text or several as a tuple; raises unless each is text that is not empty."""
+    values = (values,) if isinstance(values, str) else values
+    listed = isinstance(values, (tuple, list)) and all(isinstance(item, str) and item.strip() for item in values)
+    require(listed, setting, values, "must be text, or a list of texts that are not empty")
+    return tuple(values)
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -12,6 +12,8 @@ from gpt4moe.config.check import (
     require_fraction,
     require_positive,
     require_seed,
+    require_text,
+    require_texts,
 )
 from gpt4moe.config.tokenizer import TokenizerConfig
 
@@ -36,8 +38,9 @@ class SourceConfig:
     max_epochs: float | None = None
 
     def __post_init__(self) -> None:
+        require(isinstance(self.name, str), "name", self.name, "must be a plain word")
         require(bool(self.name) and self.name.replace("_", "").isalnum(), "name", self.name, "must be a plain word")
-        object.__setattr__(self, "paths", (self.paths,) if isinstance(self.paths, str) else tuple(self.paths))
+        object.__setattr__(self, "paths", require_texts("paths", self.paths))
         require(
             bool(self.paths) != (self.documents is not None),
             "paths",
@@ -83,6 +86,7 @@ class DataConfig:
             self.bad_records in BAD_RECORD_ACTIONS, "bad_records", self.bad_records, f"must be in {BAD_RECORD_ACTIONS}"
         )
         require_seed("seed", self.seed)
+        require_text("store", self.store)
         require_flag("exhaust_together", self.exhaust_together)
         if self.exhaust_together:
             capped = all(source.max_epochs is not None for source in self.sources)

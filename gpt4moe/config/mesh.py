@@ -44,6 +44,6 @@ class MeshConfig:
             "MESH",
             given,
             f"spans {math.prod(sizes.values())} devices but there are {num_devices}",
-            "change the axis sizes, use -1 for one of them, or pass --devices",
+            "change the axis sizes, use -1 for one of them, or pass --cpu_devices",
         )
         return sizes

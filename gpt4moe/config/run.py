@@ -11,6 +11,8 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.optimizer import OptimizerConfig
 from gpt4moe.config.train import TrainConfig
 
+PARTS = dict(model=ModelConfig, data=DataConfig, optimizer=OptimizerConfig, train=TrainConfig, mesh=MeshConfig)
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -23,6 +25,9 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), PARTS[field.name]
+            require(isinstance(value, kind), f"RunConfig.{field.name}", value, f"must be a {kind.__name__}")
         length = self.data.sequence_length
         require(
             length <= self.model.context_length,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt4moe.config.check import require, require_count, require_flag
+from gpt4moe.config.check import require, require_count, require_flag, require_text
 
 NUM_BYTES = 256
 # Ids from 0 in this order, so that they stay put whatever the merges: end of text first.
@@ -36,5 +36,6 @@ class TokenizerConfig:
             self.vocab_size,
             f"must be at least {least}: bytes and special tokens",
         )
+        require_text("tokenizer.path", self.path)
         require_count("train_bytes", self.train_bytes)
         require_flag("byte_level_only", self.byte_level_only)

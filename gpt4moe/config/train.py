@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from gpt4moe.config.check import require, require_count, require_seed
+from gpt4moe.config.check import require, require_count, require_seed, require_text, require_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ class TrainConfig:
         require_count("keep_best", self.keep_best, least=0)
         require_seed("seed", self.seed)
         require_count("sample_tokens", self.sample_tokens)
-        prompts = (self.sample_prompts,) if isinstance(self.sample_prompts, str) else tuple(self.sample_prompts)
-        object.__setattr__(self, "sample_prompts", prompts)
+        object.__setattr__(self, "sample_prompts", require_texts("sample_prompts", self.sample_prompts))
+        require_text("init_from", self.init_from)
         self._check_ramp()
 
     def _check_ramp(self) -> None:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import sys
 from collections.abc import Iterator
 
 import grain
 
-from gpt4moe.config.check import require, require_count
+from gpt4moe.config.check import CallerError, require, require_count
 from gpt4moe.config.data import DataConfig
 from gpt4moe.data.mixture import MixedSource, Mixture
 from gpt4moe.data.packing import Plan, cached_plan
 from gpt4moe.data.prepare import Progress, prepare
 from gpt4moe.data.rows import PackedRows, stack_rows
-from gpt4moe.data.store import TokenStore
+from gpt4moe.data.store import REPORT_FILE, TokenStore
 from gpt4moe.types import Batch
 
 
@@ -34,6 +35,12 @@ def open_store(
     """The token store of `config` below `directory`, prepared first where it is missing (see `prepare`)."""
     report = prepare(config, directory, workers=workers, progress=progress)
     return TokenStore(report.directory, config.held_out_tokens)
+
+
+def reopen_store(config: DataConfig, directory: str | pathlib.Path, content_hash: str) -> TokenStore | None:
+    """The store that a run began with, whatever its sources hold by now; None where it is gone."""
+    path = pathlib.Path(directory) / f"store-{content_hash}"
+    return TokenStore(path, config.held_out_tokens) if (path / REPORT_FILE).exists() else None
 
 
 def row_plan(store: TokenStore, config: DataConfig, source: str, split: str) -> Plan:
@@ -96,17 +103,20 @@ class TrainRows:
         """Where the iterator stands, JSON-able and the same on every host: next global row, ledger, and of what."""
         return {"next_row": self._next_row, "ledger": self.ledger(), "order": self._fingerprint()}
 
-    def set_state(self, state: dict) -> None:
+    def set_state(self, state: dict, *, allow_change: bool = False) -> None:
         """Goes to a state of `get_state`, from any number of hosts and any microbatch size.
 
-        ValueError where the state belongs to other data, weights, seed or sequence length.
+        A state of other data, weights, seed or sequence length raises `CallerError`; where `allow_change`, the order
+        of rows begins anew and the ledger is carried on.
         """
         same = state["order"] == self._fingerprint()
-        require(
-            same, "data", state["order"], f"of the checkpoint is not {self._fingerprint()}", "restore its data config"
-        )
-        self._next_row = self._counted_row = int(state["next_row"])
-        self._ledger = {name: int(state["ledger"][name]) for name in self._store.source_names}
+        if not same and not allow_change:
+            raise CallerError(
+                "the data has changed since the checkpoint (sources, weights, seed or sequence_length); restore it, "
+                "give another workdir, or --allow_config_change to begin a new order of rows"
+            )
+        self._next_row = self._counted_row = int(state["next_row"]) if same else 0
+        self._ledger = {name: int(state["ledger"].get(name, 0)) for name in self._store.source_names}
 
     def ledger(self) -> dict[str, int]:
         """Tokens (targets) delivered so far by source, over all hosts."""
@@ -124,6 +134,11 @@ class TrainRows:
     def exhausted(self) -> tuple[str, ...]:
         """Sources that have left the mixture."""
         return self._mixture.exhausted(self._next_row)
+
+    def total_tokens(self) -> int | None:
+        """Positions of all rows of the mixture, padding included; None where it has no end."""
+        rows = len(self._mixture)
+        return None if rows == sys.maxsize else rows * self._config.sequence_length
 
     def packing(self) -> dict[str, dict[str, float]]:
         """Rows, fill (share of positions that hold a token) and cut documents by source."""

@@ -25,14 +25,28 @@ def training_texts(config: DataConfig, units: Sequence[Unit]) -> Iterator[str]:
     for rank, name in enumerate(sorted(sizes, key=sizes.get)):
         share = left / (len(sizes) - rank)
         spent = 0
+        for text in _source_texts(name, units, config.held_out_fraction, share):
+            spent += len(text.encode())
+            yield text
+        left -= spent
+
+
+def _source_texts(name: str, units: Sequence[Unit], held_out_fraction: float, share: float) -> Iterator[str]:
+    """Documents of one source that are not held out, cut off at `share` bytes.
+
+    Where the hash holds out all of them (a source of one file, whose tail is held out instead), all are taken.
+    """
+    for fraction in (held_out_fraction, 0.0):
+        spent = 0
         for document in _sampled(name, units):
-            if not is_held_out(document, config.held_out_fraction):
+            if not is_held_out(document, fraction):
                 text = document.text[: math.ceil(share - spent)]
                 spent += len(text.encode())
                 yield text
             if spent >= share:
                 break
-        left -= spent
+        if spent:
+            return
 
 
 def _sampled(source: str, units: Sequence[Unit]) -> Iterator[Document]:

@@ -99,6 +99,8 @@ def write_samples(workdir: str | epath.Path, generations: Sequence[Generation]) 
 
 
 def _prompt_ids(tokenizer: Codec, prompt: str, context_length: int) -> list[int]:
+    is_text = prompt.encode("utf-8", "ignore").decode() == prompt
+    require(is_text, "prompt", prompt[:40], "holds bytes that are not UTF-8")
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
     require(
         len(ids) < context_length,

@@ -37,9 +37,11 @@ def attend(
     """Returns y_BTNH: each token sees the tokens of its own segment up to itself; N must be a multiple of M.
 
     `backend` (None: the one in use) chooses the kernel: splash on a "tpu", cuDNN on a "gpu", each where it takes
-    these shapes; otherwise blocks of `query_chunk` queries in plain XLA.
+    these shapes; otherwise blocks of `query_chunk` queries in plain XLA, as on several TPU devices, over which XLA
+    cannot partition splash by itself.
     """
-    backend = backend or jax.default_backend()
+    one_device = jax.device_count() == 1
+    backend = backend or ("xla" if jax.default_backend() == "tpu" and not one_device else jax.default_backend())
     if backend == "tpu" and splash_fits(q_BTNH):
         return splash_attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT)
     if backend == "gpu" and cudnn_fits(q_BTNH):

@@ -58,7 +58,10 @@ def peak_flops_per_second(devices: list[jax.Device], dtype: str) -> float:
     A CPU's rate is measured for the whole machine, however many devices it emulates.
     """
     chip = chips.find_chip(devices[0].device_kind)
-    return chip.peak_flops * len(devices) if chip else measured_gemm_rate(devices[0], dtype)
+    if chip:
+        return chip.peak_flops * len(devices)
+    rate = measured_gemm_rate(devices[0], dtype)
+    return rate if devices[0].platform == "cpu" else rate * len(devices)
 
 
 def measured_gemm_rate(device: jax.Device, dtype: str) -> float:

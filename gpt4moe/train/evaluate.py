@@ -18,11 +18,12 @@ from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, Sharding
 
+from gpt4moe import checkpoint
 from gpt4moe.config.check import require
 from gpt4moe.config.rules import ShardingRules
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
-from gpt4moe.data.store import REPORT_FILE, TOKENIZER_FILE, TokenStore
+from gpt4moe.data.store import TokenStore
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.sharding import batch_sharding
 from gpt4moe.train.loss import cross_entropy
@@ -85,7 +86,7 @@ def evaluate_trained(model: Transformer, run: RunConfig, workdir: epath.PathLike
     Kept with `write_evaluation`. Raises `CallerError` where the tokens are gone and the sources have changed.
     """
     workdir = epath.Path(workdir)
-    evaluation = evaluate(run, _trained_store(run, workdir), nnx.split(model)[1])
+    evaluation = evaluate(run, _trained_store(run, workdir, step), nnx.split(model)[1])
     write_evaluation(workdir, evaluation, step=step)
     return evaluation
 
@@ -96,19 +97,18 @@ def write_evaluation(workdir: epath.Path, evaluation: Evaluation, *, step: int) 
     write_atomically(workdir / "evaluation.json", json.dumps(document, indent=1) + "\n")
 
 
-def _trained_store(run: RunConfig, workdir: epath.Path) -> TokenStore:
-    """The token store with the tokenizer of `workdir`, which needs no sources; made again where it is not to be found.
+def _trained_store(run: RunConfig, workdir: epath.Path, step: int) -> TokenStore:
+    """The token store that the run was trained on, which needs no sources; made again where it is gone.
 
-    Sources that have changed would give another tokenizer, under which the model's results mean nothing.
+    Sources that have changed would give another split or tokenizer, under which the model's results mean nothing.
     """
-    directory = epath.Path(run.data.store or workdir / "data")
-    tokenizer = (workdir / TOKENIZER_FILE).read_text()
-    reports = directory.glob(f"store-*/{REPORT_FILE}")
-    found = [report.parent for report in reports if (report.parent / TOKENIZER_FILE).read_text() == tokenizer]
-    if len(found) == 1:
-        return TokenStore(found[0], run.data.held_out_tokens)
+    directory = run.data.store or workdir / "data"
+    content_hash = checkpoint.restore_progress(workdir, step)["store"]
+    kept = pipeline.reopen_store(run.data, directory, content_hash)
+    if kept:
+        return kept
     store = pipeline.open_store(run.data, directory)
-    same = store.tokenizer.serialized == tokenizer
+    same = store.content_hash == content_hash
     require(
         same, "data", str(directory), "was made of other text than the model's", "restore the sources it was trained on"
     )

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 import jax
@@ -108,16 +109,16 @@ def train(
       CheckpointError: a checkpoint could not be written; earlier ones stand.
       SkipLimitError: see there.
     """
-    workdir = epath.Path(workdir)
+    workdir, run = epath.Path(workdir), resume.inherit_tokenizer(run)
     mesh, rules = make_mesh(run.mesh), ShardingRules()
     sharding.check_rows(run.microbatch_rows, mesh, rules)
     abstract = train_state.abstract_state(run, mesh, rules)
     metrics.refuse_second_trainer(workdir)
     progress = resume.saved_progress(run, workdir, abstract, allow_change=allow_config_change)
-    store = pipeline.open_store(run.data, run.data.store or workdir / "data", progress=_say if show_progress else None)
-    rows = _rows(run, store, progress)
+    store = _open_store(run, workdir, progress, _say if show_progress else None)
+    rows = _rows(run, store, progress, allow_config_change)
     if show_progress:
-        _say_what_is_read(store, rows)
+        _say_what_is_read(run, store, rows)
     _describe(workdir, config_text, store)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
@@ -125,6 +126,9 @@ def train(
         batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, rules))
         kept = {"keep_last": run.train.keep_last, "keep_best": run.train.keep_best}
         log = stack.enter_context(metrics.MetricsLog(workdir, keep_to_step=at.step))
+        if show_progress:
+            _say("compiling the training step")
+        step = _compile(run, len(store.source_names), abstract, batch)
         bar = stack.enter_context(_progress_bar(run, at, show_progress))
         parts = Parts(
             run=run,
@@ -132,7 +136,7 @@ def train(
             store=store,
             rows=rows,
             batch=batch,
-            step=_compile(run, len(store.source_names), abstract, batch),
+            step=step,
             checkpoints=stack.enter_context(checkpoint.Checkpoints(workdir, **kept)),
             log=log,
             recorder=Recorder(run, store.source_names, log, bar, list(mesh.devices.flat)),
@@ -200,8 +204,7 @@ def _evaluate(parts: Parts, at: Position) -> evaluate.Evaluation:
     evaluation = evaluate.evaluate(parts.run, parts.store, at.state.params)
     if at.step not in parts.log.evaluated_steps:
         parts.log.write({"step": at.step, "tokens": at.tokens} | evaluation.row())
-    document = {"step": at.step, "sets": evaluate.to_document(evaluation)}
-    metrics.write_atomically(parts.workdir / "evaluation.json", json.dumps(document, indent=1) + "\n")
+    evaluate.write_evaluation(parts.workdir, evaluation, step=at.step)
     parts.recorder.clock.resume()
     return evaluation
 
@@ -214,7 +217,7 @@ def _save(parts: Parts, at: Position, evaluation: evaluate.Evaluation | None) ->
         "step": at.step,
         "tokens": at.tokens,
         "data": parts.rows.get_state(),
-        "ledger": parts.rows.ledger(),
+        "store": parts.store.content_hash,
         "settings": resume.settings(parts.run),
     }
     loss = math.nan if evaluation is None else evaluation.mean_loss
@@ -234,12 +237,23 @@ def _give_up(parts: Parts, at: Position) -> NoReturn:
     )
 
 
-def _rows(run: RunConfig, store: pipeline.TokenStore, progress: dict | None) -> pipeline.TrainRows:
+def _open_store(
+    run: RunConfig, workdir: epath.Path, progress: dict | None, say: Callable[[str], None] | None
+) -> pipeline.TokenStore:
+    """The tokens that the run began with, even where its sources have changed or gone since; else newly prepared."""
+    directory = run.data.store or workdir / "data"
+    changed = resume.differences(progress["settings"], run) if progress else []
+    same_data = progress and not any(change.startswith("data.") for change in changed)
+    kept = pipeline.reopen_store(run.data, directory, progress["store"]) if same_data else None
+    return kept or pipeline.open_store(run.data, directory, progress=say)
+
+
+def _rows(run: RunConfig, store: pipeline.TokenStore, progress: dict | None, allow_change: bool) -> pipeline.TrainRows:
     """This host's rows, from where the checkpoint stood."""
     hosts = {"num_hosts": jax.process_count(), "host": jax.process_index()}
     rows = pipeline.TrainRows(store, run.data, microbatch_rows=run.microbatch_rows, **hosts)
     if progress:
-        rows.set_state(progress["data"])
+        rows.set_state(progress["data"], allow_change=allow_change)
     return rows
 
 
@@ -269,10 +283,16 @@ def _describe(workdir: epath.Path, config_text: str, store: pipeline.TokenStore)
     metrics.write_atomically(workdir / "environment.json", json.dumps(metrics.environment(), indent=2) + "\n")
 
 
-def _say_what_is_read(store: pipeline.TokenStore, rows: pipeline.TrainRows) -> None:
+def _say_what_is_read(run: RunConfig, store: pipeline.TokenStore, rows: pipeline.TrainRows) -> None:
     for name, packing in rows.packing().items():
         tokens = f"{store.num_tokens(name, 'train'):,} tokens in {packing['rows']:,} rows, {packing['fill']:.1%} full"
         _say(f"source {name}: {tokens}, {packing['split_documents']:,} documents longer than a row")
+    planned, there = schedule.planned_tokens(run.train), rows.total_tokens()
+    if there is not None and there < planned:
+        _say(
+            f"the sources end after {there:,} tokens, before the {planned:,} that the learning rate is planned for: "
+            "raise max_epochs or lower TOKEN_BUDGET"
+        )
 
 
 def _say(line: str) -> None:

@@ -8,14 +8,17 @@ list of the differences unless the caller allows them; settings of the model's s
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from gpt4moe import checkpoint
-from gpt4moe.config.check import CallerError
+from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.run import RunConfig
+from gpt4moe.data.store import TOKENIZER_FILE
+from gpt4moe.data.tokenizer import build_tokenizer, load_tokenizer
 from gpt4moe.train.state import TrainState
 
 # A run may be prolonged, logged, saved and laid out differently. Its schedule follows its length (planned tokens), so
@@ -82,6 +85,25 @@ def saved_progress(run: RunConfig, workdir: epath.Path, abstract: TrainState, *,
         )
     checkpoint.check_shapes(workdir, steps[-1], abstract)
     return progress
+
+
+def inherit_tokenizer(run: RunConfig) -> RunConfig:
+    """Returns `run` with the tokenizer of the run it starts from, whose parameters know no other ids.
+
+    Raises `CallerError` where `run` asks for one of its own that differs.
+    """
+    source, config = run.train.init_from, run.data.tokenizer
+    if source is None or not (epath.Path(source) / TOKENIZER_FILE).exists():
+        return run
+    path = os.fspath(epath.Path(source) / TOKENIZER_FILE)
+    if config.path is None and not config.byte_level_only:
+        tokenizer = dataclasses.replace(config, path=path)
+        return dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=tokenizer))
+    same = build_tokenizer(config, ()).serialized == load_tokenizer(path).serialized
+    require(
+        same, "tokenizer", config.path or "byte_level_only", f"is not the one of INIT_FROM ({path})", "leave it out"
+    )
+    return run
 
 
 def _plain(value: Any) -> Any:

@@ -237,8 +237,17 @@ def test_what_does_not_fit_is_a_one_line_error(store, options, message):
 def test_a_state_of_other_data_is_refused(store):
     state = TrainRows(store, config_of(), microbatch_rows=2).get_state()
     for changed in (config_of(seed=1), config_of(text_cap=3), config_of(exhaust_together=True)):
-        with pytest.raises(ValueError, match=r"^data=[^\n]+of the checkpoint"):
+        with pytest.raises(ValueError, match=r"^the data has changed since the checkpoint [^\n]+$"):
             TrainRows(store, changed, microbatch_rows=2).set_state(state)
+
+
+def test_a_state_of_other_data_may_begin_a_new_order_with_the_ledger_carried_on(store):
+    rows = TrainRows(store, config_of(), microbatch_rows=2)
+    next(rows)
+    changed = TrainRows(store, config_of(seed=1), microbatch_rows=2)
+    changed.set_state(rows.get_state(), allow_change=True)
+    assert changed.get_state()["next_row"] == 0
+    assert changed.ledger() == rows.ledger() != TrainRows(store, config_of(), microbatch_rows=2).ledger()
 
 
 def test_no_training_documents_is_a_one_line_error(tmp_path):

@@ -272,3 +272,12 @@ def test_a_broken_line_stops_the_run_where_asked(tmp_path):
 def test_a_store_in_a_bucket_is_a_one_line_error(tmp_path, corpus):
     with pytest.raises(ValueError, match="store='gs://bucket' must be a local folder"):
         prepare(config_of(corpus), "gs://bucket")
+
+
+def test_a_source_of_one_held_out_file_still_teaches_the_merges(tmp_path):
+    """The hash may hold out the only document there is; then its tail is held out, and all of it is read for merges."""
+    held_out = next(text for number in range(1000) if is_held_out(Document(text := f"word{number} " * 400), 0.02))
+    (tmp_path / "only.txt").write_text(held_out)
+    source = SourceConfig("only", paths=(str(tmp_path / "only.txt"),))
+    config = DataConfig((source,), sequence_length=16, tokenizer=TokenizerConfig(vocab_size=280))
+    assert prepare(config, tmp_path / "store").vocab_size > 272
