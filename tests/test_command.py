@@ -1,8 +1,11 @@
 """The whole path from the command line: train, resume, evaluate, generate, report, load, and mistakes on the way."""
 
 import json
+import os
 import pathlib
 import shutil
+import signal
+import threading
 
 import jax
 import pytest
@@ -87,6 +90,31 @@ def test_a_longer_run_goes_on_from_the_last_step(corpus, tmp_path, capsys):
     assert len(first) == 4
     assert both[:4] == first  # with their times: the first steps were not taken again
     assert [json.loads(line)["step"] for line in both] == list(range(1, 9))
+
+
+def test_a_run_that_is_asked_to_stop_exits_with_3_and_the_same_command_finishes_it(corpus, tmp_path, capsys):
+    words = train_words(corpus, tmp_path / "run", "--gin.TRAIN_STEPS=40", "--gin.CHECKPOINT_EVERY=100")
+    log, ended = tmp_path / "run/metrics.jsonl", threading.Event()
+
+    def ask():
+        while not ended.wait(0.005):
+            if log.exists() and log.read_bytes().count(b"\n"):
+                return os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=ask)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # a signal after the run must not end the tests
+    try:
+        watcher.start()
+        assert main(words) == 3
+    finally:
+        ended.set()
+        watcher.join()
+        signal.signal(signal.SIGTERM, before)
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert not (tmp_path / "run/report.html").exists()
+    assert main(words) == 0
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, 41))
 
 
 def test_evaluate_repeats_what_training_found(workdir, capsys):

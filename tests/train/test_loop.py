@@ -150,9 +150,9 @@ def test_another_layout_goes_on_from_the_same_checkpoint(finished, corpus, tmp_p
 def test_utilization_is_the_rate_times_the_flops_of_a_token_over_the_peak_of_all_devices(corpus, tmp_path, monkeypatch):
     known = chips.Chip("known", ("cpu",), peak_flops=1e9, memory_bytes=1e9, bandwidth_bytes_per_second=1e9)
     monkeypatch.setattr(chips, "CHIPS", (known,))  # a row of the table: this machine's own peak is measured
-    train(tiny.run_config(corpus, mesh=(("data", 2),), steps=4), tmp_path)
+    train(tiny.run_config(corpus, mesh=(("fsdp", 2), ("expert", 2), ("tensor", 2)), steps=4), tmp_path)
     ratios = [row["model_flops_utilization"] / row["tokens_per_second"] for row in rows(tmp_path) if "loss" in row]
-    np.testing.assert_allclose(ratios, [flops.train_flops_per_token(tiny.MODEL) / 2e9] * 4, rtol=1e-9)
+    np.testing.assert_allclose(ratios, [flops.train_flops_per_token(tiny.MODEL) / 8e9] * 4, rtol=1e-9)
     for row in rows(tmp_path)[:4]:
         assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(row["batch_tokens"])
 
