@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gpt4moe.checkpoint import Checkpoints
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.config.mesh import MeshConfig
@@ -147,8 +148,14 @@ def test_zero_parameters_cost_the_logarithm_of_the_vocabulary(run, store, model)
         assert result.tokens == store.num_tokens(source, "held_out")
 
 
+def save_checkpoint(workdir, step, store):
+    """What a trainer leaves that names the tokens it was trained on."""
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(step, {"nothing": jnp.zeros(1)}, {"store": store.content_hash})
+
+
 def test_a_restored_model_leaves_its_results_for_the_report(run, store, model, evaluation, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(store.tokenizer.serialized)
+    save_checkpoint(tmp_path, 7, store)
     again = evaluate_trained(model, run, tmp_path, step=7)
     assert again.mean_loss == pytest.approx(evaluation.mean_loss)
     document = json.loads((tmp_path / "evaluation.json").read_text())
@@ -166,7 +173,7 @@ def test_a_restored_model_is_evaluated_on_its_own_held_out_text_or_not_at_all(ru
     path = tmp_path / "code.jsonl"
     write_documents(path, "code")
     store = open_store(data, tmp_path / "data")
-    (tmp_path / "tokenizer.json").write_text(store.tokenizer.serialized)
+    save_checkpoint(tmp_path, 1, store)
     path.unlink()
     first = evaluate_trained(model, run, tmp_path, step=1)
     assert first.sets["code"].tokens == store.num_tokens("code", "held_out")
