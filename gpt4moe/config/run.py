@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 from gpt4moe.config.check import require
 from gpt4moe.config.data import DataConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.optimizer import OptimizerConfig
+from gpt4moe.config.rules import ShardingRules
 from gpt4moe.config.train import TrainConfig
 
-PARTS = dict(model=ModelConfig, data=DataConfig, optimizer=OptimizerConfig, train=TrainConfig, mesh=MeshConfig)
+PARTS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "mesh": MeshConfig,
+    "rules": ShardingRules,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Model, data, optimizer, training length and mesh; checks what only their combination can show."""
+    """Model, data, optimizer, training length, mesh and sharding rules; checks what only their combination can show."""
 
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -52,8 +63,45 @@ class RunConfig:
             vocab_size,
             f"must be at most the model's vocab_size ({self.model.vocab_size})",
         )
+        if -1 not in dict(self.mesh.axes).values():
+            self.check_sizes(self.mesh.sizes(math.prod(size for _, size in self.mesh.axes)))
 
     @property
     def microbatch_rows(self) -> int:
         """Rows of one microbatch over all hosts; every batch of the ramp is a whole number of them."""
         return self.train.microbatch_rows or self.train.ramp[0][1] // self.data.sequence_length or 1
+
+    def stage_microbatches(self, sizes: Mapping[str, int]) -> int:
+        """Pieces (m) that the rows of a pass are cut into for the pipeline of a mesh with these axis sizes."""
+        return self.mesh.stage_microbatches or self.microbatch_rows // self._batch_span(sizes)
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raises where layers, rows or sequence do not divide over a mesh with these axis sizes.
+
+        Configurations without an inferred axis have been checked; one with -1 is checked when the mesh is made.
+        """
+        self.mesh.chunk_sizes(self.model.num_moe_layers, sizes["stage"])
+        self._check_rows(sizes)
+        span = sizes["context"] * (sizes["tensor"] if self.mesh.sequence_parallel else 1)
+        axes = "context * tensor axes" if self.mesh.sequence_parallel else "context axis"
+        require(
+            self.data.sequence_length % span == 0,
+            "sequence_length",
+            self.data.sequence_length,
+            f"must be divisible by the {axes} ({span})",
+            "change SEQUENCE_LENGTH or MESH",
+        )
+
+    def _check_rows(self, sizes: Mapping[str, int]) -> None:
+        rows, span, pieces = self.microbatch_rows, self._batch_span(sizes), self.mesh.stage_microbatches or 1
+        axes = f"{'*'.join(self.rules.batch_axes)} axes ({span})"
+        times = f" times stage_microbatches ({pieces})" if pieces > 1 else ""
+        mend = "change MICROBATCH_ROWS, the batch or MESH"
+        require(rows % (span * pieces) == 0, "microbatch_rows", rows, f"must be divisible by the {axes}{times}", mend)
+        virtual, stages, pieces = self.mesh.virtual_stages, sizes["stage"], self.stage_microbatches(sizes)
+        constraint = f"needs at least as many microbatches in a pass ({pieces}) as stages ({stages})"
+        mend = "raise stage_microbatches or MICROBATCH_ROWS, or set virtual_stages to 1"
+        require(virtual == 1 or pieces >= stages, "virtual_stages", virtual, constraint, mend)
+
+    def _batch_span(self, sizes: Mapping[str, int]) -> int:
+        return math.prod(sizes[axis] for axis in self.rules.batch_axes)

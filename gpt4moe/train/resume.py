@@ -37,6 +37,7 @@ FREE_SETTINGS = (
     "train.sample_tokens",
     "data.store",
     "mesh.",
+    "rules.",
     "model.remat",
     "model.attention.query_chunk",
 )
