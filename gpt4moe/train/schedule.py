@@ -17,7 +17,8 @@ from gpt4moe.config.train import TrainConfig
 def fraction(tokens: jax.typing.ArrayLike, total_tokens: int, config: ScheduleConfig) -> jax.Array:
     """Learning rate after `tokens` of `total_tokens`, as a fraction of its peak: linear warm-up, then the shape."""
     shape = config.shape or cosine
-    warmup = jnp.clip(tokens / config.warmup_tokens, 0.0, 1.0) if config.warmup_tokens else 1.0
+    # float: a count of tokens above 2**31 does not fit the int32 that a whole number becomes.
+    warmup = jnp.clip(tokens / float(config.warmup_tokens), 0.0, 1.0) if config.warmup_tokens else 1.0
     return warmup * shape(tokens, total_tokens, config)
 
 
@@ -56,4 +57,4 @@ def planned_tokens(config: TrainConfig) -> int:
 
 def _progress(tokens: jax.typing.ArrayLike, start: float, end: float) -> jax.Array:
     """Share of the way from `start` to `end`, within [0, 1]; a run that ends before `start` stays at 0."""
-    return jnp.clip((jnp.asarray(tokens, jnp.float32) - start) / max(end - start, 1), 0.0, 1.0)
+    return jnp.clip((jnp.asarray(tokens, jnp.float32) - float(start)) / float(max(end - start, 1)), 0.0, 1.0)

@@ -59,3 +59,11 @@ def test_planned_tokens_equal_a_walk_through_the_run():
             tokens += schedule.batch_tokens_at(config.ramp, tokens)
             step += 1
         assert schedule.planned_tokens(config) == tokens, config
+
+
+@pytest.mark.parametrize("shape", [schedule.cosine, schedule.wsd])
+def test_a_run_of_trillions_of_tokens_is_scheduled(shape):
+    config = ScheduleConfig(warmup_tokens=3_000_000_000, final_fraction=0.0, decay_fraction=0.5, shape=shape)
+    half_warm = fraction(1_500_000_000, config, total=13_000_000_000_000)
+    ended = fraction(13_000_000_000_000, config, total=13_000_000_000_000)
+    np.testing.assert_allclose([half_warm, ended], [0.5, 0.0], atol=1e-6)
