@@ -63,9 +63,3 @@ def test_refusals_name_tensor_value_and_constraint():
     bare = {"params": nnx.State({"w": nnx.Param(jnp.ones(3))})}
     with pytest.raises(CallerError, match=r"params.w=.* names no logical dims"):
         state_shardings(jax.eval_shape(lambda: bare), mesh, RULES)
-
-
-@pytest.mark.parametrize("axis", ["stage", "context"])
-def test_axes_without_code_behind_them_are_refused(axis):
-    with pytest.raises(CallerError, match=f"cannot split {axis} yet"):
-        mesh_of(**{axis: 8})
