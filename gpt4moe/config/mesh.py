@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping
 
-from gpt4moe.config.check import require, require_count, require_flag
+from gpt4moe.config.check import require, require_count, require_flag, require_positive
 
 MESH_AXES = ("data", "fsdp", "stage", "expert", "context", "tensor")
 NO_SUPERBLOCK = -1
@@ -20,12 +20,14 @@ class MeshConfig:
     data: replicas; fsdp: replicas that shard the parameters; stage: pipeline; expert: experts; context: the
     sequence; tensor: heads and hidden dims. An axis that is not named has size 1.
 
-    dcn: the part of an axis' degree that spans the slow network (between nodes or slices); the rest of it is within
-    one. virtual_stages: chunks of layers that each stage holds (v); above 1 they are interleaved, chunk j of stage s
-    being virtual stage j*p + s of p*v. stage_layers: superblocks (`moe_every` layers) of each virtual stage in the
-    order in which tokens pass them; None: the same number everywhere. stage_microbatches: pieces that the rows of a
+    dcn: the part of an axis' degree that spans the slow network (between nodes or slices), -1 for all of it; the rest
+    is within one. virtual_stages: chunks of layers that each stage holds (v); above 1 they are interleaved, chunk j of
+    stage s being virtual stage j*p + s of p*v. stage_layers: superblocks (`moe_every` layers) of each virtual stage in
+    the order in which tokens pass them; None: the same number everywhere. stage_microbatches: pieces that the rows of a
     pass are cut into (m); None: one row per device. zero1: optimizer state is sharded over `data`. sequence_parallel:
-    between layers the residual stream's T lies over `tensor`.
+    between layers the residual stream's T lies over `tensor`. expert_bucket_factor: dropless dispatch sends each device
+    of the expert axis a bucket; None gives it room for all choices there can be, a number c for c times its fair share,
+    the choices beyond which are counted as dropped.
     """
 
     axes: tuple[tuple[str, int], ...] = ()
@@ -35,10 +37,11 @@ class MeshConfig:
     stage_microbatches: int | None = None
     zero1: bool = False
     sequence_parallel: bool = False
+    expert_bucket_factor: float | None = None
 
     def __post_init__(self) -> None:
         for field, setting in (("axes", "MESH"), ("dcn", "dcn")):
-            object.__setattr__(self, field, _sizes_by_axis(setting, getattr(self, field), may_infer=field == "axes"))
+            object.__setattr__(self, field, _sizes_by_axis(setting, getattr(self, field)))
         given = dict(self.axes)
         require(sum(size == -1 for size in given.values()) <= 1, "MESH", given, "may infer (-1) at most one axis")
         require_count("virtual_stages", self.virtual_stages)
@@ -47,6 +50,8 @@ class MeshConfig:
         self._check_stage_layers()
         require_flag("zero1", self.zero1)
         require_flag("sequence_parallel", self.sequence_parallel)
+        if self.expert_bucket_factor is not None:
+            require_positive("expert_bucket_factor", self.expert_bucket_factor)
         if -1 not in given.values():
             self._check_against({name: given.get(name, 1) for name in MESH_AXES})
 
@@ -66,6 +71,11 @@ class MeshConfig:
         )
         self._check_against(sizes)
         return sizes
+
+    def dcn_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Degrees across the slow network in `MESH_AXES` order, for a mesh with these axis sizes."""
+        given = dict(self.dcn)
+        return {name: sizes[name] if given.get(name) == -1 else given.get(name, 1) for name in MESH_AXES}
 
     def chunk_sizes(self, num_superblocks: int, num_stages: int) -> tuple[int, ...]:
         """Superblocks of every virtual stage, in the order in which tokens pass them.
@@ -122,7 +132,7 @@ class MeshConfig:
 
     def _check_against(self, sizes: Mapping[str, int]) -> None:
         """Raises where a setting asks for an axis that these sizes do not have."""
-        for name, degree in self.dcn:
+        for name, degree in self.dcn_sizes(sizes).items():
             mend = f"change MESH[{name!r}] or dcn[{name!r}]"
             constraint = f"must divide MESH's {name} axis ({sizes[name]})"
             require(sizes[name] % degree == 0, f"dcn[{name!r}]", degree, constraint, mend)
@@ -137,7 +147,7 @@ class MeshConfig:
             require(not wanted or sizes[axis] > 1, name, wanted, constraint, f"set MESH's {axis} or drop {name}")
 
 
-def _sizes_by_axis(setting: str, given: object, *, may_infer: bool) -> tuple[tuple[str, int], ...]:
+def _sizes_by_axis(setting: str, given: object) -> tuple[tuple[str, int], ...]:
     """Pairs (axis, size) from a dict or from pairs; raises for an unknown axis or a size that is none."""
     form = "must be a dict of axis sizes"
     require(isinstance(given, (Mapping, list, tuple)), setting, given, form, 'e.g. {"fsdp": 2}')
@@ -146,6 +156,6 @@ def _sizes_by_axis(setting: str, given: object, *, may_infer: bool) -> tuple[tup
     axes = tuple((str(name), size) for name, size in pairs)
     for name, size in axes:
         require(name in MESH_AXES, setting, dict(axes), f"has unknown axis {name!r}", f"use one of {MESH_AXES}")
-        valid = type(size) is int and (size >= 1 or (may_infer and size == -1))
-        require(valid, setting, dict(axes), f"needs {name} >= 1" + (" or -1" if may_infer else ""))
+        valid = type(size) is int and (size >= 1 or size == -1)
+        require(valid, setting, dict(axes), f"needs {name} >= 1 or -1")
     return axes

@@ -23,8 +23,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     devices = devices if config.axes else devices[:1]
-    sizes, slow_sizes = config.sizes(len(devices)), dict(config.dcn)
-    slow = tuple(slow_sizes.get(axis, 1) for axis in MESH_AXES)
+    sizes = config.sizes(len(devices))
+    slow = tuple(config.dcn_sizes(sizes).values())
     fast = tuple(size // across for size, across in zip(sizes.values(), slow, strict=True))
     on_accelerator = devices[0].platform != "cpu" and len(devices) > 1
     grid = _network_order(config, devices, fast, slow) if on_accelerator else _counting_order(devices, fast, slow)

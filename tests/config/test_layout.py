@@ -13,7 +13,7 @@ from tests.config.test_config import MODEL, RUN
 STAGE2, STAGE4 = {"stage": 2}, {"stage": 4}
 MESHES = [
     ({"dcn": {"rows": 2}}, "dcn={'rows': 2} has unknown axis 'rows'"),
-    ({"dcn": {"data": -1}}, "dcn={'data': -1} needs data >= 1"),
+    ({"dcn": {"data": 0}}, "dcn={'data': 0} needs data >= 1 or -1"),
     ({"dcn": 2}, "dcn=2 must be a dict of axis sizes"),
     ({"axes": {"data": 6}, "dcn": {"data": 4}}, "dcn['data']=4 must divide MESH's data axis (6); change MESH['data']"),
     ({"axes": {"data": 2}, "dcn": {"stage": 2}}, "dcn['stage']=2 must divide MESH's stage axis (1)"),

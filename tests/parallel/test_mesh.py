@@ -71,6 +71,12 @@ def test_a_degree_across_the_network_parts_the_devices_first():
     assert numbers(along(mesh, "tensor")) == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
+def test_the_whole_of_an_axis_may_be_across_the_network():
+    mesh = make_mesh(MeshConfig({"data": -1, "fsdp": 4}, dcn={"data": -1}), jax.devices())
+    assert numbers(along(mesh, "fsdp")) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert MeshConfig({"stage": -1, "fsdp": 4}, dcn={"stage": -1}).dcn_sizes(mesh.shape)["stage"] == 1
+
+
 def test_an_axis_may_span_both_networks():
     """Four replicas, two in each of two nodes: the first two lie in the first node."""
     mesh = make_mesh(MeshConfig({"data": 4, "tensor": 2}, dcn={"data": 2}), jax.devices())
