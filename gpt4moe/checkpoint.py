@@ -3,6 +3,8 @@
 A checkpoint is the folder `checkpoints/STEP` of a work directory, local or in an object store (`gs://`): `state` holds
 every array under its path in the tree (`params.layers.router`), `progress` the JSON record. Arrays are restored to
 whatever sharding the caller's abstract tree asks for, so another mesh or number of hosts may read what this one wrote.
+Stacks of layers are saved in the order in which the pipeline stages hold them, which the record names (`layer_order`),
+and restored in the order that the caller asks for.
 
 A folder gets its name only when it is complete (Orbax renames it, or writes a commit marker in an object store), so
 a process killed while saving leaves a folder which readers ignore and the next trainer removes.
@@ -11,22 +13,28 @@ a process killed while saving leaves a folder which readers ignore and the next 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from gpt4moe.config.check import require
+from gpt4moe.config.mesh import NO_SUPERBLOCK
+from gpt4moe.parallel import placement
 
 PyTree = Any
 
+STACKED_DIM = "layers"
+_LAYER_ORDER = "layer_order"
 _HELD_OUT_LOSS = "held_out_loss"
 _SHOWN_NAMES = 3
 # Room asked for beyond the arrays themselves: indices and metadata. Some failures of a write already begun end in
@@ -60,10 +68,22 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_not_from_orbax)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, step: int, state: PyTree, progress: Mapping, *, held_out_loss: float | None = None) -> None:
-        """Begins to save `state` and the JSON-able `progress` as `step`; a step that is already there is left alone."""
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        progress: Mapping,
+        *,
+        held_out_loss: float | None = None,
+        layer_order: Sequence[int] | None = None,
+    ) -> None:
+        """Begins to save `state` and the JSON-able `progress` as `step`; a step that is already there is left alone.
+
+        `layer_order`: which superblock each row of a stack holds, as `MeshConfig.placement` gives it (None: in order).
+        """
         if step in self._manager.all_steps():
             return
+        progress = progress if layer_order is None else {**progress, _LAYER_ORDER: list(layer_order)}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_by_path(state)), progress=ocp.args.JsonSave(progress))
         metrics = None if held_out_loss is None else {_HELD_OUT_LOSS: float(held_out_loss)}
         with self._explained():
@@ -131,35 +151,52 @@ def restore_progress(workdir: epath.PathLike, step: int) -> dict:
         return reader.restore(checkpoint_directory(workdir) / str(step), items)["progress"]
 
 
-def restore(workdir: epath.PathLike, step: int, abstract: PyTree) -> PyTree:
+def restore(
+    workdir: epath.PathLike, step: int, abstract: PyTree, *, layer_order: Sequence[int] | None = None
+) -> PyTree:
     """Arrays of a step in the structure, dtypes and shardings of `abstract`, which may be a part of what was saved.
 
     `abstract` has `jax.ShapeDtypeStruct` leaves; one without a sharding is restored to the default device. To read
-    the parameters alone pass `{"params": abstract_params}`.
+    the parameters alone pass `{"params": abstract_params}`. Stacks of layers, the `nnx.Variable`s whose first logical
+    dim is `layers`, come in `layer_order` (None: in counting order), whatever order they were saved in.
 
     Raises `CallerError` as `check_shapes` does.
     """
-    check_shapes(workdir, step, abstract)
-    path = checkpoint_directory(workdir) / str(step)
+    check_shapes(workdir, step, abstract, layer_order=layer_order)
+    path, held = checkpoint_directory(workdir) / str(step), _saved_order(workdir, step)
     wanted = {name: _with_sharding(leaf) for name, leaf in _by_path(abstract).items()}
+    orders = {name: _orders(held, layer_order, wanted[name].shape[0]) for name in _stacked(abstract)}
+    moved = {name: order for name, order in orders.items() if order[0] != order[1]}
+    read = wanted | {name: _with_rows(wanted[name], len(held)) for name, (held, _) in moved.items()}
     with _reader() as reader:
-        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-        state = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
+        arguments = ocp.checkpoint_utils.construct_restore_args(read)
+        for name in moved:
+            arguments[name] = dataclasses.replace(arguments[name], strict=False)  # rows beyond the saved ones are 0
+        state = ocp.args.PyTreeRestore(read, restore_args=arguments, partial_restore=True)
         arrays = reader.restore(path, ocp.args.Composite(state=state))["state"]
+    for name, order in moved.items():  # one by one: each takes the place of what it is made from
+        arrays[name] = placement.reorder(arrays[name], *order).block_until_ready()
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
 
-def check_shapes(workdir: epath.PathLike, step: int, abstract: PyTree) -> None:
-    """Raises `CallerError` where a step lacks an array of `abstract` or has it in another shape."""
+def check_shapes(
+    workdir: epath.PathLike, step: int, abstract: PyTree, *, layer_order: Sequence[int] | None = None
+) -> None:
+    """Raises `CallerError` where a step lacks an array of `abstract` or has it in another shape.
+
+    Stacks of layers are compared by the layers they hold, in whatever order and with whatever padding.
+    """
     path = checkpoint_directory(workdir) / str(step)
     with _reader() as reader:
         saved = reader.metadata(path).item_metadata["state"].tree
-    wanted = {name: tuple(leaf.shape) for name, leaf in _by_path(abstract).items()}
-    wrong = [f"{name} is missing" for name in wanted if name not in saved]
+    stacked, held = _stacked(abstract), _saved_order(workdir, step)
+    wanted = {name: _shape(leaf, layer_order if name in stacked else None) for name, leaf in _by_path(abstract).items()}
+    there = {name: _shape(saved[name], held if name in stacked else None) for name in wanted if name in saved}
+    wrong = [f"{name} is missing" for name in wanted if name not in there]
     wrong += [
-        f"{name} has shape {tuple(saved[name].shape)}, the model {shape}"
+        f"{name} has shape {there[name]}, the model {shape}"
         for name, shape in wanted.items()
-        if name in saved and tuple(saved[name].shape) != shape
+        if name in there and there[name] != shape
     ]
     more = f" and {len(wrong) - _SHOWN_NAMES} more" if len(wrong) > _SHOWN_NAMES else ""
     require(
@@ -169,6 +206,22 @@ def check_shapes(workdir: epath.PathLike, step: int, abstract: PyTree) -> None:
         f"is of another model: {', '.join(wrong[:_SHOWN_NAMES])}{more}",
         "use the configuration it was trained with, or another workdir",
     )
+
+
+def _saved_order(workdir: epath.PathLike, step: int) -> tuple[int, ...] | None:
+    """The order of the saved stacks of layers; None for counting order."""
+    order = restore_progress(workdir, step).get(_LAYER_ORDER)
+    return None if order is None else tuple(order)
+
+
+def _stacked(tree: PyTree) -> set[str]:
+    """Names of the stacks of layers."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in leaves
+        if isinstance(leaf, nnx.Variable) and (leaf.get_metadata().get("logical_axes") or (None,))[0] == STACKED_DIM
+    }
 
 
 def _require_room(directory: epath.Path, state: PyTree) -> None:
@@ -190,9 +243,33 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
+def _orders(held: tuple | None, wanted: Sequence | None, num_rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The saved and the wanted order of a stack that is to have `num_rows`, in full."""
+    wanted = tuple(range(num_rows)) if wanted is None else tuple(wanted)
+    return held or tuple(range(_num_superblocks(wanted))), wanted
+
+
+def _shape(leaf: Any, layer_order: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of an array, of a stack in some order the shape that it has in counting order."""
+    if layer_order is None:
+        return tuple(leaf.shape)
+    assert leaf.shape[0] == len(layer_order), "a stack and its layer_order differ in length"
+    return (_num_superblocks(layer_order), *leaf.shape[1:])
+
+
+def _num_superblocks(layer_order: Sequence[int]) -> int:
+    return sum(superblock != NO_SUPERBLOCK for superblock in layer_order)
+
+
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _with_rows(leaf: jax.ShapeDtypeStruct, num_rows: int) -> jax.ShapeDtypeStruct:
+    """`leaf` with another number of rows, and some more where its sharding would not divide them."""
+    shape = (placement.padded_rows(num_rows, leaf.sharding), *leaf.shape[1:])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _reader() -> ocp.Checkpointer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -65,8 +65,17 @@ def differences(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
     return [f"{name}: {saved.get(name)!r} -> {now.get(name)!r}" for name in changed]
 
 
-def saved_progress(run: RunConfig, workdir: epath.Path, abstract: TrainState, *, allow_change: bool) -> dict | None:
+def saved_progress(
+    run: RunConfig,
+    workdir: epath.Path,
+    abstract: TrainState,
+    *,
+    allow_change: bool,
+    layer_order: Sequence[int] | None = None,
+) -> dict | None:
     """The record of the newest checkpoint, None where there is none to go on from; reads only.
+
+    `layer_order`: that of the stacks of layers in `abstract`, as in `checkpoint.restore`.
 
     Raises `CallerError` where that checkpoint, or what `init_from` names, is not of a model of these shapes, or where
     it was trained with other settings that are not free and `allow_change` is not given.
@@ -75,7 +84,8 @@ def saved_progress(run: RunConfig, workdir: epath.Path, abstract: TrainState, *,
     source = run.train.init_from
     if not steps:
         if source is not None:
-            checkpoint.check_shapes(source, checkpoint.latest_step(source), {"params": abstract.params})
+            step, params = checkpoint.latest_step(source), {"params": abstract.params}
+            checkpoint.check_shapes(source, step, params, layer_order=layer_order)
         return None
     progress = checkpoint.restore_progress(workdir, steps[-1])
     changed = differences(progress["settings"], run)
@@ -84,7 +94,7 @@ def saved_progress(run: RunConfig, workdir: epath.Path, abstract: TrainState, *,
             f"workdir={str(workdir)!r} was trained with another configuration ({'; '.join(changed)}); "
             "give its own configuration, another workdir, or --allow_config_change to go on with the new one"
         )
-    checkpoint.check_shapes(workdir, steps[-1], abstract)
+    checkpoint.check_shapes(workdir, steps[-1], abstract, layer_order=layer_order)
     return progress
 
 

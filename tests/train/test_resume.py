@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 
+from gpt4moe.config.mesh import MeshConfig
+from gpt4moe.config.rules import ShardingRules
 from gpt4moe.train import resume, schedule
 from tests.train import tiny
 
@@ -20,8 +22,14 @@ def test_settings_survive_json_and_are_named_by_their_place():
 
 def test_length_and_housekeeping_may_change():
     longer = tiny.with_train(RUN, steps=99, token_budget=5, checkpoint_every=7, log_every=2, keep_last=9)
-    elsewhere = dataclasses.replace(longer, mesh=dataclasses.replace(RUN.mesh, axes=(("data", 4),)))
+    mesh = MeshConfig({"data": 4, "stage": 2}, stage_layers=(1, 1), zero1=True)
+    elsewhere = dataclasses.replace(longer, mesh=mesh, rules=ShardingRules(overrides={"embed": []}))
     assert resume.differences(SAVED, elsewhere) == []
+
+
+def test_a_record_from_before_there_were_rules_is_no_difference():
+    before = {name: value for name, value in SAVED.items() if not name.startswith("rules.")}
+    assert resume.differences(before, RUN) == []
 
 
 def test_what_is_trained_may_not_and_is_told_by_name():
