@@ -86,14 +86,13 @@ def measure(dtype: str, dispatch: str, num_steps: int) -> dict:
     import jax.numpy as jnp
 
     from gpt4moe.accounting.flops import train_flops_per_token
-    from gpt4moe.config.rules import ShardingRules
     from gpt4moe.parallel.mesh import make_mesh
     from gpt4moe.train import state
     from gpt4moe.train.step import make_step
 
     run = run_config(dtype, CAPACITY_FACTORS[dispatch])
     mesh = make_mesh(run.mesh, jax.devices()[:1])
-    abstract = state.abstract_state(run, mesh, ShardingRules())
+    abstract = state.abstract_state(run, mesh)
     at, batch = state.create_state(run, abstract), random_batch()
     inputs = (batch, jnp.int32(1), jnp.float32(0))
     started = time.perf_counter()

@@ -7,9 +7,10 @@ from jaxtyping import Float, Int
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model import cache as kv_cache
-from gpt4moe.model.attention_kernel import attend, attend_cached
+from gpt4moe.model.attention_kernel import attend_cached
 from gpt4moe.model.cache import KVCache
-from gpt4moe.model.layers import RMSNorm, matmul, normal_parameter
+from gpt4moe.model.layers import RMSNorm, Slots, matmul, normal_parameter
+from gpt4moe.model.layout import Layout
 from gpt4moe.model.rope import Rotation, rotate
 from gpt4moe.types import Array
 
@@ -17,7 +18,7 @@ from gpt4moe.types import Array
 class Attention(nnx.Module):
     """query [D, N, H], key and value [D, M, H], output [N, H, D]; no biases; optional RMSNorm of queries and keys."""
 
-    def __init__(self, layers: int, config: ModelConfig, out_scale: float, rngs: nnx.Rngs):
+    def __init__(self, layers: Slots, config: ModelConfig, layout: Layout, out_scale: float, rngs: nnx.Rngs):
         attention, dim, head_dim = config.attention, config.model_dim, config.head_dim
         heads, kv_heads = attention.num_heads, attention.num_kv_heads
         query_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
@@ -29,7 +30,7 @@ class Attention(nnx.Module):
         norm = attention.qk_norm
         self.query_norm = RMSNorm(layers, head_dim, config.norm_epsilon) if norm else None
         self.key_norm = RMSNorm(layers, head_dim, config.norm_epsilon) if norm else None
-        self.query_chunk = attention.query_chunk
+        self.query_chunk, self.attend = attention.query_chunk, layout.attend
 
     def __call__(
         self,
@@ -44,7 +45,7 @@ class Attention(nnx.Module):
         k_BTMH = rotate(_normed(self.key_norm, matmul(x_BTD, self.key[...])), turn)
         v_BTMH = matmul(x_BTD, self.value[...])
         if cache is None:
-            y_BTNH = attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT, self.query_chunk)
+            y_BTNH = self.attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT, self.query_chunk)
         else:
             cache = kv_cache.write(cache, k_BTMH, v_BTMH, positions_BT, segment_ids_BT > 0)
             y_BTNH = attend_cached(q_BTNH, cache.keys, cache.values, positions_BT, self.query_chunk)

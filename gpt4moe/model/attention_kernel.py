@@ -37,11 +37,9 @@ def attend(
     """Returns y_BTNH: each token sees the tokens of its own segment up to itself; N must be a multiple of M.
 
     `backend` (None: the one in use) chooses the kernel: splash on a "tpu", cuDNN on a "gpu", each where it takes
-    these shapes; otherwise blocks of `query_chunk` queries in plain XLA, as on several TPU devices, over which XLA
-    cannot partition splash by itself.
+    these shapes; otherwise blocks of `query_chunk` queries in plain XLA. All work on what one device holds.
     """
-    one_device = jax.device_count() == 1
-    backend = backend or ("xla" if jax.default_backend() == "tpu" and not one_device else jax.default_backend())
+    backend = backend or jax.default_backend()
     if backend == "tpu" and splash_fits(q_BTNH):
         return splash_attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT)
     if backend == "gpu" and cudnn_fits(q_BTNH):
@@ -63,11 +61,33 @@ def attend_in_blocks(
     query_chunk: int,
 ) -> Float[Array, "B T N H"]:
     """`attend` in plain XLA for any backend, a block of `query_chunk` queries and the keys before its end at a time."""
-    kv_heads = k_BTMH.shape[2]
+    return _folded(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT, segment_ids_BT, None, query_chunk)
+
+
+def attend_part(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSMH: Float[Array, "B S M H"],
+    v_BSMH: Float[Array, "B S M H"],
+    query_segments_BT: Int[Array, "B T"],
+    key_segments_BS: Int[Array, "B S"],
+    first: Int[Array, ""],
+    query_chunk: int,
+) -> Float[Array, "B T N H"]:
+    """`attend_in_blocks` for the queries `first`..`first`+T-1 of rows of S tokens, whose keys are all here.
+
+    Which keys a block of queries sees is known only as the program runs, so that every block goes over all keys.
+    """
+    return _folded(q_BTNH, k_BSMH, v_BSMH, query_segments_BT, key_segments_BS, first, query_chunk)
+
+
+def _folded(q_BTNH: Array, k_BSMH: Array, v_BSMH: Array, of_queries_BT: Array, of_keys_BS: Array, first, chunk: int):
+    kv_heads = k_BSMH.shape[2]
     q_BMTGH = _split_heads(q_BTNH, kv_heads)
-    k_BMTH, v_BMTH = k_BTMH.swapaxes(1, 2), v_BTMH.swapaxes(1, 2)
-    segments_BMT = jnp.broadcast_to(segment_ids_BT[:, None], k_BMTH.shape[:3])
-    return _join_heads(_attend_folded(q_BMTGH, k_BMTH, v_BMTH, segments_BMT, query_chunk))
+    k_BMSH, v_BMSH = k_BSMH.swapaxes(1, 2), v_BSMH.swapaxes(1, 2)
+    segments = [
+        jnp.broadcast_to(ids[:, None], (len(ids), kv_heads, ids.shape[1])) for ids in (of_queries_BT, of_keys_BS)
+    ]
+    return _join_heads(_attend_folded(q_BMTGH, k_BMSH, v_BMSH, *segments, first, chunk))
 
 
 def attend_cached(
@@ -91,40 +111,46 @@ def attend_cached(
     positions_BMT = jnp.broadcast_to(positions_BT[:, None], (*keys_BMSH.shape[:2], length))
     chunks = [
         _over_heads(one_head, q_BMTGH[:, :, start:stop], keys_BMSH, values_BMSH, positions_BMT[:, :, start:stop])
-        for start, stop in _blocks(length, query_chunk)
+        for start, stop, _ in _blocks(length, length, None, query_chunk)
     ]
     return _join_heads(jnp.concatenate(chunks, axis=2))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_folded(q_BMTGH: Array, k_BMTH: Array, v_BMTH: Array, segments_BMT: Array, query_chunk: int) -> Array:
-    return _attend_forward(q_BMTGH, k_BMTH, v_BMTH, segments_BMT, query_chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend_folded(
+    q_BMTGH: Array, k_BMSH: Array, v_BMSH: Array, of_queries_BMT, of_keys_BMS, first, chunk: int
+) -> Array:
+    return _attend_forward(q_BMTGH, k_BMSH, v_BMSH, of_queries_BMT, of_keys_BMS, first, chunk)[0]
 
 
-def _attend_forward(q_BMTGH: Array, k_BMTH: Array, v_BMTH: Array, segments_BMT: Array, query_chunk: int):
-    one_head = functools.partial(_forward_one_head, block=query_chunk)
-    y_BMTGH, log_partition_BMTG = _over_heads(one_head, q_BMTGH, k_BMTH, v_BMTH, segments_BMT)
-    return y_BMTGH, (q_BMTGH, k_BMTH, v_BMTH, segments_BMT, y_BMTGH, log_partition_BMTG)
+def _attend_forward(q_BMTGH: Array, k_BMSH: Array, v_BMSH: Array, of_queries_BMT, of_keys_BMS, first, chunk: int):
+    one_head = functools.partial(_forward_one_head, first=first, block=chunk)
+    operands = (q_BMTGH, k_BMSH, v_BMSH, of_queries_BMT, of_keys_BMS)
+    y_BMTGH, log_partition_BMTG = _over_heads(one_head, *operands)
+    return y_BMTGH, (operands, first, y_BMTGH, log_partition_BMTG)
 
 
-def _attend_backward(query_chunk: int, residuals: tuple, dy_BMTGH: Array) -> tuple:
-    one_head = functools.partial(_backward_one_head, block=query_chunk)
-    dq, dk, dv = _over_heads(one_head, *residuals, dy_BMTGH)
-    return dq, dk, dv, None
+def _attend_backward(chunk: int, residuals: tuple, dy_BMTGH: Array) -> tuple:
+    operands, first, *results = residuals
+    one_head = functools.partial(_backward_one_head, first=first, block=chunk)
+    dq, dk, dv = _over_heads(one_head, *operands, *results, dy_BMTGH)
+    return dq, dk, dv, None, None, None
 
 
 _attend_folded.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward_one_head(q_TGH: Array, k_TH: Array, v_TH: Array, segments_T: Array, block: int) -> tuple[Array, Array]:
+def _forward_one_head(
+    q_TGH: Array, k_SH: Array, v_SH: Array, of_queries_T: Array, of_keys_S: Array, *, first: Array | None, block: int
+) -> tuple[Array, Array]:
     outputs, log_partitions = [], []
-    for start, stop in _blocks(len(k_TH), block):
-        visible_QS = _visible(segments_T, start, stop)
-        scores_QGS = _masked_scores(q_TGH[start:stop], k_TH[:stop], visible_QS)
+    for start, stop, seen in _blocks(len(q_TGH), len(k_SH), first, block):
+        visible_QS = _visible(of_queries_T[start:stop], of_keys_S[:seen], start, first)
+        scores_QGS = _masked_scores(q_TGH[start:stop], k_SH[:seen], visible_QS)
         largest_QG = jnp.max(scores_QGS, axis=-1)
         weights_QGS = jnp.exp(scores_QGS - largest_QG[..., None])
         partition_QG = jnp.sum(weights_QGS, axis=-1)
-        y_QGH = _averages(weights_QGS.astype(q_TGH.dtype), v_TH[:stop]) / partition_QG[..., None]
+        y_QGH = _averages(weights_QGS.astype(q_TGH.dtype), v_SH[:seen]) / partition_QG[..., None]
         outputs.append(y_QGH.astype(q_TGH.dtype))
         log_partitions.append(largest_QG + jnp.log(partition_QG))
     return jnp.concatenate(outputs), jnp.concatenate(log_partitions)
@@ -132,38 +158,43 @@ def _forward_one_head(q_TGH: Array, k_TH: Array, v_TH: Array, segments_T: Array,
 
 def _backward_one_head(
     q_TGH: Array,
-    k_TH: Array,
-    v_TH: Array,
-    segments_T: Array,
+    k_SH: Array,
+    v_SH: Array,
+    of_queries_T: Array,
+    of_keys_S: Array,
     y_TGH: Array,
     log_partition_TG: Array,
     dy_TGH: Array,
+    *,
+    first: Array | None,
     block: int,
 ) -> tuple[Array, Array, Array]:
     dtype, scale = q_TGH.dtype, q_TGH.shape[-1] ** -0.5
-    dk_TH, dv_TH = jnp.zeros(k_TH.shape, jnp.float32), jnp.zeros(v_TH.shape, jnp.float32)
+    dk_SH, dv_SH = jnp.zeros(k_SH.shape, jnp.float32), jnp.zeros(v_SH.shape, jnp.float32)
     dq_blocks = []
-    for start, stop in _blocks(len(k_TH), block):
+    for start, stop, seen in _blocks(len(q_TGH), len(k_SH), first, block):
         q_QGH, dy_QGH = q_TGH[start:stop], dy_TGH[start:stop]
-        scores_QGS = _masked_scores(q_QGH, k_TH[:stop], _visible(segments_T, start, stop))
-        weights_QGS = jnp.exp(scores_QGS - log_partition_TG[start:stop, :, None])
-        dweights_QGS = _similarities(dy_QGH, v_TH[:stop])
+        visible_QS = _visible(of_queries_T[start:stop], of_keys_S[:seen], start, first)
+        weights_QGS = jnp.exp(_masked_scores(q_QGH, k_SH[:seen], visible_QS) - log_partition_TG[start:stop, :, None])
+        dweights_QGS = _similarities(dy_QGH, v_SH[:seen])
         mean_QG = jnp.sum(dy_QGH.astype(jnp.float32) * y_TGH[start:stop].astype(jnp.float32), axis=-1)
         dscores_QGS = (weights_QGS * (dweights_QGS - mean_QG[..., None]) * scale).astype(dtype)
-        dq_blocks.append(_averages(dscores_QGS, k_TH[:stop]).astype(dtype))
-        dk_TH = dk_TH.at[:stop].add(_totals(dscores_QGS, q_QGH))
-        dv_TH = dv_TH.at[:stop].add(_totals(weights_QGS.astype(dtype), dy_QGH))
-    return jnp.concatenate(dq_blocks), dk_TH.astype(dtype), dv_TH.astype(dtype)
+        dq_blocks.append(_averages(dscores_QGS, k_SH[:seen]).astype(dtype))
+        dk_SH = dk_SH.at[:seen].add(_totals(dscores_QGS, q_QGH))
+        dv_SH = dv_SH.at[:seen].add(_totals(weights_QGS.astype(dtype), dy_QGH))
+    return jnp.concatenate(dq_blocks), dk_SH.astype(dtype), dv_SH.astype(dtype)
 
 
-def _blocks(length: int, block: int) -> list[tuple[int, int]]:
-    return [(start, min(start + block, length)) for start in range(0, length, block)]
+def _blocks(queries: int, keys: int, first: Array | None, block: int) -> list[tuple[int, int, int]]:
+    """(start, stop, keys that may be seen) of each block of queries; `first` None: queries begin where keys do."""
+    bounds = [(start, min(start + block, queries)) for start in range(0, queries, block)]
+    return [(start, stop, stop if first is None else keys) for start, stop in bounds]
 
 
-def _visible(segments_T: Array, start: int, stop: int) -> Array:
-    """Which of the keys 0..stop each query start..stop sees: [Q, S] bool."""
-    causal_QS = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
-    return causal_QS & (segments_T[start:stop, None] == segments_T[:stop])
+def _visible(of_queries_Q: Array, of_keys_S: Array, start: int, first: Array | None) -> Array:
+    """Which keys 0..S each of the block's queries sees, [Q, S] bool; its first is number `first` + `start`."""
+    place_Q = jnp.arange(len(of_queries_Q)) + start + (0 if first is None else first)
+    return (jnp.arange(len(of_keys_S)) <= place_Q[:, None]) & (of_queries_Q[:, None] == of_keys_S)
 
 
 def _masked_scores(q_QGH: Array, k_SH: Array, visible_QS: Array) -> Array:

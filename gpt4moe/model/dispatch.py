@@ -67,15 +67,19 @@ def capacity(x_GUD: Float[Array, "G U D"], routing: Routing, config: MoeConfig) 
     Room is per group, so what is dropped depends neither on other rows nor on layout. First choices come before
     second ones, earlier tokens before later ones (GShard, Lepikhin et al. 2020, algorithm 1).
     """
-    groups, tokens, dim = x_GUD.shape
-    room = expert_capacity(tokens, config)
-    plan = jax.vmap(lambda ids, used, gates: _capacity_plan(ids, used, gates, config.num_experts, room))(
+    return to_places(x_GUD, routing, config.num_experts, expert_capacity(x_GUD.shape[1], config))
+
+
+def to_places(x_GUD: Float[Array, "G U D"], routing: Routing, num_places: int, room: int) -> Dispatched:
+    """Gives each of `num_places` that the routing names room for that many choices of each group; drops the rest."""
+    groups, _, dim = x_GUD.shape
+    plan = jax.vmap(lambda ids, used, gates: _capacity_plan(ids, used, gates, num_places, room))(
         routing.expert_ids_UK, routing.used_UK, routing.gates_UK
     )
-    kept_G = jnp.sum(plan.choice_of_slot_PS < tokens * config.experts_per_token, axis=-1, dtype=jnp.int32)
-    rows_GECD = gather_rows(x_GUD, plan).reshape(groups, config.num_experts, room, dim)
+    kept_G = jnp.sum(plan.choice_of_slot_PS < routing.gates_UK[0].size, axis=-1, dtype=jnp.int32)
+    rows_GXCD = gather_rows(x_GUD, plan).reshape(groups, num_places, room, dim)
     return Dispatched(
-        rows_XCD=rows_GECD.swapaxes(0, 1).reshape(config.num_experts, groups * room, dim),
+        rows_XCD=rows_GXCD.swapaxes(0, 1).reshape(num_places, groups * room, dim),
         block_expert_X=None,
         num_blocks=None,
         plan=plan,

@@ -1,15 +1,31 @@
-"""Stacked feed-forward experts over rows grouped by expert."""
+"""Stacked feed-forward experts: weights, arithmetic over grouped rows, tokens carried there and back."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gpt4moe.config.moe import MoeConfig
+from gpt4moe.model import dispatch
 from gpt4moe.model.dispatch import Dispatched
 from gpt4moe.model.grouped_matmul import block_matmul, expert_matmul
-from gpt4moe.model.layers import activate, normal_parameter
+from gpt4moe.model.layers import Slots, activate, normal_parameter
+from gpt4moe.model.router import Routing
 from gpt4moe.types import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertWeights:
+    """The matrices of one layer's experts, all or those of one shard; gate is None where experts are not gated."""
+
+    gate_EDF: Float[Array, "E D F"] | None
+    up_EDF: Float[Array, "E D F"]
+    down_EFD: Float[Array, "E F D"]
 
 
 class Experts(nnx.Module):
@@ -18,21 +34,38 @@ class Experts(nnx.Module):
     gate, up: [E, D, F]; down: [E, F, D], with a leading layers dim where stacked.
     """
 
-    def __init__(self, layers: int, dim: int, config: MoeConfig, out_scale: float, rngs: nnx.Rngs):
+    def __init__(self, layers: Slots, dim: int, config: MoeConfig, out_scale: float, rngs: nnx.Rngs):
         inward = (config.num_experts, dim, config.hidden_dim), ("experts", "embed", "mlp"), dim**-0.5
         outward = (config.num_experts, config.hidden_dim, dim), ("experts", "mlp", "embed")
         self.gate = normal_parameter(rngs, layers, *inward) if config.gated else None
         self.up = normal_parameter(rngs, layers, *inward)
         self.down = normal_parameter(rngs, layers, *outward, config.hidden_dim**-0.5 * out_scale)
 
-    def __call__(self, dispatched: Dispatched) -> Float[Array, "X C D"]:
-        """Returns y_XCD, the rows of every block after its expert."""
+    def __call__(self) -> ExpertWeights:
+        """Returns the matrices, in float32."""
+        return ExpertWeights(None if self.gate is None else self.gate[...], self.up[...], self.down[...])
 
-        def multiply(rows: Array, w: nnx.Param) -> Array:
-            if dispatched.block_expert_X is None:
-                return expert_matmul(rows, w[...])
-            return block_matmul(rows, w[...], dispatched.block_expert_X, dispatched.num_blocks)
 
-        rows_XCD = dispatched.rows_XCD
-        gate_XCF = None if self.gate is None else multiply(rows_XCD, self.gate)
-        return multiply(activate(multiply(rows_XCD, self.up), gate_XCF), self.down)
+def feed_forward(weights: ExpertWeights, dispatched: Dispatched) -> Float[Array, "X C D"]:
+    """Returns y_XCD, the rows of every block after its expert."""
+
+    def multiply(rows: Array, w: Array) -> Array:
+        if dispatched.block_expert_X is None:
+            return expert_matmul(rows, w)
+        return block_matmul(rows, w, dispatched.block_expert_X, dispatched.num_blocks)
+
+    rows_XCD = dispatched.rows_XCD
+    gate_XCF = None if weights.gate_EDF is None else multiply(rows_XCD, weights.gate_EDF)
+    return multiply(activate(multiply(rows_XCD, weights.up_EDF), gate_XCF), weights.down_EFD)
+
+
+def apply_experts(
+    weights: ExpertWeights, x_BTD: Float[Array, "B T D"], routing: Routing, config: MoeConfig, drops: bool
+) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
+    """Returns y_BTD, every token through its experts, and how many choices were dropped; each row is one routing group.
+
+    `drops` holds each expert to the capacity of `config`; otherwise every choice is served.
+    """
+    dispatched = (dispatch.capacity if drops else dispatch.dropless)(x_BTD, routing, config)
+    y_BTD = dispatch.combine(feed_forward(weights, dispatched), dispatched.plan, len(x_BTD))
+    return y_BTD, jnp.sum(dispatched.stats.dropped_G)

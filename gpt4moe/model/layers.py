@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from gpt4moe.model.product import product, product_nt, product_tn
+from gpt4moe.model.product import contract, contract_nt, contract_tn
 from gpt4moe.types import Array
 
 # Standard deviation of a standard normal cut at two sigmas; dividing by it gives the stated deviation.
@@ -20,12 +20,15 @@ TRUNCATED_STD = 0.87962566103423978
 MATMUL_NAME = "matmul"
 
 
-def normal_parameter(rngs: nnx.Rngs, layers: int | None, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
+Slots = tuple[int, ...]  # which layer each slot of a stack holds, -1 where it holds none
+
+
+def normal_parameter(rngs: nnx.Rngs, layers: Slots | None, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
     """Returns a float32 parameter from a normal cut at two sigmas, of deviation `std`.
 
-    `layers` stacks that many independent ones along a leading "layers" dim, each from its own key, so that a layer's
-    values depend neither on how many layers there are nor on where they lie. `axes` are the logical dims of one layer;
-    the parameter carries them, "layers" first where stacked, as its `logical_axes`.
+    `layers` stacks one for each of these layers along a leading "layers" dim, each from its own key, so that a layer's
+    values depend neither on how many layers there are nor on where they lie; an empty slot (-1) is zeros. `axes` are
+    the logical dims of one layer; the parameter carries them, "layers" first where stacked, as its `logical_axes`.
     """
 
     def draw(key: Array) -> Array:
@@ -34,8 +37,10 @@ def normal_parameter(rngs: nnx.Rngs, layers: int | None, shape: tuple[int, ...],
     key = rngs.params()
     if layers is None:
         return nnx.Param(draw(key), logical_axes=axes)
-    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(layers))
-    return nnx.Param(jax.vmap(draw)(keys), logical_axes=("layers", *axes))
+    slots = jnp.array(layers)
+    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.maximum(slots, 0))
+    held = (slots >= 0).reshape(-1, *(1,) * len(shape))
+    return nnx.Param(jnp.where(held, jax.vmap(draw)(keys), 0.0), logical_axes=("layers", *axes))
 
 
 def depth_scale(num_layers: int) -> float:
@@ -51,9 +56,8 @@ def matmul(x: Float[Array, " ..."], w: Float[Array, " ..."], num_contracted: int
     form that reaches the matrix units of a CPU, and the right one elsewhere. The gradient of w comes in w's dtype,
     never rounded to x's.
     """
-    x_2d, w_2d = _matrices(x, w, num_contracted)
-    y_2d = product(x_2d, w_2d.astype(x.dtype)).astype(x.dtype)
-    return checkpoint_name(y_2d.reshape(*x.shape[: x.ndim - num_contracted], *w.shape[num_contracted:]), MATMUL_NAME)
+    y = contract(x, w.astype(x.dtype), num_contracted).astype(x.dtype)
+    return checkpoint_name(y, MATMUL_NAME)
 
 
 def _matmul_forward(x: Array, w: Array, num_contracted: int) -> tuple[Array, tuple[Array, Array]]:
@@ -62,18 +66,11 @@ def _matmul_forward(x: Array, w: Array, num_contracted: int) -> tuple[Array, tup
 
 def _matmul_backward(num_contracted: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = residuals
-    x_2d, w_2d = _matrices(x, w, num_contracted)
-    dy_2d = dy.reshape(-1, w_2d.shape[1])
-    dx = product_nt(dy_2d, w_2d.astype(x.dtype)).astype(x.dtype).reshape(x.shape)
-    return dx, product_tn(x_2d, dy_2d).astype(w.dtype).reshape(w.shape)
+    dx = contract_nt(dy, w.astype(x.dtype), w.ndim - num_contracted).astype(x.dtype)
+    return dx, contract_tn(x, dy, x.ndim - num_contracted).astype(w.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _matrices(x: Array, w: Array, num_contracted: int) -> tuple[Array, Array]:
-    summed = math.prod(w.shape[:num_contracted])
-    return x.reshape(-1, summed), w.reshape(summed, -1)
 
 
 class RMSNorm(nnx.Module):
@@ -82,8 +79,8 @@ class RMSNorm(nnx.Module):
     The scale begins at `initial`.
     """
 
-    def __init__(self, layers: int | None, dim: int, epsilon: float, initial: float = 1.0):
-        shape, axes = ((dim,), ("norm",)) if layers is None else ((layers, dim), ("layers", "norm"))
+    def __init__(self, layers: Slots | None, dim: int, epsilon: float, initial: float = 1.0):
+        shape, axes = ((dim,), ("norm",)) if layers is None else ((len(layers), dim), ("layers", "norm"))
         self.scale = nnx.Param(jnp.full(shape, initial, jnp.float32), logical_axes=axes)
         self.epsilon = epsilon
 
@@ -103,7 +100,7 @@ def activate(up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None) 
 class FeedForward(nnx.Module):
     """A dense feed-forward: SwiGLU where `gated` (three matrices), else plain GELU (two); no biases."""
 
-    def __init__(self, layers: int, dim: int, hidden: int, gated: bool, out_scale: float, rngs: nnx.Rngs):
+    def __init__(self, layers: Slots, dim: int, hidden: int, gated: bool, out_scale: float, rngs: nnx.Rngs):
         std = dim**-0.5
         self.gate = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std) if gated else None
         self.up = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std)

@@ -10,9 +10,9 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from gpt4moe.config.moe import MoeConfig
-from gpt4moe.model import dispatch
 from gpt4moe.model.experts import Experts
-from gpt4moe.model.layers import FeedForward, normal_parameter
+from gpt4moe.model.layers import FeedForward, Slots, normal_parameter
+from gpt4moe.model.layout import Layout
 from gpt4moe.model.router import RouterInputs, top_k
 from gpt4moe.types import Array
 
@@ -39,14 +39,14 @@ class MoeOut:
 class Moe(nnx.Module):
     """Every token through its K experts, and through the shared expert where there is one."""
 
-    def __init__(self, layers: int, dim: int, config: MoeConfig, out_scale: float, rngs: nnx.Rngs):
+    def __init__(self, layers: Slots, dim: int, config: MoeConfig, layout: Layout, out_scale: float, rngs: nnx.Rngs):
         router_std = ROUTER_INIT_SCALE * dim**-0.5
         router_axes = ("embed", "router_experts")
         self.router = normal_parameter(rngs, layers, (dim, config.num_experts), router_axes, router_std)
         self.experts = Experts(layers, dim, config, out_scale, rngs)
         shared = config.shared_hidden_dim
         self.shared_expert = FeedForward(layers, dim, shared, config.gated, out_scale, rngs) if shared else None
-        self.config = config
+        self.config, self.layout = config, layout
 
     def __call__(
         self,
@@ -67,13 +67,12 @@ class Moe(nnx.Module):
         routing = jax.vmap(lambda logits, row: router(logits, row, self.config))(logits_BTE, inputs)
 
         drops = self.config.capacity_factor is not None and not dropless
-        dispatched = (dispatch.capacity if drops else dispatch.dropless)(x_BTD, routing, self.config)
-        y_BTD = dispatch.combine(self.experts(dispatched), dispatched.plan, len(x_BTD))
+        y_BTD, dropped = self.layout.apply_experts(self.experts(), x_BTD, routing, self.config, drops)
         if self.shared_expert is not None:
             y_BTD = y_BTD + self.shared_expert(x_BTD)
         out = MoeOut(
             load_E=jnp.sum(routing.stats.load_E, axis=0),
-            dropped=jnp.sum(dispatched.stats.dropped_G),
+            dropped=dropped,
             load_balance=jnp.sum(routing.losses.load_balance),
             router_z=jnp.sum(routing.losses.router_z),
             router_entropy=jnp.sum(routing.stats.entropy),

@@ -7,11 +7,61 @@ can see into the product. `transposed` hides it in a loop; `product_nt` and `pro
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Shaped
 
 from gpt4moe.types import Array
+
+
+def contract(x: Float[Array, " ..."], w: Float[Array, " ..."], num: int) -> Float32[Array, " ..."]:
+    """Returns x [*rows, *I] times w [*I, *J] in float32, summed over the `num` dims I.
+
+    Dims stay apart, so that a partitioner may split any of them; only bfloat16 on a CPU is brought to two.
+    """
+    summed, kept = math.prod(w.shape[:num]), w.shape[num:]
+
+    def as_matrices(x: Array, w: Array) -> Array:
+        y_2d = product(x.reshape(-1, summed), w.reshape(summed, -1))
+        return y_2d.reshape(*x.shape[: x.ndim - num], *kept)
+
+    return _by_platform(as_matrices, lambda x, w: jnp.tensordot(x, w, num, preferred_element_type=jnp.float32), x, w)
+
+
+def contract_nt(dy: Float[Array, " ..."], w: Float[Array, " ..."], num: int) -> Float32[Array, " ..."]:
+    """Returns dy [*rows, *J] times w [*I, *J] in float32, summed over the `num` dims J."""
+    summed, kept = math.prod(w.shape[w.ndim - num :]), w.shape[: w.ndim - num]
+    dims = tuple(range(dy.ndim - num, dy.ndim)), tuple(range(w.ndim - num, w.ndim))
+
+    def as_matrices(dy: Array, w: Array) -> Array:
+        dx_2d = product_nt(dy.reshape(-1, summed), w.reshape(-1, summed))
+        return dx_2d.reshape(*dy.shape[: dy.ndim - num], *kept)
+
+    return _by_platform(
+        as_matrices, lambda dy, w: jnp.tensordot(dy, w, dims, preferred_element_type=jnp.float32), dy, w
+    )
+
+
+def contract_tn(x: Float[Array, " ..."], dy: Float[Array, " ..."], num: int) -> Float32[Array, " ..."]:
+    """Returns x [*rows, *I] times dy [*rows, *J] in float32, summed over the `num` dims of rows: [*I, *J]."""
+    summed, shape = math.prod(x.shape[:num]), (*x.shape[num:], *dy.shape[num:])
+    dims = tuple(range(num)), tuple(range(num))
+
+    def as_matrices(x: Array, dy: Array) -> Array:
+        return product_tn(x.reshape(summed, -1), dy.reshape(summed, -1)).reshape(shape)
+
+    return _by_platform(
+        as_matrices, lambda x, dy: jnp.tensordot(x, dy, dims, preferred_element_type=jnp.float32), x, dy
+    )
+
+
+def _by_platform(as_matrices: Callable, whole: Callable, a: Array, b: Array) -> Array:
+    if a.dtype == jnp.float32:
+        return whole(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=as_matrices, default=whole)
 
 
 def product(a: Float[Array, "I J"], b: Float[Array, "J K"]) -> Float32[Array, "I K"]:

@@ -14,17 +14,14 @@ from jaxtyping import Float, Float32, Int
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.attention import Attention
 from gpt4moe.model.cache import KVCache
-from gpt4moe.model.layers import MATMUL_NAME, FeedForward, RMSNorm, depth_scale, normal_parameter
+from gpt4moe.model.layers import MATMUL_NAME, FeedForward, RMSNorm, Slots, depth_scale, normal_parameter
+from gpt4moe.model.layout import ONE_DEVICE, Layout
 from gpt4moe.model.moe import Moe, MoeOut
 from gpt4moe.model.rope import Rotation, rotation
 from gpt4moe.types import Array
 
 EMBEDDING_STD = 0.02
 INITIAL_SELF_LOGIT = 4.0
-
-# A model of at most this many superblocks is laid out without a loop: no copy of each layer's parameters in and of its
-# gradients and activations out, a sixth of the step of a small model on a CPU. Deeper ones compile once for all layers.
-MOST_UNROLLED = 8
 
 
 @jax.tree_util.register_dataclass
@@ -50,17 +47,17 @@ class Tokens:
 class Block(nnx.Module):
     """Pre-norm attention and a feed-forward, each added to the residual stream: experts (`moe`) or `dense`."""
 
-    def __init__(self, layers: int, config: ModelConfig, has_experts: bool, rngs: nnx.Rngs):
+    def __init__(self, layers: Slots, config: ModelConfig, layout: Layout, has_experts: bool, rngs: nnx.Rngs):
         out_scale = depth_scale(config.num_layers)
         self.attention_norm = RMSNorm(layers, config.model_dim, config.norm_epsilon)
-        self.attention = Attention(layers, config, out_scale, rngs)
+        self.attention = Attention(layers, config, layout, out_scale, rngs)
         self.feed_forward_norm = RMSNorm(layers, config.model_dim, config.norm_epsilon)
         if has_experts:
-            self.moe = Moe(layers, config.model_dim, config.moe, out_scale, rngs)
+            self.moe = Moe(layers, config.model_dim, config.moe, layout, out_scale, rngs)
         else:
             hidden = config.dense_hidden_dim
             self.dense = FeedForward(layers, config.model_dim, hidden, config.moe.gated, out_scale, rngs)
-        self.has_experts = has_experts
+        self.has_experts, self.residual = has_experts, layout.residual
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None, dropless: bool
@@ -69,12 +66,12 @@ class Block(nnx.Module):
         attended, cache = self.attention(
             self.attention_norm(x_BTD), tokens.turn, tokens.positions_BT, tokens.segment_ids_BT, cache
         )
-        x_BTD = x_BTD + attended
+        x_BTD = self.residual(x_BTD + attended)
         normed = self.feed_forward_norm(x_BTD)
         if not self.has_experts:
-            return x_BTD + self.dense(normed), cache, None
+            return self.residual(x_BTD + self.dense(normed)), cache, None
         y_BTD, out = self.moe(normed, tokens.token_ids_BT, tokens.segment_ids_BT > 0, dropless)
-        return x_BTD + y_BTD, cache, out
+        return self.residual(x_BTD + y_BTD), cache, out
 
 
 class Transformer(nnx.Module):
@@ -87,16 +84,16 @@ class Transformer(nnx.Module):
     deviation fan_in^-1/2, those that write to the residual stream are scaled by 1/sqrt(2L) more.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, layout: Layout = ONE_DEVICE):
         shape, axes, std = (config.vocab_size, config.model_dim), ("vocab", "embed"), EMBEDDING_STD
         self.embedding = normal_parameter(rngs, None, shape, axes, std)
-        superblocks = config.num_moe_layers
-        self.dense_blocks = nnx.List([Block(superblocks, config, False, rngs) for _ in range(config.moe_every - 1)])
-        self.blocks = Block(superblocks, config, True, rngs)
+        slots = layout.slots or tuple(range(config.num_moe_layers))
+        self.dense_blocks = nnx.List([Block(slots, config, layout, False, rngs) for _ in range(config.moe_every - 1)])
+        self.blocks = Block(slots, config, layout, True, rngs)
         logit_scale = INITIAL_SELF_LOGIT / (config.model_dim * EMBEDDING_STD)
         self.final_norm = RMSNorm(None, config.model_dim, config.norm_epsilon, initial=logit_scale)
         self.head = None if config.tie_embeddings else normal_parameter(rngs, None, shape, axes, std)
-        self.config = config
+        self.config, self.layout = config, layout
 
     def __call__(
         self,
@@ -117,12 +114,12 @@ class Transformer(nnx.Module):
         turn = rotation(positions_BT, config.head_dim, config.attention.rope_theta)
         tokens = Tokens(tokens_BT, positions_BT, segment_ids_BT, turn)
         graph, parameters = nnx.split(nnx.List([*self.dense_blocks, self.blocks]))
-        superblock = functools.partial(_superblock, graph=graph, tokens=tokens, dropless=dropless)
-        superblocks = config.num_moe_layers
-        layers = (parameters, _stack_superblocks(cache, config.moe_every))
+        superblock = functools.partial(_superblock, graph=graph, dropless=dropless)
         step = _rematerialised(superblock, config.remat)
-        x_BTD, (caches, moe) = jax.lax.scan(step, self._embed(tokens_BT), layers, unroll=superblocks <= MOST_UNROLLED)
-        return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(caches, config.num_layers))
+        stacked = _stack_superblocks(cache, config.moe_every)
+        x_BTD = self.layout.residual(self._embed(tokens_BT))
+        x_BTD, stacked, moe = self.layout.run_layers(step, parameters, stacked, x_BTD, tokens)
+        return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked))
 
     def logits(self, x_BTD: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Returns float32 logits [..., V] of final hidden states."""
@@ -147,20 +144,25 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
 
 
 def _superblock(
-    x_BTD: Array, layers: tuple[nnx.State, KVCache | None], *, graph: nnx.GraphDef, tokens: Tokens, dropless: bool
-) -> tuple[Array, tuple[KVCache | None, MoeOut]]:
-    parameters, cache = layers
+    x_BTD: Array,
+    parameters: nnx.State,
+    cache: KVCache | None,
+    tokens: Tokens,
+    *,
+    graph: nnx.GraphDef,
+    dropless: bool,
+) -> tuple[Array, KVCache | None, MoeOut]:
     caches = []
     for index, block in enumerate(nnx.merge(graph, parameters)):
         layer_cache = jax.tree.map(lambda leaf, i=index: leaf[i], cache)
         x_BTD, layer_cache, moe = block(x_BTD, tokens, layer_cache, dropless)
         caches.append(layer_cache)
-    return x_BTD, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), moe)
+    return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), moe
 
 
 def _stack_superblocks(cache: KVCache | None, size: int) -> KVCache | None:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), cache)
 
 
-def _unstack_superblocks(cache: KVCache | None, num_layers: int) -> KVCache | None:
-    return jax.tree.map(lambda leaf: leaf.reshape(num_layers, *leaf.shape[2:]), cache)
+def _unstack_superblocks(cache: KVCache | None) -> KVCache | None:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cache)

@@ -24,13 +24,18 @@ def partition_spec(
     require(len(dims) == len(shape), name, tuple(dims), f"must name each of the {len(shape)} dims of {tuple(shape)}")
     entries, used = [], set()
     for dim, size in zip(dims, shape, strict=True):
-        axes = tuple(axis for axis in (rules.axes_of(dim) if dim else ()) if mesh.shape[axis] > 1)
+        axes = split_axes(mesh, rules.axes_of(dim) if dim else ())
         span = math.prod(mesh.shape[axis] for axis in axes)
         require(not used & set(axes), name, tuple(dims), f"puts two dims on mesh axis {sorted(used & set(axes))}")
         require(size % span == 0, f"{name}.{dim}", size, f"must be divisible by the {'*'.join(axes)} axis ({span})")
         used |= set(axes)
         entries.append(axes if len(axes) > 1 else (axes[0] if axes else None))
     return PartitionSpec(*entries)
+
+
+def split_axes(mesh: Mesh, axes: Sequence[str]) -> tuple[str, ...]:
+    """Those of `axes` that split anything: more than one device lies along them."""
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any:
@@ -55,17 +60,22 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> An
     )
 
 
+def over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """`sharding` with the replicas along `data` each holding a part: ZeRO-1 (Rajbhandari et al. 2019), for moments.
+
+    The largest dim that divides is cut once more; a tensor without one stays replicated.
+    """
+    mesh, spec = sharding.mesh, (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+    taken = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
+    spans = [math.prod(mesh.shape[axis] for axis in (*axes, "data")) for axes in taken]
+    fitting = [dim for dim, span in enumerate(spans) if shape[dim] % span == 0]
+    if mesh.shape["data"] == 1 or not fitting:
+        return sharding
+    cut = max(fitting, key=lambda dim: shape[dim] // spans[dim])
+    taken[cut] = (*taken[cut], "data")
+    return NamedSharding(mesh, PartitionSpec(*taken))
+
+
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
-    """Returns the sharding of `[B, T]` arrays: rows over data x fsdp x expert."""
-    return NamedSharding(mesh, PartitionSpec(rules.batch_axes))
-
-
-def check_rows(rows: int, mesh: Mesh, rules: ShardingRules) -> None:
-    """Raises unless the rows of a microbatch divide over the batch axes."""
-    span = math.prod(mesh.shape[axis] for axis in rules.batch_axes)
-    require(
-        rows % span == 0,
-        "microbatch_rows",
-        rows,
-        f"must be divisible by the {'*'.join(rules.batch_axes)} axes ({span})",
-    )
+    """Returns the sharding of `[B, T]` arrays: rows over the batch axes, T over `context`."""
+    return NamedSharding(mesh, PartitionSpec(split_axes(mesh, rules.batch_axes), split_axes(mesh, ("context",))))

@@ -26,7 +26,6 @@ from gpt4moe.data import pipeline
 from gpt4moe.data.store import TokenStore
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.sharding import batch_sharding
-from gpt4moe.train.loss import cross_entropy
 from gpt4moe.train.metrics import write_atomically
 from gpt4moe.train.state import model_definition
 from gpt4moe.types import Array, Batch
@@ -142,7 +141,7 @@ def _sums(definition: nnx.GraphDef, params: nnx.State, batch: Batch) -> Array:
     """[2] float32: nats over the targets of a batch, and their number."""
     model = nnx.merge(definition, params)
     x_BTD, _ = model(batch.tokens, batch.positions, batch.segment_ids, dropless=True)
-    nll_BT = cross_entropy(x_BTD, model.unembedding(), batch.targets)
+    nll_BT = model.layout.cross_entropy(x_BTD, model.unembedding(), batch.targets)
     return jnp.stack([jnp.sum(nll_BT * batch.loss_weights), jnp.sum(batch.loss_weights)])
 
 

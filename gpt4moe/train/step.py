@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt4moe.config.run import RunConfig
-from gpt4moe.train import loss, optimizer, schedule, state
+from gpt4moe.parallel import sharding
+from gpt4moe.train import feed, loss, optimizer, schedule, state
 from gpt4moe.train.state import TrainState
 from gpt4moe.types import Array, Batch
 
@@ -45,6 +46,7 @@ def train_step(
     run: RunConfig,
     definition: nnx.GraphDef,
     num_sources: int,
+    lay_out_gradients: Callable[[nnx.State], nnx.State] = lambda grads: grads,
 ) -> tuple[TrainState, StepMetrics]:
     """Returns the state after one optimizer step on a whole batch, and its metrics.
 
@@ -52,7 +54,8 @@ def train_step(
     `num_microbatches` (int32 []) says how many to run: one compiled program serves every batch size. Losses are divided
     by counts of the whole batch, so that neither values nor gradients depend on how it is cut. `tokens` (float32 [])
     were seen before this step and set the learning rate. Where the loss or the gradient is not finite, parameters
-    and optimizer state stay as they were and the step is counted as skipped.
+    and optimizer state stay as they were and the step is counted as skipped. `lay_out_gradients` fixes where the
+    gradients lie as they meet the optimizer state.
     """
     counts = loss.normalizers(microbatches)
 
@@ -65,6 +68,7 @@ def train_step(
         return jax.grad(objective, has_aux=True)(at.params)
 
     grads, sums = _sum_over(gradient, num_microbatches, room=microbatches.tokens.shape[0])
+    grads = lay_out_gradients(grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.cross_entropy)
 
@@ -88,11 +92,22 @@ def make_step(run: RunConfig, num_sources: int, abstract: TrainState) -> Callabl
 
     The state is donated: the arrays it is called with are gone afterwards.
     """
-    definition = state.model_definition(run.model)
-    step = functools.partial(train_step, run=run, definition=definition, num_sources=num_sources)
     shardings = state.shardings_of(abstract)
-    replicated = NamedSharding(shardings.step.mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+    mesh = shardings.step.mesh
+    definition = state.model_definition(run.model, state.run_layout(run, mesh))
+    step = functools.partial(train_step, run=run, definition=definition, num_sources=num_sources)
+    if run.mesh.zero1:
+        parts = jax.tree.map(lambda leaf: sharding.over_data(leaf.sharding, leaf.shape), abstract.params)
+        step = functools.partial(step, lay_out_gradients=lambda grads: jax.lax.with_sharding_constraint(grads, parts))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+
+
+def lower_step(run: RunConfig, mesh: Mesh, num_sources: int) -> jax.stages.Lowered:
+    """Returns the step of a run on `mesh`, ready to compile; no array is made, so the devices need not be here."""
+    abstract = state.abstract_state(run, mesh)
+    batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))
+    count, tokens = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    return make_step(run, num_sources, abstract).lower(abstract, batch, count, tokens)
 
 
 def _sum_over(function: Callable[[Array], Any], count: Array, *, room: int) -> Any:

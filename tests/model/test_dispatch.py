@@ -1,22 +1,34 @@
 """Conformance of every dispatcher with real experts: values and gradients against a loop over tokens."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.moe import MoeConfig
+from gpt4moe.config.rules import ShardingRules
 from gpt4moe.model import dispatch
-from gpt4moe.model.experts import Experts
+from gpt4moe.model.experts import Experts, apply_experts
 from gpt4moe.model.router import RouterInputs, top_k
+from gpt4moe.parallel.expert import sharded_experts
+from gpt4moe.parallel.island import spread
+from gpt4moe.parallel.mesh import make_mesh
 from tests.model import slow
 
 GROUPS, TOKENS, DIM, NUM_EXPERTS, CHOICES = 2, 6, 5, 4, 2
-DISPATCHERS = {
-    "capacity_tight": (dispatch.capacity, 0.7),
-    "capacity_roomy": (dispatch.capacity, 100.0),
-    "dropless": (dispatch.dropless, None),
+CAPACITIES = {"capacity_tight": 0.7, "capacity_roomy": 100.0, "dropless": None}
+EXPERTS_ON_TENSOR = ShardingRules(overrides={"experts": ["expert", "tensor"], "mlp": []})
+# Where tokens and experts lie; on one device nothing travels.
+LAYOUTS = {
+    "one device": ({}, ShardingRules()),
+    "EP2": ({"expert": 2}, ShardingRules()),
+    "EP2 x CP2 x TP2": ({"expert": 2, "context": 2, "tensor": 2}, ShardingRules()),
+    "EP2 x FSDP1 x experts on TP2": ({"expert": 2, "tensor": 2}, EXPERTS_ON_TENSOR),
+    "CP3": ({"context": 3}, ShardingRules()),
 }
 # Which tokens are real, and a preference for experts that is added to random logits.
 SITUATIONS = {
@@ -32,24 +44,34 @@ def _route(logits_GUE, valid_GU, config):
     return jax.vmap(lambda logits, row: top_k(logits, row, config))(logits_GUE, inputs)
 
 
+def _apply_on(layout):
+    """`apply_experts` of one of `LAYOUTS`."""
+    axes, rules = LAYOUTS[layout]
+    config = MeshConfig(axes)
+    mesh = make_mesh(config, jax.devices()[: math.prod(axes.values())])
+    return sharded_experts(spread(mesh, config, rules), None) if axes else apply_experts
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("name", DISPATCHERS)
-def test_equals_a_loop_over_tokens(name, situation):
+@pytest.mark.parametrize("name", CAPACITIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_a_loop_over_tokens(layout, name, situation):
     gated = situation != "padding"  # SwiGLU and GELU both; the activation does not interact with the situation
-    dispatcher, factor = DISPATCHERS[name]
-    config = MoeConfig(NUM_EXPERTS, CHOICES, hidden_dim=7, gated=gated, capacity_factor=factor)
+    factor, apply = CAPACITIES[name], _apply_on(layout)
+    config = MoeConfig(NUM_EXPERTS, CHOICES, hidden_dim=8, gated=gated, capacity_factor=factor)
     valid_GU, preference_E = SITUATIONS[situation]
     keys = jax.random.split(jax.random.key(0), 3)
     x_GUD = jax.random.normal(keys[0], (GROUPS, TOKENS, DIM))
     logits_GUE = jax.random.normal(keys[1], (GROUPS, TOKENS, NUM_EXPERTS)) + preference_E
     dy_GUD = jax.random.normal(keys[2], x_GUD.shape)
-    graph, parameters = nnx.split(slow.one_layer(Experts(1, DIM, config, 1.0, nnx.Rngs(0))))
+    graph, parameters = nnx.split(slow.one_layer(Experts((0,), DIM, config, 1.0, nnx.Rngs(0))))
 
     @jax.jit
     def ours(x_GUD, logits_GUE, parameters):
-        dispatched = dispatcher(x_GUD, _route(logits_GUE, valid_GU, config), config)
-        y_GUD = dispatch.combine(nnx.merge(graph, parameters)(dispatched), dispatched.plan, GROUPS)
-        return jnp.sum(y_GUD * dy_GUD), (y_GUD, dispatched.stats.dropped_G)
+        weights = nnx.merge(graph, parameters)()
+        routing = _route(logits_GUE, valid_GU, config)
+        y_GUD, dropped = apply(weights, x_GUD, routing, config, factor is not None)
+        return jnp.sum(y_GUD * dy_GUD), (y_GUD, dropped)
 
     routing = _route(logits_GUE, valid_GU, config)
     ids_GUK, used_GUK = np.asarray(routing.expert_ids_UK), np.asarray(routing.used_UK)
@@ -62,12 +84,12 @@ def test_equals_a_loop_over_tokens(name, situation):
         y_GUD = slow.mixture(x_GUD, gates_GUK, matrices, ids_GUK, used_GUK, room)
         return jnp.sum(y_GUD * dy_GUD), y_GUD
 
-    (_, (got, dropped_G)), got_gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2), has_aux=True))(
+    (_, (got, dropped)), got_gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2), has_aux=True))(
         x_GUD, logits_GUE, parameters
     )
     (_, want), want_gradients = jax.value_and_grad(reference, (0, 1, 2), has_aux=True)(x_GUD, logits_GUE, parameters)
     kept = [slow.kept_choices(ids, used, room).sum() for ids, used in zip(ids_GUK, used_GUK, strict=True)]
-    np.testing.assert_array_equal(dropped_G, used_GUK.sum((1, 2)) - kept)
+    assert int(dropped) == used_GUK.sum() - sum(kept)
     assert slow.relative_difference(got, want) < 1e-5
     assert slow.relative_difference(got_gradients, want_gradients) < 1e-5
 

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from gpt4moe.config.moe import MoeConfig
+from gpt4moe.model.layout import ONE_DEVICE
 from gpt4moe.model.moe import Moe
 from gpt4moe.model.router import assemble
 from tests.model import slow
@@ -16,7 +17,7 @@ BATCH, TOKENS, DIM = 2, 6, 8
 
 def _layer(**settings):
     config = MoeConfig(**{"num_experts": 4, "experts_per_token": 2, "hidden_dim": 6, **settings})
-    return slow.one_layer(Moe(1, DIM, config, 1.0, nnx.Rngs(0)))
+    return slow.one_layer(Moe((0,), DIM, config, ONE_DEVICE, 1.0, nnx.Rngs(0)))
 
 
 def _inputs():

@@ -6,7 +6,7 @@ import pytest
 
 from gpt4moe.model.layers import activate
 from gpt4moe.model.product import product
-from gpt4moe.train.loss import cross_entropy
+from gpt4moe.model.vocabulary import cross_entropy
 
 
 def test_a_wrong_rank_is_refused():

@@ -13,7 +13,8 @@ from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.model.transformer import Transformer
-from gpt4moe.train.loss import batch_loss, cross_entropy, normalizers
+from gpt4moe.model.vocabulary import cross_entropy
+from gpt4moe.train.loss import batch_loss, normalizers
 from gpt4moe.types import Batch
 from tests.model.slow import relative_difference
 

@@ -24,7 +24,7 @@ def compiled(microbatch_rows: int, mesh: tuple):
     train = {"batch_tokens": ROWS * tiny.LENGTH, "microbatch_rows": microbatch_rows}
     run = tiny.run_config(pathlib.Path("unused"), mesh=mesh, **train)
     layout, rules = make_mesh(run.mesh), ShardingRules()
-    abstract = state.abstract_state(run, layout, rules)
+    abstract = state.abstract_state(run, layout)
     batch = feed.abstract_microbatches(run, sharding.batch_sharding(layout, rules))
     return step.make_step(run, 2, abstract), abstract, batch
 
@@ -33,7 +33,7 @@ def compiled(microbatch_rows: int, mesh: tuple):
 def start():
     """The initial state on the host."""
     run = tiny.run_config(pathlib.Path("unused"))
-    return jax.device_get(state.create_state(run, state.abstract_state(run, make_mesh(run.mesh), ShardingRules())))
+    return jax.device_get(state.create_state(run, state.abstract_state(run, make_mesh(run.mesh))))
 
 
 def cut(batch: Batch, rows: int) -> list[Batch]:

@@ -1,0 +1,59 @@
+"""What a parallel layout replaces in the model: operations whose data it must move itself, each behind one contract.
+
+`Layout()` is one device. `gpt4moe.parallel.layout` gives those of a mesh; the model knows no mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from gpt4moe.model.attention_kernel import attend
+from gpt4moe.model.experts import apply_experts
+from gpt4moe.model.vocabulary import cross_entropy
+from gpt4moe.types import Array
+
+# A model of at most this many superblocks is laid out without a loop: no copy of each layer's parameters in and of its
+# gradients and activations out, a sixth of the step of a small model on a CPU. Deeper ones compile once for all layers.
+MOST_UNROLLED = 8
+
+
+def scan_layers(superblock: Callable, parameters, cache, x_BTD: Array, tokens) -> tuple:
+    """Returns (x_BTD, cache, reports) after all superblocks, one after the other.
+
+    `superblock(x_BTD, parameters, cache, tokens) -> (x_BTD, cache, report)` is one of them; parameters, cache and
+    reports lead with a dim over superblocks.
+    """
+
+    def step(x_BTD: Array, layers: tuple) -> tuple:
+        x_BTD, layer_cache, report = superblock(x_BTD, *layers, tokens)
+        return x_BTD, (layer_cache, report)
+
+    few = jax.tree.leaves(parameters)[0].shape[0] <= MOST_UNROLLED
+    x_BTD, (cache, reports) = jax.lax.scan(step, x_BTD, (parameters, cache), unroll=few)
+    return x_BTD, cache, reports
+
+
+def _unchanged(x_BTD: Array) -> Array:
+    return x_BTD
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One function for each operation, with the signature of its default.
+
+    slots: which superblock each slot of the parameter stacks holds, -1 where it holds none (None: in order).
+    residual: lays out the residual stream [B, T, D] between layers.
+    """
+
+    attend: Callable = attend
+    apply_experts: Callable = apply_experts
+    cross_entropy: Callable = cross_entropy
+    run_layers: Callable = scan_layers
+    residual: Callable = _unchanged
+    slots: tuple[int, ...] | None = None
+
+
+ONE_DEVICE = Layout()

@@ -1,0 +1,63 @@
+"""Attention over a mesh: each device attends with its own heads and its own part of the sequence.
+
+Behind the contract of `gpt4moe.model.attention_kernel.attend`. Heads lie over `tensor`. A device that holds part of
+the queries of a row (`context`) gathers all its keys and values, which are few where heads share them (Llama 3, 3.3.2).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int
+
+from gpt4moe.config.check import require
+from gpt4moe.model.attention_kernel import attend, attend_part
+from gpt4moe.parallel.island import Axes, Spread, island
+from gpt4moe.types import Array
+
+
+def sharded_attend(spread: Spread, backend: str) -> Callable:
+    """Returns `attend` for a mesh whose devices are of `backend`."""
+    return functools.partial(_apply, spread, backend)
+
+
+def _apply(
+    spread: Spread,
+    backend: str,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTMH: Float[Array, "B T M H"],
+    segment_ids_BT: Int[Array, "B T"],
+    query_chunk: int,
+) -> Float[Array, "B T N H"]:
+    heads, kv_heads = spread.axes_of("heads"), spread.axes_of("kv_heads")
+    tokens = PartitionSpec(spread.rows, spread.context)
+    query, key_value = PartitionSpec(*tokens, heads), PartitionSpec(*tokens, kv_heads)
+
+    def shard(q: Array, k: Array, v: Array, segments_BT: Array) -> Array:
+        k, v = (_of_my_queries(x, q.shape[2], heads if not kv_heads else ()) for x in (k, v))
+        if not spread.context:
+            return attend(q, k, v, segments_BT, query_chunk, backend)
+        k, v, all_segments_BT = (jax.lax.all_gather(x, spread.context, axis=1, tiled=True) for x in (k, v, segments_BT))
+        first = jax.lax.axis_index(spread.context) * q.shape[1]
+        return attend_part(q, k, v, segments_BT, all_segments_BT, first, query_chunk)
+
+    return island(shard, spread.mesh, (query, key_value, key_value, tokens), query)(
+        q_BTNH, k_BTMH, v_BTMH, segment_ids_BT
+    )
+
+
+def _of_my_queries(k_BTMH: Array, num_queries: int, axes: Axes) -> Array:
+    """The key or value heads that this device's query heads share, where it holds those of all."""
+    kv_heads = k_BTMH.shape[2]
+    if not axes or kv_heads == 1:
+        return k_BTMH
+    span = jax.lax.axis_size(axes)
+    fits = kv_heads % span == 0 or span % kv_heads == 0
+    require(fits, "num_kv_heads", kv_heads, f"must divide or be divisible by the {'*'.join(axes)} axis ({span})")
+    held = max(kv_heads // span, 1)
+    first = jax.lax.axis_index(axes) * kv_heads // span
+    return jax.lax.dynamic_slice_in_dim(k_BTMH, first, held, axis=2)

@@ -1,0 +1,210 @@
+"""Expert parallelism: tokens travel to the devices that hold their experts by an explicit all-to-all, and back.
+
+Behind the contract of `gpt4moe.model.experts.apply_experts`. Rows of the batch lie over the batch axes, which may
+include the axes that experts lie on: attention sees those as more data parallelism. Hidden dims of an expert may be
+split further (`mlp`), which leaves partial sums to add up. Devices that hold the same tokens and would do the same
+(along `tensor` where `mlp` is not on it) share out the places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int
+
+from gpt4moe.config.moe import MoeConfig
+from gpt4moe.model import dispatch
+from gpt4moe.model.experts import ExpertWeights, apply_experts, feed_forward
+from gpt4moe.model.router import RouterLosses, RouterStats, Routing
+from gpt4moe.parallel.island import Axes, Spread, island
+from gpt4moe.parallel.sharding import partition_spec
+from gpt4moe.types import Array
+
+WEIGHT_DIMS = {
+    "gate_EDF": ("experts", "embed", "mlp"),
+    "up_EDF": ("experts", "embed", "mlp"),
+    "down_EFD": ("experts", "mlp", "embed"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """How the experts of a layer fold over a mesh.
+
+    experts, hidden: axes of E and F. sequence: axes of T as tokens arrive. replicas: axes along which the same tokens
+    would be computed again, which share out the places instead. bucket_factor: see `_to_shards`.
+    """
+
+    spread: Spread
+    experts: Axes
+    hidden: Axes
+    sequence: Axes
+    bucket_factor: float | None
+
+    @property
+    def replicas(self) -> Axes:
+        return tuple(axis for axis in ("tensor",) if self.spread.mesh.shape[axis] > 1 and axis not in self.hidden)
+
+
+def sharded_experts(spread: Spread, bucket_factor: float | None) -> Callable:
+    """Returns `apply_experts` for a mesh."""
+    fold = Fold(spread, spread.axes_of("experts"), spread.axes_of("mlp"), spread.residual, bucket_factor)
+    return functools.partial(_apply, fold)
+
+
+def _apply(
+    fold: Fold,
+    weights: ExpertWeights,
+    x_BTD: Float[Array, "B T D"],
+    routing: Routing,
+    config: MoeConfig,
+    drops: bool,
+) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
+    tokens = PartitionSpec(fold.spread.rows, fold.sequence)
+    specs = {
+        name: None if w is None else partition_spec(WEIGHT_DIMS[name], w.shape, fold.spread.mesh, fold.spread.rules)
+        for name, w in vars(weights).items()
+    }
+    choices = (routing.expert_ids_UK, routing.gates_UK, routing.used_UK)
+    shard = functools.partial(_capacity_shard if drops else _dropless_shard, fold, config)
+    apply = island(
+        lambda weights, x, choices: shard(_whole_matrices(weights, specs, fold), x, _routing(*choices)),
+        fold.spread.mesh,
+        in_specs=(ExpertWeights(**specs), tokens, (tokens,) * 3),
+        out_specs=(tokens, PartitionSpec()),
+    )
+    return apply(weights, x_BTD, choices)
+
+
+def _whole_matrices(weights: ExpertWeights, specs: dict[str, PartitionSpec | None], fold: Fold) -> ExpertWeights:
+    """This device's experts with dims that lie on other axes (`embed` over fsdp) gathered."""
+
+    def whole(name: str, w: Array | None) -> Array | None:
+        for dim, (logical, axes) in enumerate(zip(WEIGHT_DIMS[name], specs[name] or (), strict=False)):
+            if logical == "embed" and axes:
+                w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+        return w
+
+    return ExpertWeights(**{name: whole(name, w) for name, w in vars(weights).items()})
+
+
+def _routing(ids: Array, gates: Array, used: Array) -> Routing:
+    """The choices alone: losses and counts have been taken outside."""
+    none = jnp.zeros(len(ids))
+    return Routing(ids, gates, used, RouterLosses(none, none), RouterStats(none[:, None], none))
+
+
+def _capacity_shard(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BTD: Array, routing: Routing):
+    """Places are given out per whole row, wherever its tokens lie; devices that share a row share out its places."""
+    x_BUD, routing = (jax.tree.map(lambda leaf: _gathered(leaf, fold.sequence), part) for part in (x_BTD, routing))
+    dispatched = dispatch.capacity(x_BUD, routing, config)
+    sharing = tuple(axis for axis in (*fold.sequence, *fold.replicas) if axis not in fold.hidden)
+    sharing = tuple(dict.fromkeys(sharing))
+    rows_ECD = _exchange(_my_part(dispatched.rows_XCD, sharing), fold.experts, split=0, join=1)
+    y_ECD = feed_forward(weights, dataclasses.replace(dispatched, rows_XCD=rows_ECD))
+    y_ECD = _in_place(_exchange(y_ECD, fold.experts, split=1, join=0), sharing, dispatched.rows_XCD.shape[1])
+    y_BUD = dispatch.combine(y_ECD, dispatched.plan, len(x_BTD))
+    dropped = jax.lax.psum(jnp.sum(dispatched.stats.dropped_G), fold.spread.rows)
+    return _summed(y_BUD, fold.sequence, tuple(dict.fromkeys((*sharing, *fold.hidden)))), dropped
+
+
+def _dropless_shard(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BTD: Array, routing: Routing):
+    """Each device sends its own tokens; only those along which hidden dims are split must hold the same ones."""
+    gathered = tuple(axis for axis in fold.sequence if axis in fold.hidden)
+    sharing = tuple(axis for axis in fold.replicas if axis not in fold.sequence)
+    x_BUD, routing = (jax.tree.map(lambda leaf: _gathered(leaf, gathered), part) for part in (x_BTD, routing))
+    length = x_BUD.shape[1]
+    x_BUD, routing = (jax.tree.map(lambda leaf: _my_part(leaf, sharing), part) for part in (x_BUD, routing))
+    if fold.experts:
+        y_BUD, dropped = _to_shards(fold, config, weights, x_BUD, routing)
+    else:
+        y_BUD, dropped = apply_experts(weights, x_BUD, routing, config, False)
+    y_BUD = _in_place(y_BUD, sharing, length)
+    counted = tuple(dict.fromkeys((*fold.spread.rows, *fold.sequence, *sharing)))
+    counted = tuple(axis for axis in counted if axis not in gathered)
+    return _summed(y_BUD, gathered, (*fold.hidden, *sharing)), jax.lax.psum(dropped, counted)
+
+
+def _to_shards(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BUD: Array, routing: Routing):
+    """Choices in one bucket for each device that holds experts; what arrives is sorted by expert there.
+
+    A bucket has room for all choices that one device's tokens can make (bucket_factor None), so that none is ever
+    without a place, or for its fair share times the factor, and those without a place are counted as dropped.
+    """
+    rows, tokens, dim = x_BUD.shape
+    num_shards = math.prod(fold.spread.mesh.shape[axis] for axis in fold.experts)
+    held = config.num_experts // num_shards
+    pool = jax.tree.map(lambda leaf: leaf.reshape(1, rows * tokens, *leaf.shape[2:]), (x_BUD, _choices(routing)))
+    x_1UD, (ids, gates, used) = pool
+    room = _bucket_room(rows * tokens, config.experts_per_token, held, num_shards, fold.bucket_factor)
+    sent = dispatch.to_places(x_1UD, _routing(ids // held, gates, used), num_shards, room)
+    local_S = _take_ids(ids[0] % held, sent.plan.choice_of_slot_PS[0], empty=held)
+    exchange = functools.partial(_exchange, axes=fold.experts, split=0, join=0)
+    arrived_SD, ids_S = (
+        exchange(sent.rows_XCD).reshape(-1, dim),
+        exchange(local_S.reshape(num_shards, room)).reshape(-1),
+    )
+    one_each = _routing(
+        jnp.minimum(ids_S, held - 1)[None, :, None],
+        jnp.ones((1, ids_S.size, 1), jnp.float32),
+        (ids_S < held)[None, :, None],
+    )
+    here = dataclasses.replace(config, num_experts=held, experts_per_token=1, normalize_gates=False)
+    y_1SD, _ = apply_experts(weights, arrived_SD[None], one_each, here, False)
+    y_XCD = exchange(y_1SD.reshape(num_shards, room, dim))
+    return dispatch.combine(y_XCD, sent.plan, rows), jnp.sum(sent.stats.dropped_G)
+
+
+def _bucket_room(tokens: int, num_choices: int, held: int, num_shards: int, factor: float | None) -> int:
+    most = tokens * min(num_choices, held)
+    return most if factor is None else min(most, math.ceil(tokens * num_choices / num_shards * factor))
+
+
+def _choices(routing: Routing) -> tuple[Array, Array, Array]:
+    return routing.expert_ids_UK, routing.gates_UK, routing.used_UK
+
+
+def _take_ids(ids_UK: Array, choice_S: Array, *, empty: int) -> Array:
+    return ids_UK.reshape(-1).at[choice_S].get(mode="fill", fill_value=empty)
+
+
+def _exchange(x: Array, axes: Axes, split: int, join: int) -> Array:
+    return jax.lax.all_to_all(x, axes, split_axis=split, concat_axis=join, tiled=True) if axes else x
+
+
+def _gathered(x_BT: Array, axes: Axes) -> Array:
+    """Dim 1 whole; per-row values without it as they are."""
+    return jax.lax.all_gather(x_BT, axes, axis=1, tiled=True) if axes and x_BT.ndim > 2 else x_BT
+
+
+def _summed(y_BTD: Array, scattered: Axes, summed: Axes) -> Array:
+    """The sum over `summed`, of which each device keeps its own tokens along `scattered`."""
+    for axis in scattered:
+        y_BTD = jax.lax.psum_scatter(y_BTD, axis, scatter_dimension=1, tiled=True)
+    rest = tuple(axis for axis in summed if axis not in scattered)
+    return jax.lax.psum(y_BTD, rest) if rest else y_BTD
+
+
+def _my_part(x: Array, axes: Axes) -> Array:
+    """This device's share of dim 1, padded with zeros where it does not divide."""
+    if not axes or x.ndim < 3:
+        return x
+    share = -(-x.shape[1] // jax.lax.axis_size(axes))
+    padding = share * jax.lax.axis_size(axes) - x.shape[1]
+    padded = jnp.pad(x, [(0, padding if dim == 1 else 0) for dim in range(x.ndim)])
+    return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(axes) * share, share, axis=1)
+
+
+def _in_place(x: Array, axes: Axes, length: int) -> Array:
+    """Undoes `_my_part`: zeros where other devices have theirs."""
+    if not axes:
+        return x
+    whole = jnp.zeros((x.shape[0], x.shape[1] * jax.lax.axis_size(axes), *x.shape[2:]), x.dtype)
+    placed = jax.lax.dynamic_update_slice_in_dim(whole, x, jax.lax.axis_index(axes) * x.shape[1], axis=1)
+    return placed[:, :length]

@@ -1,0 +1,52 @@
+"""Assembles the layout of a run on a mesh: which operations of the model are replaced by which of this folder."""
+
+from __future__ import annotations
+
+import functools
+
+from jax.sharding import Mesh, PartitionSpec
+
+from gpt4moe.config.check import require
+from gpt4moe.config.mesh import MeshConfig
+from gpt4moe.config.model import ModelConfig
+from gpt4moe.config.rules import ShardingRules
+from gpt4moe.model.layout import ONE_DEVICE, Layout
+from gpt4moe.parallel.attention import sharded_attend
+from gpt4moe.parallel.expert import sharded_experts
+from gpt4moe.parallel.island import Spread, laid_out, spread
+from gpt4moe.parallel.pipeline import Schedule, pipelined_layers
+from gpt4moe.parallel.vocabulary import sharded_cross_entropy
+from gpt4moe.types import Array
+
+
+@functools.lru_cache
+def make_layout(model: ModelConfig, config: MeshConfig, rules: ShardingRules, mesh: Mesh) -> Layout:
+    """Returns the layout of `model` on `mesh`; the same one for the same arguments, so that programs are found again.
+
+    Raises `CallerError` for rules under which a product's partial sums would mix different tokens.
+    """
+    if mesh.size == 1:
+        return ONE_DEVICE
+    over = spread(mesh, config, rules)
+    for dim in ("heads", "mlp"):
+        mixed = set(over.axes_of(dim)) & {*over.rows, *over.context, "stage"}
+        constraint = f"must not share {sorted(mixed)} with rows, sequence or stages"
+        require(not mixed, f"ShardingRules[{dim!r}]", rules.axes_of(dim), constraint, f"put {dim} on tensor")
+    plain = {} if mesh.shape["stage"] == 1 else _pipeline(over, model, config)
+    return Layout(
+        attend=sharded_attend(over, mesh.devices.flat[0].platform),
+        apply_experts=sharded_experts(over, config.expert_bucket_factor),
+        cross_entropy=sharded_cross_entropy(over),
+        residual=functools.partial(_residual, over),
+        **plain,
+    )
+
+
+def _pipeline(over: Spread, model: ModelConfig, config: MeshConfig) -> dict:
+    slots = config.placement(model.num_moe_layers, over.mesh.shape["stage"])
+    schedule = Schedule(over.mesh.shape["stage"], config.virtual_stages, slots, config.stage_microbatches)
+    return {"run_layers": pipelined_layers(over, schedule), "slots": slots}
+
+
+def _residual(over: Spread, x_BTD: Array) -> Array:
+    return laid_out(x_BTD, over.mesh, PartitionSpec(over.rows, over.residual))
