@@ -9,7 +9,8 @@ import dataclasses
 class Chip:
     """One accelerator: dense 16-bit peak in FLOP/s, memory in bytes, memory bandwidth in bytes/s.
 
-    `device_kinds` are the names JAX reports (`jax.Device.device_kind`), matched as prefixes.
+    `device_kinds` are the names JAX reports (`jax.Device.device_kind`), matched as prefixes. clock_hertz: of a TPU, in
+    whose cycles its compiler estimates times.
     """
 
     name: str
@@ -17,6 +18,7 @@ class Chip:
     peak_flops: float
     memory_bytes: float
     bandwidth_bytes_per_second: float
+    clock_hertz: float | None = None
 
 
 CHIPS = (
@@ -32,8 +34,8 @@ CHIPS = (
     Chip("a10", ("NVIDIA A10",), 125e12, 24e9, 0.6e12),
     Chip("tpu_v4", ("TPU v4",), 275e12, 32e9, 1.2e12),
     Chip("tpu_v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 0.82e12),
-    Chip("tpu_v5p", ("TPU v5",), 459e12, 95e9, 2.765e12),
-    Chip("tpu_v6e", ("TPU v6",), 918e12, 32e9, 1.64e12),
+    Chip("tpu_v5p", ("TPU v5",), 459e12, 95e9, 2.765e12, 1.75e9),
+    Chip("tpu_v6e", ("TPU v6",), 918e12, 32e9, 1.64e12, 1.75e9),
     Chip("tpu_7x", ("TPU7x", "TPU v7"), 2307e12, 192 * 2**30, 7.37e12),
 )
 

@@ -1,0 +1,270 @@
+"""Compiles the real program of a run for a machine that need not be there, and reads what it would take of each chip.
+
+In: a run and the machine. Out: the JSON document of `gpt4moe compile`: bytes, FLOPs, collectives, times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gpt4moe.accounting import executed, flops
+from gpt4moe.accounting.chips import find_chip
+from gpt4moe.config.check import require
+from gpt4moe.config.compile import PROGRAMS, CompileConfig
+from gpt4moe.config.run import RunConfig
+from gpt4moe.model.attention_backends import SPLASH_HEAD_MULTIPLE, SPLASH_LENGTH_MULTIPLE
+from gpt4moe.model.attention_kernel import cpu_block
+from gpt4moe.parallel.mesh import make_mesh
+from gpt4moe.plan import hlo, topology, work
+from gpt4moe.plan.decode import lower_decode
+from gpt4moe.plan.doctor import host_memory_bytes
+from gpt4moe.train import feed
+from gpt4moe.train.step import lower_step
+
+LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+# XLA writes the same program at several moments; the later file has the compiler's estimates of cycles too.
+PROGRAM_FILES = ("*after_codegen.txt", "*after_optimizations.txt")
+# The loop of `train.step` whose length is known only at run time.
+MICROBATCH_LOOP = "step.py:_sum_over"
+# Blocks of queries and products of the backward pass: splash (dq 3, dkv 4) and `attend_in_blocks`.
+SPLASH_BLOCK, SPLASH_BACKWARD_PRODUCTS = 128, 7
+BLOCKS_BACKWARD_PRODUCTS = 5
+_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT])\)")
+_PREFIX = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip. temporary: at the fullest moment; aliased: of the output, those that lie in its arguments."""
+
+    argument: int
+    temporary: int
+    output: int
+    aliased: int
+    generated_code: int
+
+    @property
+    def total(self) -> int:
+        """What must fit: everything that is there at once."""
+        return self.argument + self.temporary + self.output - self.aliased + self.generated_code
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program as the compiler left it: its text, memory on a chip, its own cost analysis, seconds to compile."""
+
+    text: str
+    memory: Memory
+    cost: Mapping[str, float]
+    seconds: float
+
+
+def examine(run: RunConfig, config: CompileConfig, program: str = "train") -> dict:
+    """Returns the JSON document of `compile`: what one step of `program` takes of each chip of the topology.
+
+    Raises `CallerError` for a topology or mesh that cannot be.
+    """
+    require(program in PROGRAMS, "--program", program, f"must be in {PROGRAMS}")
+    mend = "give --topology=v5p:8x8x8, or bind CompileConfig.topology in the run file"
+    require(config.topology is not None, "topology", None, "must be given", mend)
+    mesh = make_mesh(run.mesh, topology.devices(config))
+    started = time.perf_counter()
+    lowered = _lower(run, config, mesh, program)
+    lowering_seconds = time.perf_counter() - started
+    compiled = compile_lowered(lowered)
+    counted = work.count(hlo.parse(compiled.text), mesh.shape, _rounds(run, program))
+    return {
+        "program": program,
+        "topology": config.topology,
+        "slices": config.slices,
+        "chips": mesh.size,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        **_memory_report(compiled.memory, mesh),
+        **_flops_report(run, config, mesh, program, counted),
+        **_time_report(compiled, counted, mesh),
+        "collectives": [dataclasses.asdict(item) for item in counted.collectives],
+        "products": [dataclasses.asdict(item) for item in counted.products],
+        "unknown_loops": list(counted.unknown_loops),
+        "lowering_seconds": round(lowering_seconds, 1),
+        "compile_seconds": round(compiled.seconds, 1),
+        "date": datetime.date.today().isoformat(),
+        "versions": _versions(),
+    }
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles a program and keeps what can be learnt of it, even where it does not fit.
+
+    The text is XLA's own dump: a TPU compiler newer than JAX makes instructions that JAX cannot read back.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        started = time.perf_counter()
+        try:
+            executable, failure = lowered.compile(compiler_options=options), ""
+        except jax.errors.JaxRuntimeError as error:
+            executable, failure = None, str(error)
+            if not failure.startswith("RESOURCE_EXHAUSTED"):
+                raise
+        seconds = time.perf_counter() - started
+        text = _program_text(pathlib.Path(folder)) or executable.as_text()
+    if executable is None:
+        return Compiled(text, _memory_beyond(lowered, failure), {}, seconds)
+    stats, cost = executable.memory_analysis(), executable.cost_analysis() or {}
+    memory = Memory(
+        argument=stats.argument_size_in_bytes,
+        temporary=stats.temp_size_in_bytes,
+        output=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        generated_code=stats.generated_code_size_in_bytes,
+    )
+    return Compiled(text, memory, cost, seconds)
+
+
+def format_document(document: dict) -> str:
+    """Returns the document of `examine` as lines to read."""
+    parts = ("argument", "temporary", "output", "generated_code")
+    gigabytes = ", ".join(f"{name} {document[f'{name}_bytes'] / 1e9:.2f}" for name in parts)
+    need, have = document["total_bytes"] / 1e9, document["memory_bytes"] / 1e9
+    verdict = f"fits, {have - need:.1f} GB to spare" if document["fits"] else f"does NOT fit, by {need - have:.1f} GB"
+    mesh = ", ".join(f"{axis} {size}" for axis, size in document["mesh"].items())
+    machine = f"{document['slices']} x {document['topology']}"
+    ratio, of_model = document["compiled_over_executed"], document["compiled_over_model_flops"]
+    useful, without = document["useful_fraction"], document["useful_fraction_without_recomputation"]
+    lines = [
+        f"{document['program']} on {document['chips']} chips ({machine}): {mesh}",
+        f"memory      {verdict}: {need:.1f} of {have:.1f} GB a chip ({document['memory_note']})",
+        f"            {gigabytes}; {document['aliased_bytes'] / 1e9:.2f} of the output lies in the arguments",
+        f"FLOPs       {document['flops_per_chip']:.4g} a chip: {ratio:.4f} of the analytic count, {of_model:.3f} of 6N",
+        f"useful      {useful:.3f}; {without:.3f} of what is not recomputed",
+        f"time        {_time_line(document)}",
+        f"compiling   {document['compile_seconds']} s",
+        f"{'collective':<20}{'axes':<24}{'count':>8}{'GB sent a chip':>16}",
+    ]
+    lines += [
+        f"{item['kind']:<20}{' '.join(item['axes']):<24}{item['count']:>8,}{item['bytes_sent'] / 1e9:>16,.3f}"
+        for item in document["collectives"]
+    ]
+    return "\n".join(lines)
+
+
+def _time_line(document: dict) -> str:
+    if document["compute_seconds"] is None:
+        return "the compiler gives no estimate for this device"
+    return (
+        f"{document['compute_seconds']:.3f} s of computations by the compiler's cycles, at least "
+        f"{document['flops_seconds']:.3f} s at the chip's peak"
+    )
+
+
+def _lower(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str) -> jax.stages.Lowered:
+    if program == "train":
+        return lower_step(run, mesh, num_sources=len(run.data.sources))
+    return lower_decode(run, config, mesh)
+
+
+def _program_text(folder: pathlib.Path) -> str:
+    """The largest program that was compiled; "" where the backend writes none."""
+    for pattern in PROGRAM_FILES:
+        files = sorted(folder.glob(pattern), key=lambda path: path.stat().st_size)
+        if files:
+            return files[-1].read_text()
+    return ""
+
+
+def _memory_beyond(lowered: jax.stages.Lowered, failure: str) -> Memory:
+    """Memory of a program that was refused: its temporaries as the compiler states them, the rest by its types."""
+    stated = _TEMPORARIES.search(failure)
+    temporary = int(float(stated[1]) * _PREFIX[stated[2]]) if stated else 0
+    arguments = sum(map(_shard_bytes, jax.tree.leaves(lowered.in_avals), jax.tree.leaves(lowered.in_shardings)))
+    return Memory(argument=arguments, temporary=temporary, output=arguments, aliased=arguments, generated_code=0)
+
+
+def _shard_bytes(aval: jax.core.ShapedArray, sharding: jax.sharding.Sharding) -> int:
+    return int(np.prod(sharding.shard_shape(aval.shape))) * aval.dtype.itemsize
+
+
+def _memory_report(memory: Memory, mesh: Mesh) -> dict:
+    chip = find_chip(mesh.devices.flat[0].device_kind)
+    available = chip.memory_bytes if chip else host_memory_bytes() / mesh.size
+    on_chip = "of the data sheet's memory; what the runtime reserves is not counted"
+    note = on_chip if chip else "an equal share of this host's memory"
+    return {f"{name}_bytes": size for name, size in dataclasses.asdict(memory).items()} | {
+        "total_bytes": memory.total,
+        "memory_bytes": int(available),
+        "memory_note": note,
+        "fits": memory.total <= available,
+        "missing_bytes": max(int(memory.total - available), 0),
+    }
+
+
+def _flops_report(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str, counted: work.Work) -> dict:
+    """Compiled FLOPs beside what the analysis says is executed, and what the mathematics needs."""
+    training = program == "train"
+    expected = (
+        executed.train_step(run, mesh.shape, _kernel(run, mesh))
+        if training
+        else executed.decode_step(run, mesh.shape, config.decode_rows, config.decode_length)
+    )
+    tokens = run.train.ramp[-1][1] if training else config.decode_rows
+    passes, length = (3, run.data.sequence_length) if training else (1, config.decode_length)
+    share = passes * tokens / mesh.size
+    model = share * flops.forward_flops_per_token(run.model)
+    core = share * flops.attention_core_flops_per_token(run.model, length, causal=training)
+    return {
+        "tokens": tokens,
+        "flops_per_chip": counted.flops,
+        "recomputed_flops_per_chip": counted.recomputed_flops,
+        "executed_flops_per_chip": expected.total,
+        "executed_flops": dataclasses.asdict(expected),
+        "model_flops_per_chip": model,
+        "attention_core_flops_per_chip": core,
+        "compiled_over_executed": counted.flops / expected.total,
+        "compiled_over_model_flops": counted.flops / model,
+        "useful_fraction": (model + core) / counted.flops,
+        "useful_fraction_without_recomputation": (model + core) / (counted.flops - counted.recomputed_flops),
+    }
+
+
+def _time_report(compiled: Compiled, counted: work.Work, mesh: Mesh) -> dict:
+    """`optimal_seconds` is XLA's, which counts the body of a loop once; ours multiplies its cycles by the rounds."""
+    chip = find_chip(mesh.devices.flat[0].device_kind)
+    clock = chip.clock_hertz if chip else None
+    return {
+        "compute_seconds": counted.cycles / clock if clock and counted.cycles else None,
+        "flops_seconds": counted.flops / chip.peak_flops if chip else None,
+        "optimal_seconds_loops_once": compiled.cost.get("optimal_seconds"),
+        "cost_analysis_flops_loops_once": compiled.cost.get("flops"),
+    }
+
+
+def _rounds(run: RunConfig, program: str) -> dict[str, int]:
+    """Rounds of the loop over microbatches, whose number the step learns as it runs: those of the largest batch."""
+    return {MICROBATCH_LOOP: feed.microbatch_room(run)} if program == "train" else {}
+
+
+def _kernel(run: RunConfig, mesh: Mesh) -> executed.CoreKernel:
+    """The attention kernel that a device of this mesh runs, as `model.attention_kernel.attend` chooses."""
+    length, chunk = run.data.sequence_length, run.model.attention.query_chunk
+    platform = mesh.devices.flat[0].platform
+    whole_rows = mesh.shape["context"] == 1
+    lanes = run.model.head_dim % SPLASH_HEAD_MULTIPLE == 0 and length % SPLASH_LENGTH_MULTIPLE == 0
+    if platform == "tpu" and whole_rows and lanes:
+        return executed.CoreKernel(SPLASH_BLOCK, SPLASH_BACKWARD_PRODUCTS)
+    return executed.CoreKernel(cpu_block(length, chunk) if platform == "cpu" else chunk, BLOCKS_BACKWARD_PRODUCTS)
+
+
+def _versions() -> dict[str, str]:
+    there = {distribution.name for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in LIBRARIES if name in there}

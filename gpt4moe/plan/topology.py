@@ -1,0 +1,58 @@
+"""Devices of a machine that is not there: a TPU torus known to the compiler, or emulated CPU devices."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+from gpt4moe.config.check import CallerError, require
+from gpt4moe.config.compile import CompileConfig
+
+# The TPU library looks for the machine it runs on; on one without a TPU these tell it not to. Any TPU's name will do:
+# which one is compiled for is in the topology.
+NOT_ON_A_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def devices(config: CompileConfig) -> list[jax.Device]:
+    """Returns the devices to compile for; nothing can run on those of a TPU.
+
+    Raises `CallerError` where the TPU compiler is not installed or knows no such topology, or JAX has already started
+    with another number of emulated devices.
+    """
+    jax.config.update("jax_platforms", "cpu")  # else JAX, finding libtpu, looks for a TPU
+    kind, _, size = config.topology.partition(":")
+    return _emulated(int(size)) if kind == "cpu" else _torus(config)
+
+
+def _emulated(number: int) -> list[jax.Device]:
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has started, with as many as it was told then
+            jax.config.update("jax_num_cpu_devices", number)
+    there = jax.devices("cpu")
+    mend = "give the same number to --cpu_devices"
+    require(
+        len(there) >= number, "topology", f"cpu:{number}", f"needs {number} devices, {len(there)} are emulated", mend
+    )
+    return there[:number]
+
+
+def _torus(config: CompileConfig) -> list[jax.Device]:
+    installed = importlib.util.find_spec("libtpu") is not None
+    mend = "pip install 'gpt4moe[tpu-compile]'"
+    require(installed, "topology", config.topology, "needs the TPU compiler, libtpu, which is not installed", mend)
+    for name, value in NOT_ON_A_TPU.items():
+        os.environ.setdefault(name, value)
+    try:
+        slices = {"num_slices": config.slices} if config.slices > 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=config.topology, **slices).devices
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CallerError(f"topology={config.topology!r} is refused by the TPU compiler: {reason}") from error
