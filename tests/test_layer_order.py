@@ -1,5 +1,8 @@
 """Stacks of layers go from one placement on pipeline stages to another, parameters and moments equal to the bit."""
 
+import dataclasses
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gpt4moe import checkpoint
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.mesh import NO_SUPERBLOCK, MeshConfig
+from gpt4moe.config.run import RunConfig
 from gpt4moe.parallel import placement
+from gpt4moe.parallel.mesh import make_mesh
+from gpt4moe.train import state as train_state
+from tests.train import tiny
 
 LAYERS = 6
 MESH = Mesh(np.array(jax.devices()).reshape(2, 4), ("stage", "tensor"))
@@ -111,3 +118,48 @@ def test_rows_over_two_axes_are_reordered_where_they_lie():
     moved = placement.reorder(stack, held, wanted)
     assert moved.sharding == sharding
     np.testing.assert_array_equal(moved, [*wanted[:12], 0, 0, 0, 0])
+
+
+def training_run(mesh: MeshConfig) -> RunConfig:
+    """A tiny run of six layers on `mesh`."""
+    run = tiny.run_config(pathlib.Path("unused"), model=dataclasses.replace(tiny.MODEL, num_layers=LAYERS))
+    return dataclasses.replace(run, mesh=mesh)
+
+
+def random_state(abstract):
+    """Numbers at random in every array of a training state, moments included."""
+    draw = np.random.default_rng(3)
+
+    def fill(leaf):
+        numbers = draw.normal(size=leaf.shape) if leaf.dtype == jnp.float32 else draw.integers(0, 99, leaf.shape)
+        return jax.device_put(np.asarray(numbers, leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, abstract)
+
+
+LAYOUTS = [
+    MeshConfig({"stage": 2, "expert": 2}, virtual_stages=3, stage_microbatches=2),
+    MeshConfig({"stage": 4, "data": 2}, stage_layers=(1, 2, 1, 2), zero1=True),
+    MeshConfig({"fsdp": 2, "tensor": 2, "data": 2}, zero1=True),
+]
+
+
+@pytest.mark.parametrize("mesh", LAYOUTS, ids=["interleaved", "uneven, ZeRO-1", "FSDP, TP, ZeRO-1"])
+def test_a_whole_training_state_goes_to_a_layout_and_back(mesh, tmp_path):
+    """From one device to the layout, saved there, and back on one device: every array is what it was."""
+    states = {}
+    for name, config in (("plain", MeshConfig()), ("laid_out", mesh)):
+        devices = jax.devices()[: int(np.prod([size for _, size in config.axes]))]
+        run, grid = training_run(config), make_mesh(config, devices)
+        states[name] = train_state.abstract_state(run, grid), train_state.run_layout(run, grid).slots
+    (plain, _), (laid_out, order) = states["plain"], states["laid_out"]
+    expected = random_state(plain)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, expected, {})
+        checkpoints.wait()
+        there = checkpoint.restore(tmp_path, 1, laid_out, layer_order=order)
+        assert all(a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (there, laid_out)), strict=True))
+        checkpoints.save(2, there, {}, layer_order=order)
+    back = checkpoint.restore(tmp_path, 2, plain)
+    for a, b in zip(*map(jax.tree.leaves, (back, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
