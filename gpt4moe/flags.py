@@ -10,6 +10,7 @@ from typing import NoReturn
 from gpt4moe.config.sampling import SamplingConfig
 
 CALLER_MISTAKE = 2
+HEARTBEAT_SECONDS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def _gin_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gin_file", action="append", default=[], metavar="F", help="gin file; may be repeated")
     paths = "folders of gin files and of your own modules"
     parser.add_argument("--gin_search_paths", type=_comma_list, default=[], metavar="A,B", help=paths)
-    parser.add_argument("--cpu_devices", type=_positive, metavar="N", help="emulate N devices on the CPU")
+    parser.add_argument("--cpu_devices", type=_positive, metavar="N", help="emulate N CPU devices, per process")
 
 
 def _workdir_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -53,6 +54,17 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow_config_change", action="store_true", help=change)
     trace = "write a profiler trace of N steps into DIR/profile"
     parser.add_argument("--profile", type=_positive, default=0, nargs="?", const=3, metavar="N", help=trace)
+    _job_flags(parser)
+
+
+def _job_flags(parser: argparse.ArgumentParser) -> None:
+    """Several processes; under Slurm, in a Kubernetes job and on a TPU pod they find each other without flags."""
+    address = "where process 0 listens, of a job of several processes"
+    parser.add_argument("--coordinator", type=_folder, metavar="HOST:PORT", help=address)
+    parser.add_argument("--num_processes", type=_positive, metavar="N", help="processes of the job; 1: alone")
+    parser.add_argument("--process_id", type=_not_negative, metavar="I", help="which of them this is, from 0")
+    silence = "end the job when a process has been silent for so long (default: %(default)s)"
+    parser.add_argument("--heartbeat_seconds", type=_positive, default=HEARTBEAT_SECONDS, metavar="S", help=silence)
 
 
 def _trained_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +99,12 @@ def _doctor_flags(parser: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 0")
     return int(text)
 
 

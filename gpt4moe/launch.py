@@ -9,23 +9,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
 import json
 import logging
 import os
 import pathlib
-import platform
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpt4moe import flags
+from gpt4moe import flags, process
 from gpt4moe.config.check import CallerError, RunError, require
 from gpt4moe.config.sampling import SamplingConfig
 
 DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, flags.CALLER_MISTAKE, 3
+MISTAKES = (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+FAULTS = (OSError, RunError)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -33,28 +35,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = flags.parse(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        _restart_with_huge_pages()
-    _quiet(getattr(args, "cpu_devices", None))
+        process.restart_with_huge_pages()
+    process.quiet(getattr(args, "cpu_devices", None))
     try:
         code = COMMANDS[args.command](args)
         sys.stdout.flush()
         return code
-    except (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        if os.environ.get("GPT4MOE_TRACEBACK"):
-            raise
-        print(f"gpt4moe {args.command}: {_one_line(error)}", file=sys.stderr)
-        return CALLER_MISTAKE
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except (OSError, RunError) as error:
-        if os.environ.get("GPT4MOE_TRACEBACK"):
-            raise
-        print(f"gpt4moe {args.command}: {_one_line(error)}", file=sys.stderr)
-        return FAULT
-    except KeyboardInterrupt:
-        print(f"gpt4moe {args.command}: interrupted", file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        return _explain(args.command, error)
+
+
+def _explain(command: str, error: BaseException) -> int:
+    """Prints a foreseen error in one line and returns the exit code; raises any other."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"gpt4moe {command}: interrupted", file=sys.stderr)
         return STOPPED
+    if not isinstance(error, (*MISTAKES, *FAULTS)) or os.environ.get("GPT4MOE_TRACEBACK"):
+        raise error
+    print(f"gpt4moe {command}: {_one_line(error)}", file=sys.stderr)
+    return CALLER_MISTAKE if isinstance(error, MISTAKES) else FAULT
 
 
 def load(workdir: str | os.PathLike, *, step: int | None = None):
@@ -227,32 +229,21 @@ def _one_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _restart_with_huge_pages() -> None:
-    """On a CPU a tenth of a training step goes to page faults of its temporaries, unless they lie in huge pages.
-
-    glibc reads the setting as a process starts, so the process starts once more with it.
-    """
-    setting = "glibc.malloc.hugetlb=1"
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = setting
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _quiet(cpu_devices: int | None) -> None:
-    """A newcomer's first minute shows progress, not the logs of libraries; both must be set before JAX is imported."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    if cpu_devices:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        flag = f" --xla_force_host_platform_device_count={cpu_devices}"
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
-
-
 # ----------------------------------------------------------------------------------------------- commands
 
 
 def _train(args: argparse.Namespace) -> int:
     run, text = build_run(args.gin_file, args.overrides, args.gin_search_paths)
+    from gpt4moe.parallel import cluster, multihost
+
+    together = cluster.find_cluster(args.coordinator, args.num_processes, args.process_id)
+    explain = functools.partial(_explain, "train")
+    with multihost.job(together, prefix="gpt4moe train: ", heartbeat_seconds=args.heartbeat_seconds, explain=explain):
+        return _train_here(args, run, text, is_first=together is None or together.process_id == 0)
+
+
+def _train_here(args: argparse.Namespace, run, text: str, *, is_first: bool) -> int:
+    """The part of this process in a run; the first one shows what came of it."""
     from gpt4moe.train import loop
 
     result = loop.train(
@@ -263,26 +254,25 @@ def _train(args: argparse.Namespace) -> int:
         profile_steps=args.profile,
         show_progress=not args.json,
     )
-    if result.stopped:
+    if result.stopped and is_first:
         print(f"stopped at step {result.step:,}; the same command goes on from there", file=sys.stderr)
-        return STOPPED
-    _show_finished(args, run, result)
-    return DONE
+    elif is_first:
+        _show_finished(args, run, result)
+    return STOPPED if result.stopped else DONE
 
 
 def _show_finished(args: argparse.Namespace, run, result) -> None:
-    """Samples, report and the closing table of a finished run."""
+    """Samples, report and the closing table of a finished run; no samples where other processes hold the parameters."""
+    import jax
+
     from gpt4moe.analysis import report
-    from gpt4moe.infer import trained
-    from gpt4moe.infer.generate import generate, write_samples
     from gpt4moe.train.evaluate import format_evaluation, to_document
 
     generations = []
-    if run.train.sample_prompts:
-        model = trained.restore(run, args.workdir)
-        sampling = SamplingConfig(temperature=0.8, max_new_tokens=run.train.sample_tokens, seed=run.train.seed)
-        generations, _ = generate(model.model, model.tokenizer, run.train.sample_prompts, sampling)
-        write_samples(args.workdir, generations)
+    if run.train.sample_prompts and jax.process_count() == 1:
+        generations = _final_samples(args.workdir, run)
+    elif run.train.sample_prompts:
+        _progress(f"no samples by several processes; see gpt4moe generate --workdir={args.workdir}")
     page = report.write_report(args.workdir)
     document = {"step": result.step, "tokens": result.tokens, "data_ended": result.data_ended, "report": str(page)}
     document |= {"evaluation": to_document(result.evaluation), "samples": [_plain(item) for item in generations]}
@@ -292,6 +282,17 @@ def _show_finished(args: argparse.Namespace, run, result) -> None:
         return "\n".join([format_evaluation(result.evaluation), *samples, "", f"report: {page}"])
 
     _print(args, document, to_text)
+
+
+def _final_samples(workdir: str, run) -> list:
+    from gpt4moe.infer import trained
+    from gpt4moe.infer.generate import generate, write_samples
+
+    model = trained.restore(run, workdir)
+    sampling = SamplingConfig(temperature=0.8, max_new_tokens=run.train.sample_tokens, seed=run.train.seed)
+    generations, _ = generate(model.model, model.tokenizer, run.train.sample_prompts, sampling)
+    write_samples(workdir, generations)
+    return generations
 
 
 def _evaluate(args: argparse.Namespace) -> int:

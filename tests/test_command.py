@@ -249,8 +249,8 @@ def test_a_prompt_that_is_not_utf8_is_refused(workdir, capsys):
 
 
 def test_a_mesh_that_does_not_fit_is_refused(corpus, tmp_path, capsys):
-    words = train_words(corpus, tmp_path / "run", "--gin.MESH={'data': 3}")
-    assert "spans 3 devices but there are 8" in refusal_of(capsys, words)
+    words = train_words(corpus, tmp_path / "run", "--gin.MESH={'data': 2}")
+    assert "spans 2 devices but there are 8" in refusal_of(capsys, words)
     words = train_words(corpus, tmp_path / "run", "--gin.MESH={'data': 8}")
     assert "microbatch_rows=4 must be divisible" in refusal_of(capsys, words)
     assert not (tmp_path / "run").exists()

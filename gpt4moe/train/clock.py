@@ -55,13 +55,15 @@ def seconds_since_process_start() -> float:
 def peak_flops_per_second(devices: list[jax.Device], dtype: str) -> float:
     """Matrix-product rate of all `devices` together: the chip's data sheet, or this machine's own measured rate.
 
-    A CPU's rate is measured for the whole machine, however many devices it emulates.
+    A CPU's rate is measured for the whole machine, however many devices it emulates, and taken for that of the machine
+    of every process.
     """
     chip = chips.find_chip(devices[0].device_kind)
     if chip:
         return chip.peak_flops * len(devices)
-    rate = measured_gemm_rate(devices[0], dtype)
-    return rate if devices[0].platform == "cpu" else rate * len(devices)
+    own = next(device for device in devices if device.process_index == jax.process_index())
+    machines = len({device.process_index for device in devices})
+    return measured_gemm_rate(own, dtype) * (machines if own.platform == "cpu" else len(devices))
 
 
 def measured_gemm_rate(device: jax.Device, dtype: str) -> float:

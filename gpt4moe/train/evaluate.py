@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from gpt4moe import checkpoint
 from gpt4moe.config.check import require
@@ -72,7 +72,8 @@ def evaluate(run: RunConfig, store: TokenStore, params: nnx.State) -> Evaluation
     """The held-out text of every source under `params`, which may lie on one device or over a mesh."""
     definition, where = model_definition(run.model), _batch_sharding(params)
     batches = pipeline.held_out_batches(store, run.data, rows=run.microbatch_rows)
-    sums = [(source, _sums(definition, params, _place(batch, where))) for source, batch in batches]
+    sums_of = _compiled_sums(_everywhere(where))
+    sums = [(source, sums_of(definition, params, _place(batch, where))) for source, batch in batches]
     totals = {source: np.zeros(2) for source, _ in sums}
     for source, nats_and_targets in jax.device_get(sums):
         totals[source] += nats_and_targets
@@ -136,7 +137,12 @@ def format_evaluation(evaluation: Evaluation | None) -> str:
     return "\n".join(lines)
 
 
-@functools.partial(jax.jit, static_argnames="definition")
+@functools.cache
+def _compiled_sums(where: Sharding) -> Callable[[nnx.GraphDef, nnx.State, Batch], Array]:
+    """`_sums` with its result at `where`, which every process must be able to read."""
+    return jax.jit(_sums, static_argnums=0, out_shardings=where)
+
+
 def _sums(definition: nnx.GraphDef, params: nnx.State, batch: Batch) -> Array:
     """[2] float32: nats over the targets of a batch, and their number."""
     model = nnx.merge(definition, params)
@@ -162,6 +168,11 @@ def _batch_sharding(params: nnx.State) -> Sharding:
     """Rows over the mesh that the parameters lie on, or the device that holds them."""
     where = jax.tree.leaves(params)[0].sharding
     return batch_sharding(where.mesh, ShardingRules()) if isinstance(where, NamedSharding) else where
+
+
+def _everywhere(rows: Sharding) -> Sharding:
+    """A whole copy on every device that `rows` has a part on."""
+    return NamedSharding(rows.mesh, PartitionSpec()) if isinstance(rows, NamedSharding) else rows
 
 
 def _place(batch: Batch, where: Sharding) -> Batch:

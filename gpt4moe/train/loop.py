@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -22,11 +23,10 @@ from etils import epath
 
 from gpt4moe import checkpoint
 from gpt4moe.config.check import RunError
-from gpt4moe.config.rules import ShardingRules
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
 from gpt4moe.data.store import TOKENIZER_FILE
-from gpt4moe.parallel import sharding
+from gpt4moe.parallel import multihost, sharding
 from gpt4moe.parallel.mesh import make_mesh
 from gpt4moe.train import evaluate, feed, metrics, resume, schedule
 from gpt4moe.train import state as train_state
@@ -110,23 +110,23 @@ def train(
       SkipLimitError: see there.
     """
     workdir, run = epath.Path(workdir), resume.inherit_tokenizer(run)
-    mesh, rules = make_mesh(run.mesh), ShardingRules()
-    sharding.check_rows(run.microbatch_rows, mesh, rules)
-    abstract = train_state.abstract_state(run, mesh, rules)
+    mesh = make_mesh(run.mesh)
+    run.check_sizes(dict(mesh.shape))
+    abstract = train_state.abstract_state(run, mesh)
+    batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))
     metrics.refuse_second_trainer(workdir)
+    _require_one_job(workdir, config_text)
     progress = resume.saved_progress(run, workdir, abstract, allow_change=allow_config_change)
-    store = _open_store(run, workdir, progress, _say if show_progress else None)
-    rows = _rows(run, store, progress, allow_config_change)
-    if show_progress:
-        _say_what_is_read(run, store, rows)
+    with multihost.first_process_first("tokens"):
+        store = _open_store(run, workdir, progress, _say if show_progress else None)
+        rows = _rows(run, store, progress, multihost.row_group(batch.tokens), allow_config_change)
     _describe(workdir, config_text, store)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         at = _first_position(run, workdir, abstract, progress)
-        batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, rules))
-        kept = {"keep_last": run.train.keep_last, "keep_best": run.train.keep_best}
         log = stack.enter_context(metrics.MetricsLog(workdir, keep_to_step=at.step))
         if show_progress:
+            _say_what_is_read(run, store, rows)
             _say("compiling the training step")
         step = _compile(run, len(store.source_names), abstract, batch)
         bar = stack.enter_context(_progress_bar(run, at, show_progress))
@@ -137,7 +137,7 @@ def train(
             rows=rows,
             batch=batch,
             step=step,
-            checkpoints=stack.enter_context(checkpoint.Checkpoints(workdir, **kept)),
+            checkpoints=stack.enter_context(_checkpoints(run, workdir)),
             log=log,
             recorder=Recorder(run, store.source_names, log, bar, list(mesh.devices.flat)),
             bar=bar,
@@ -151,7 +151,7 @@ def _steps(parts: Parts, at: Position) -> TrainResult:
     """Steps until the end of the run or of the data, or a request to stop."""
     run, evaluation, data_ended = parts.run, None, False
     parts.recorder.clock.resume()
-    while not (_is_finished(run, at) or parts.stop.requested or data_ended):
+    while not (_is_finished(run, at) or parts.stop.agreed(at.step) or data_ended):
         drawn = _draw(parts, at)
         data_ended = drawn is None
         if drawn is not None:
@@ -237,6 +237,12 @@ def _give_up(parts: Parts, at: Position) -> NoReturn:
     )
 
 
+def _require_one_job(workdir: epath.Path, config_text: str) -> None:
+    """Raises `CallerError` unless every process was given the same configuration and sees the same checkpoints."""
+    multihost.require_same("configuration", hashlib.blake2b(config_text.encode(), digest_size=8).hexdigest())
+    multihost.require_same(f"steps saved in {workdir}", checkpoint.saved_steps(workdir))
+
+
 def _open_store(
     run: RunConfig, workdir: epath.Path, progress: dict | None, say: Callable[[str], None] | None
 ) -> pipeline.TokenStore:
@@ -248,12 +254,15 @@ def _open_store(
     return kept or pipeline.open_store(run.data, directory, progress=say)
 
 
-def _rows(run: RunConfig, store: pipeline.TokenStore, progress: dict | None, allow_change: bool) -> pipeline.TrainRows:
-    """This host's rows, from where the checkpoint stood."""
-    hosts = {"num_hosts": jax.process_count(), "host": jax.process_index()}
+def _rows(
+    run: RunConfig, store: pipeline.TokenStore, progress: dict | None, group: multihost.RowGroup, allow_change: bool
+) -> pipeline.TrainRows:
+    """The rows that this process supplies, from where the checkpoint stood."""
+    hosts = {"num_hosts": group.count, "host": group.index}
     rows = pipeline.TrainRows(store, run.data, microbatch_rows=run.microbatch_rows, **hosts)
     if progress:
         rows.set_state(progress["data"], allow_change=allow_change)
+    multihost.require_same("order of rows", rows.get_state()["order"])
     return rows
 
 
@@ -268,6 +277,10 @@ def _first_position(run: RunConfig, workdir: epath.Path, abstract: TrainState, p
     source, params = run.train.init_from, {"params": abstract.params}
     restored = checkpoint.restore(source, checkpoint.latest_step(source), params)
     return Position(dataclasses.replace(state, params=restored["params"]))
+
+
+def _checkpoints(run: RunConfig, workdir: epath.Path) -> checkpoint.Checkpoints:
+    return checkpoint.Checkpoints(workdir, keep_last=run.train.keep_last, keep_best=run.train.keep_best)
 
 
 def _compile(run: RunConfig, num_sources: int, abstract: TrainState, batch: Batch) -> jax.stages.Compiled:
@@ -296,11 +309,12 @@ def _say_what_is_read(run: RunConfig, store: pipeline.TokenStore, rows: pipeline
 
 
 def _say(line: str) -> None:
-    """One line on stderr, above the progress bar where there is one."""
-    tqdm.tqdm.write(line, file=sys.stderr)
+    """One line on stderr, above the progress bar where there is one; of several processes from the first."""
+    if jax.process_index() == 0:
+        tqdm.tqdm.write(line, file=sys.stderr)
 
 
 def _progress_bar(run: RunConfig, at: Position, shown: bool) -> tqdm.tqdm:
-    total = schedule.planned_tokens(run.train)
+    total, hidden = schedule.planned_tokens(run.train), not shown or jax.process_index() > 0
     form = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} tokens, {elapsed}<{remaining}{postfix}"
-    return tqdm.tqdm(total=total, initial=at.tokens, unit_scale=True, disable=not shown, bar_format=form)
+    return tqdm.tqdm(total=total, initial=at.tokens, unit_scale=True, disable=hidden, bar_format=form)

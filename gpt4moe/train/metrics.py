@@ -38,16 +38,18 @@ class MetricsLog:
         self._path = workdir / "metrics.jsonl"
         self._primary = jax.process_index() == 0
         self._appends = self._primary and "://" not in os.fspath(workdir)
-        rows = _rows_up_to(self._path, keep_to_step)
+        rows = _rows_up_to(self._path, keep_to_step) if self._primary else []
         self.evaluated_steps = {row["step"] for row in rows if any(key.startswith("eval/") for key in row)}
         kept = "".join(json.dumps(row) + "\n" for row in rows)
         if self._appends:
             write_atomically(self._path, kept)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 closed in __exit__
             fcntl.flock(self._file, fcntl.LOCK_EX)
-        else:
+        elif self._primary:
             self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
             self._file.write(kept)
+        else:
+            self._file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         events = os.fspath(workdir / "events")
         self._events = tensorboardX.SummaryWriter(events, purge_step=keep_to_step + 1, write_to_disk=self._primary)
 

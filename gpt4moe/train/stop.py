@@ -1,25 +1,42 @@
-"""Stopping on request: the first SIGINT or SIGTERM asks the loop to save and leave, a second one ends it at once."""
+"""Stopping on request: the first SIGINT or SIGTERM asks the loop to save and leave, a second one ends it at once.
+
+Of several processes any one may be asked, and all stop after the same step: JAX's preemption service, which has a
+handler for SIGTERM of its own, agrees on it. There a second signal changes nothing.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 
+import jax
+from jax.experimental import multihost_utils
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, `requested` turns true at the first signal, which gives the handlers back to their owners.
+    """While entered, `agreed` turns true after the first signal, which gives the handlers back to their owners.
 
     Signals reach only the main thread; entered in another one it waits for nothing.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
         self._previous: dict[int, object] = {}
 
+    def agreed(self, step: int) -> bool:
+        """Whether every process stops after `step`; to be asked by all of them after every step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested
+
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        if jax.process_count() > 1:
+            self._previous = {signal.SIGINT: signal.signal(signal.SIGINT, _hand_on)}
+        else:
             self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
         return self
 
@@ -29,5 +46,10 @@ class StopRequest:
         self._previous = {}
 
     def _request(self, *_: object) -> None:
-        self.requested = True
+        self._requested = True
         self.__exit__()
+
+
+def _hand_on(*_: object) -> None:
+    """Makes of a SIGINT the SIGTERM that the preemption service waits for."""
+    signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,226 @@
+"""Several processes as one job: joining, leaving, and what they must agree on; on one process all of it does nothing.
+
+Host-side agreements go through the coordinator's key-value store, not through device collectives: they may wait for
+hours (tokenising), and the watch ends the job where a process is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+from gpt4moe.config.check import CallerError, RunError, require
+from gpt4moe.parallel.cluster import Cluster
+from gpt4moe.parallel.watch import FAULT, Watch
+
+JOIN_SECONDS = 300
+# A barrier has no time limit of its own: whoever waits in it is freed or ended by the watch.
+BARRIER_MS = 7 * 24 * 3600 * 1000
+
+
+@contextlib.contextmanager
+def job(
+    cluster: Cluster | None, *, prefix: str, heartbeat_seconds: int, explain: Callable[[BaseException], int]
+) -> Iterator[None]:
+    """Makes this process part of `cluster` for the time of the block; None: it is alone.
+
+    An error inside is told to the other processes and ends this one: `explain` prints it and gives the exit code. The
+    block of a process that finishes lasts until all have. `heartbeat_seconds` of silence of one process end all.
+    """
+    if cluster is None:
+        yield
+        return
+    _keep_stdout_ours()
+    with _explained_abort(cluster, prefix):
+        _join(cluster, heartbeat_seconds)
+        client = distributed.global_state.client
+        watch = Watch(client, cluster.process_id, cluster.num_processes, silence=heartbeat_seconds, prefix=prefix)
+        watch.start()
+        try:
+            yield
+            wait_for_all("done")
+        except BaseException as error:
+            _leave(error, watch, explain)
+        watch.stop()
+        jax.distributed.shutdown()
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here; `name` is used once in a job."""
+    if jax.process_count() > 1:
+        distributed.global_state.client.wait_at_barrier(f"gpt4moe/{name}", BARRIER_MS)
+
+
+@contextlib.contextmanager
+def first_process_first(name: str) -> Iterator[None]:
+    """The block on process 0, then on the others: what the first one leaves on a shared disk the others find."""
+    if jax.process_index():
+        wait_for_all(name)
+    yield
+    if not jax.process_index():
+        wait_for_all(name)
+
+
+def require_same(name: str, value: Any) -> None:
+    """Raises `CallerError` where the JSON-able `value` is not that of process 0; `name` is used once in a job."""
+    if jax.process_count() == 1:
+        return
+    client, key = distributed.global_state.client, f"gpt4moe/same/{name}"
+    if jax.process_index() == 0:
+        client.key_value_set(key, repr(value))
+        return
+    first = client.blocking_key_value_get(key, BARRIER_MS)
+    constraint = f"of process {jax.process_index()} differs from {first} of process 0"
+    require(repr(value) == first, name, value, constraint, "start every process with the same flags, files and workdir")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowGroup:
+    """The part of every microbatch's rows that a process supplies: the `index`-th of `count` equal ones."""
+
+    index: int
+    count: int
+
+
+def row_group(
+    microbatches: jax.ShapeDtypeStruct,
+    process: int | None = None,
+    process_of: Callable[[jax.Device], int] = lambda device: device.process_index,
+) -> RowGroup:
+    """Which rows of `microbatches` [microbatches, B, T] lie on the devices of `process` (None: this one).
+
+    Processes that hold the same rows, being other stages or other shards of a layer, are of one group and must
+    supply the same rows. Raises `CallerError` where a process has no device in the mesh, or holds a part of a group.
+    """
+    process = jax.process_index() if process is None else process
+    num_rows, mesh = microbatches.shape[1], microbatches.sharding.mesh
+    held: dict[int, set] = {}
+    for device, (_, rows, *_) in microbatches.sharding.devices_indices_map(microbatches.shape).items():
+        held.setdefault(process_of(device), set()).add(rows.indices(num_rows)[:2])
+    used = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    require(process in held, "MESH", used, f"lies on {mesh.size} devices, none of them of process {process}", _SPREAD)
+    groups = sorted({tuple(sorted(rows)) for rows in held.values()})
+    pieces = [piece for group in groups for piece in group]
+    even = len(set(pieces)) == len(pieces) and len({len(group) for group in groups}) == 1
+    require(even, "MESH", used, "gives processes overlapping parts of the rows", _WHOLE)
+    return RowGroup(groups.index(tuple(sorted(held[process]))), len(groups))
+
+
+_SPREAD = 'give a MESH over the devices of all processes, e.g. {"fsdp": -1}'
+_WHOLE = "let the devices of a process divide, or be divided by, tensor * context and what follows the row axes"
+
+
+def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
+    """Raises `RunError` where the coordinator cannot be had; JAX itself would end the process with a stack trace."""
+    if cluster.process_id == 0:
+        _require_free(cluster.coordinator)
+    else:
+        _await_coordinator(cluster.coordinator)
+    if jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # A CPU program from the cache has the communicators of the process that compiled it: another one that runs it
+        # exchanges messages of wrong sizes with its neighbours (jax 0.10.2).
+        jax.config.update("jax_enable_compilation_cache", False)
+    jax.distributed.initialize(
+        cluster.coordinator,
+        cluster.num_processes,
+        cluster.process_id,
+        local_device_ids=cluster.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=JOIN_SECONDS,
+        heartbeat_timeout_seconds=max(100, 3 * heartbeat_seconds),  # ours comes first, and says more
+    )
+
+
+def _require_free(coordinator: str) -> None:
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", port))
+    except OSError as error:
+        raise RunError(f"--coordinator={coordinator}: port {port} cannot be listened on ({error.strerror})") from error
+
+
+def _await_coordinator(coordinator: str) -> None:
+    deadline = time.monotonic() + JOIN_SECONDS
+    while not _answers(coordinator):
+        if time.monotonic() > deadline:
+            raise RunError(f"--coordinator={coordinator} has not answered for {JOIN_SECONDS} s: process 0 is not there")
+        time.sleep(0.2)
+
+
+def _answers(coordinator: str) -> bool:
+    host, _, port = coordinator.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def _leave(error: BaseException, watch: Watch, explain: Callable[[BaseException], int]) -> None:
+    """Ends this process for `error`: a normal exit would wait for processes that may be gone."""
+    if _comes_from_jax(error):  # a collective breaks when another process dies: that one is the reason, if it is gone
+        watch.await_verdict()
+    watch.take_over()
+    try:
+        code = explain(error)
+    except BaseException:
+        traceback.print_exc()
+        code = FAULT
+    sys.stdout.flush()
+    sys.stderr.flush()
+    watch.tell_failure(code, next(iter(str(error).splitlines()), type(error).__name__))
+    os._exit(code)
+
+
+def _comes_from_jax(error: BaseException | None) -> bool:
+    if error is None or isinstance(error, CallerError):
+        return False
+    return isinstance(error, jax.errors.JaxRuntimeError) or _comes_from_jax(error.__cause__)
+
+
+def _keep_stdout_ours() -> None:
+    """Points descriptor 1 to nowhere and `sys.stdout` to what it was: XLA's collectives greet there from C++."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
+@contextlib.contextmanager
+def _explained_abort(cluster: Cluster, prefix: str) -> Iterator[None]:
+    """JAX aborts, from a thread of its own, the moment that the coordinator is gone: the last word is then ours.
+
+    A handler of Python's would wait for the main thread, which waits for a collective; this one runs in C's place.
+    """
+
+    def on_abort(_: int) -> None:
+        gone = f"process 0, which coordinates the job at {cluster.coordinator}, is gone"
+        other = f"JAX gave up on the job of {cluster.num_processes} processes, for the reason above"
+        line = other if _answers(cluster.coordinator) else gone
+        print(f"{prefix}{line}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(FAULT)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal.restype = ctypes.c_void_p
+    previous = libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        libc.signal(signal.SIGABRT, previous)
