@@ -1,14 +1,16 @@
 """Tests run on eight emulated CPU devices, always, and check the annotated shapes of what they call."""
 
+import importlib.metadata
 import os
 
-# Before the first JAX import: eight devices on one CPU, no GPU or TPU probing. Unoptimised programs: compiling is what
-# the tests of tiny models spend their time on.
+# Before the first JAX import: eight devices on one CPU, no GPU or TPU probing. Unoptimised programs, from the older
+# code generator where jaxlib still has it, compile many times faster: compiling is what tests of tiny models wait for.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib") < "0.11" else []),
     )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

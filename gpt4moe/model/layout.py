@@ -21,10 +21,10 @@ MOST_UNROLLED = 8
 
 
 def scan_layers(superblock: Callable, parameters, cache, x_BTD: Array, tokens) -> tuple:
-    """Returns (x_BTD, cache, reports) after all superblocks, one after the other.
+    """Returns (x_BTD, cache, reports, idle slots) after all superblocks, one after the other.
 
     `superblock(x_BTD, parameters, cache, tokens) -> (x_BTD, cache, report)` is one of them; parameters, cache and
-    reports lead with a dim over superblocks.
+    reports lead with a dim over superblocks. Idle slots are those of a pipeline; None here.
     """
 
     def step(x_BTD: Array, layers: tuple) -> tuple:
@@ -33,7 +33,7 @@ def scan_layers(superblock: Callable, parameters, cache, x_BTD: Array, tokens) -
 
     few = jax.tree.leaves(parameters)[0].shape[0] <= MOST_UNROLLED
     x_BTD, (cache, reports) = jax.lax.scan(step, x_BTD, (parameters, cache), unroll=few)
-    return x_BTD, cache, reports
+    return x_BTD, cache, reports, None
 
 
 def _unchanged(x_BTD: Array) -> Array:

@@ -27,10 +27,14 @@ INITIAL_SELF_LOGIT = 4.0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TransformerOut:
-    """moe: sums of every layer with experts, leading L; cache: with the new keys and values (None without one)."""
+    """moe: sums of every layer with experts, leading L; cache: with the new keys and values (None without one).
+
+    idle_slots: of a pipeline, how many superblock slots its stages had no work for, and how many there were in all.
+    """
 
     moe: MoeOut
     cache: KVCache | None
+    idle_slots: Int[Array, 2] | None
 
 
 @jax.tree_util.register_dataclass
@@ -118,8 +122,8 @@ class Transformer(nnx.Module):
         step = _rematerialised(superblock, config.remat)
         stacked = _stack_superblocks(cache, config.moe_every)
         x_BTD = self.layout.residual(self._embed(tokens_BT))
-        x_BTD, stacked, moe = self.layout.run_layers(step, parameters, stacked, x_BTD, tokens)
-        return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked))
+        x_BTD, stacked, moe, idle = self.layout.run_layers(step, parameters, stacked, x_BTD, tokens)
+        return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked), idle)
 
     def logits(self, x_BTD: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Returns float32 logits [..., V] of final hidden states."""

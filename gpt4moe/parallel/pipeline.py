@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from gpt4moe.accounting.pipeline import num_ticks, work_at
 from gpt4moe.parallel.island import Spread, island, laid_out
 from gpt4moe.types import Array
 
@@ -55,14 +56,15 @@ def _run(spread: Spread, schedule: Schedule, superblock: Callable, parameters, c
         stage,
         spread.mesh,
         in_specs=(on_stage, on_stage, everywhere, everywhere),
-        out_specs=(everywhere, on_stage, on_stage),
+        out_specs=(everywhere, on_stage, on_stage, everywhere),
         axes=("stage",),
     )
     cut = functools.partial(_cut, count=count, spread=spread)
     cut_cache = jax.tree.map(lambda leaf: _cut_cache(leaf, count), cache)
-    y_MBTD, cut_cache, reports = run(parameters, cut_cache, cut(x_BTD), jax.tree.map(cut, tokens))
+    y_MBTD, cut_cache, reports, idle_slots = run(parameters, cut_cache, cut(x_BTD), jax.tree.map(cut, tokens))
     in_order = jax.tree.map(lambda leaf: leaf[schedule.order], reports)
-    return y_MBTD.swapaxes(0, 1).reshape(x_BTD.shape), jax.tree.map(_join_cache, cut_cache), in_order
+    y_BTD = y_MBTD.swapaxes(0, 1).reshape(x_BTD.shape)
+    return y_BTD, jax.tree.map(_join_cache, cut_cache), in_order, idle_slots
 
 
 def _stage(spread: Spread, schedule: Schedule, superblock: Callable, parameters, cache, x_MBTD: Array, tokens) -> tuple:
@@ -74,28 +76,31 @@ def _stage(spread: Spread, schedule: Schedule, superblock: Callable, parameters,
     ring = [(i, (i + 1) % p) for i in range(p)]
 
     def tick(carry: tuple, time: Array) -> tuple:
-        waiting_MBTD, arrived_BTD, cache, totals = carry
+        waiting_MBTD, arrived_BTD, cache, totals, idle = carry
         # What the last stage made of a microbatch comes round to the first, where it waits for its next chunk.
         waiting_MBTD = jnp.where(time >= p, waiting_MBTD.at[(time - p) % m].set(arrived_BTD), waiting_MBTD)
-        unit = time - stage
-        busy, unit = (unit >= 0) & (unit < v * m), jnp.clip(unit, 0, v * m - 1)
-        microbatch, chunk = unit % m, unit // m
+        work = work_at(time, stage, m, v)
+        microbatch, chunk = work.microbatch, jnp.clip(work.chunk, 0, v - 1)
+        active = held[chunk] & work.is_busy
         x_BTD = jnp.where(stage == 0, waiting_MBTD[microbatch], arrived_BTD)
         at_hand = jax.tree.map(lambda leaf: leaf[microbatch], tokens)
         layers, layer_cache = jax.tree.map(lambda leaf: leaf[chunk], (by_chunk[0], cache))
         here = jax.tree.map(lambda leaf: leaf[:, :, microbatch], layer_cache)
-        y_BTD, here, reports = _chunk(superblock, layers, here, held[chunk] & busy, x_BTD, at_hand)
+        y_BTD, here, reports = _chunk(superblock, layers, here, active, x_BTD, at_hand)
         cache = jax.tree.map(lambda whole, part: whole.at[chunk, :, :, microbatch].set(part), cache, here)
         totals = jax.tree.map(lambda total, report: total.at[chunk].add(report), totals, reports)
         y_BTD = laid_out(y_BTD, spread.mesh, PartitionSpec(spread.rows, spread.residual))
-        return (waiting_MBTD, jax.lax.ppermute(y_BTD, "stage", ring), cache, totals), None
+        idle += jnp.sum(~active, dtype=jnp.int32)
+        return (waiting_MBTD, jax.lax.ppermute(y_BTD, "stage", ring), cache, totals, idle), None
 
     totals = _zeros_of_reports(superblock, by_chunk, x_MBTD, tokens, v)
-    carry = (x_MBTD, jnp.zeros_like(x_MBTD[0]), by_chunk[1], totals)
-    (waiting_MBTD, arrived_BTD, cache, totals), _ = jax.lax.scan(tick, carry, jnp.arange(v * m + p - 1))
+    carry = (x_MBTD, jnp.zeros_like(x_MBTD[0]), by_chunk[1], totals, jnp.int32(0))
+    ticks = num_ticks(p, m, v)
+    (waiting_MBTD, arrived_BTD, cache, totals, idle), _ = jax.lax.scan(tick, carry, jnp.arange(ticks))
     done_MBTD = waiting_MBTD.at[m - 1].set(arrived_BTD)
     cache, totals = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (cache, totals))
-    return jax.lax.psum(jnp.where(stage == 0, done_MBTD, 0), "stage"), cache, totals
+    idle_slots = jnp.stack([jax.lax.psum(idle, "stage"), ticks * p * held.shape[1]])
+    return jax.lax.psum(jnp.where(stage == 0, done_MBTD, 0), "stage"), cache, totals, idle_slots
 
 
 def _chunk(superblock: Callable, parameters, cache, active: Array, x_BTD: Array, tokens) -> tuple:

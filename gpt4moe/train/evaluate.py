@@ -20,14 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from gpt4moe import checkpoint
 from gpt4moe.config.check import require
-from gpt4moe.config.rules import ShardingRules
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
 from gpt4moe.data.store import TokenStore
+from gpt4moe.model.layout import ONE_DEVICE, Layout
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.sharding import batch_sharding
 from gpt4moe.train.metrics import write_atomically
-from gpt4moe.train.state import model_definition
+from gpt4moe.train.state import model_definition, run_layout
 from gpt4moe.types import Array, Batch
 
 
@@ -70,7 +70,8 @@ class Evaluation:
 
 def evaluate(run: RunConfig, store: TokenStore, params: nnx.State) -> Evaluation:
     """The held-out text of every source under `params`, which may lie on one device or over a mesh."""
-    definition, where = model_definition(run.model), _batch_sharding(params)
+    where = _batch_sharding(run, params)
+    definition = model_definition(run.model, _layout(run, where))
     batches = pipeline.held_out_batches(store, run.data, rows=run.microbatch_rows)
     sums_of = _compiled_sums(_everywhere(where))
     sums = [(source, sums_of(definition, params, _place(batch, where))) for source, batch in batches]
@@ -164,10 +165,14 @@ def _result(store: TokenStore, source: str, nats: float, targets: float) -> Eval
     )
 
 
-def _batch_sharding(params: nnx.State) -> Sharding:
+def _batch_sharding(run: RunConfig, params: nnx.State) -> Sharding:
     """Rows over the mesh that the parameters lie on, or the device that holds them."""
     where = jax.tree.leaves(params)[0].sharding
-    return batch_sharding(where.mesh, ShardingRules()) if isinstance(where, NamedSharding) else where
+    return batch_sharding(where.mesh, run.rules) if isinstance(where, NamedSharding) else where
+
+
+def _layout(run: RunConfig, where: Sharding) -> Layout:
+    return run_layout(run, where.mesh) if isinstance(where, NamedSharding) else ONE_DEVICE
 
 
 def _everywhere(rows: Sharding) -> Sharding:

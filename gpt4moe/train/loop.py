@@ -76,6 +76,7 @@ class Parts:
     store: pipeline.TokenStore
     rows: pipeline.TrainRows
     batch: Batch
+    slots: tuple[int, ...] | None  # which superblock each slot of the parameter stacks holds
     step: jax.stages.Compiled
     checkpoints: checkpoint.Checkpoints
     log: metrics.MetricsLog
@@ -116,14 +117,15 @@ def train(
     batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))
     metrics.refuse_second_trainer(workdir)
     _require_one_job(workdir, config_text)
-    progress = resume.saved_progress(run, workdir, abstract, allow_change=allow_config_change)
+    slots = train_state.run_layout(run, mesh).slots
+    progress = resume.saved_progress(run, workdir, abstract, allow_change=allow_config_change, layer_order=slots)
     with multihost.first_process_first("tokens"):
         store = _open_store(run, workdir, progress, _say if show_progress else None)
         rows = _rows(run, store, progress, multihost.row_group(batch.tokens), allow_config_change)
     _describe(workdir, config_text, store)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        at = _first_position(run, workdir, abstract, progress)
+        at = _first_position(run, workdir, abstract, progress, slots)
         log = stack.enter_context(metrics.MetricsLog(workdir, keep_to_step=at.step))
         if show_progress:
             _say_what_is_read(run, store, rows)
@@ -136,10 +138,11 @@ def train(
             store=store,
             rows=rows,
             batch=batch,
+            slots=slots,
             step=step,
             checkpoints=stack.enter_context(_checkpoints(run, workdir)),
             log=log,
-            recorder=Recorder(run, store.source_names, log, bar, list(mesh.devices.flat)),
+            recorder=Recorder(run, store.source_names, log, bar, mesh),
             bar=bar,
             stop=stop,
             profile=stack.enter_context(Profile(workdir / "profile", profile_steps)),
@@ -221,7 +224,9 @@ def _save(parts: Parts, at: Position, evaluation: evaluate.Evaluation | None) ->
         "settings": resume.settings(parts.run),
     }
     loss = math.nan if evaluation is None else evaluation.mean_loss
-    parts.checkpoints.save(at.step, at.state, progress, held_out_loss=loss if math.isfinite(loss) else None)
+    parts.checkpoints.save(
+        at.step, at.state, progress, held_out_loss=loss if math.isfinite(loss) else None, layer_order=parts.slots
+    )
     parts.recorder.clock.resume()
 
 
@@ -266,16 +271,18 @@ def _rows(
     return rows
 
 
-def _first_position(run: RunConfig, workdir: epath.Path, abstract: TrainState, progress: dict | None) -> Position:
+def _first_position(
+    run: RunConfig, workdir: epath.Path, abstract: TrainState, progress: dict | None, slots: tuple[int, ...] | None
+) -> Position:
     """The newest checkpoint's position, or step 0 with fresh parameters or those of `init_from`."""
     if progress:
         step = progress["step"]
-        return Position(checkpoint.restore(workdir, step, abstract), step, progress["tokens"])
+        return Position(checkpoint.restore(workdir, step, abstract, layer_order=slots), step, progress["tokens"])
     state = train_state.create_state(run, abstract)
     if run.train.init_from is None:
         return Position(state)
     source, params = run.train.init_from, {"params": abstract.params}
-    restored = checkpoint.restore(source, checkpoint.latest_step(source), params)
+    restored = checkpoint.restore(source, checkpoint.latest_step(source), params, layer_order=slots)
     return Position(dataclasses.replace(state, params=restored["params"]))
 
 

@@ -11,7 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 
 from gpt4moe.model.moe import MoeOut
 from gpt4moe.model.transformer import Transformer
@@ -38,12 +38,14 @@ class LossOut:
 
     cross_entropy: weighted nats; source_cross_entropy, source_weight: [num_sources] weighted nats and weights;
     load_balance (per row, summed over rows and layers), router_z (summed over tokens and layers); moe: per layer.
+    idle_slots: as in `TransformerOut`.
     """
 
     cross_entropy: Float[Array, ""]
     source_cross_entropy: Float[Array, " num_sources"]
     source_weight: Float[Array, " num_sources"]
     moe: MoeOut
+    idle_slots: Int[Array, 2] | None = None
 
 
 def normalizers(batch: Batch) -> LossNormalizers:
@@ -81,5 +83,6 @@ def batch_loss(
         source_cross_entropy=by_source(weighted_BT.ravel()),
         source_weight=by_source(batch.loss_weights.ravel()),
         moe=out.moe,
+        idle_slots=out.idle_slots,
     )
     return objective, jax.lax.stop_gradient(sums)

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from jax.sharding import Mesh
 
-from gpt4moe.accounting import flops
+from gpt4moe.accounting import flops, pipeline
 from gpt4moe.config.run import RunConfig
 from gpt4moe.model.moe import MoeOut
 from gpt4moe.train.clock import StepClock, peak_flops_per_second
@@ -42,7 +43,7 @@ class Recorder:
         source_names: Sequence[str],
         log: MetricsLog,
         bar: tqdm.tqdm,
-        devices: Sequence[jax.Device],
+        mesh: Mesh,
     ) -> None:
         self.skipped_in_row = 0
         self.clock = StepClock()
@@ -51,7 +52,8 @@ class Recorder:
         self._bar = bar
         self._log_every = run.train.log_every
         self._flops_per_token = flops.train_flops_per_token(run.model)
-        self._peak = peak_flops_per_second(devices, run.model.compute_dtype)
+        self._peak = peak_flops_per_second(list(mesh.devices.flat), run.model.compute_dtype)
+        self._bubble = _bubble(run, dict(mesh.shape))
         self._pending: tuple[StepMetrics, StepFacts] | None = None
 
     def record(self, metrics: StepMetrics, facts: StepFacts) -> None:
@@ -68,7 +70,7 @@ class Recorder:
         metrics = jax.device_get(device_metrics)
         speed = self._speed(facts)
         self.skipped_in_row = int(metrics.skipped_in_row)
-        row = step_row(metrics, facts, self._sources) | speed
+        row = step_row(metrics, facts, self._sources) | self._bubble | speed
         if facts.step % self._log_every == 0:
             self._log.write(row)
         self._bar.set_postfix_str(_summary(row), refresh=False)
@@ -85,6 +87,14 @@ class Recorder:
         }
 
 
+def _bubble(run: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """What the formula for equal stages says of the idle share, beside which a step's row has what was counted."""
+    if sizes["stage"] == 1:
+        return {}
+    idle = pipeline.idle_fraction(sizes["stage"], run.stage_microbatches(sizes), run.mesh.virtual_stages)
+    return {"pipeline/idle_formula": float(idle)}
+
+
 def step_row(metrics: StepMetrics, facts: StepFacts, source_names: Sequence[str]) -> dict[str, Any]:
     """The row of one step: all of `metrics.jsonl` but its speed. Loads and router figures are lists, one entry a layer.
 
@@ -97,6 +107,8 @@ def step_row(metrics: StepMetrics, facts: StepFacts, source_names: Sequence[str]
     row |= {f"epoch/{name}": epochs for name, epochs in facts.epochs.items()}
     row["loss"] = float(sums.cross_entropy / max(counts.target_weight, 1))
     row |= {f"loss/{name}": float(total / weight) for name, total, weight in weights if weight > 0}
+    if sums.idle_slots is not None:
+        row["pipeline/idle_fraction"] = float(sums.idle_slots[0] / sums.idle_slots[1])
     row["load_balance_loss"] = float(np.mean(sums.moe.load_balance) / max(counts.rows, 1))
     row["router_z_loss"] = float(np.mean(sums.moe.router_z) / max(counts.tokens, 1))
     row["grad_norm"] = float(metrics.grad_norm)
