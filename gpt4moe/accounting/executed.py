@@ -81,10 +81,10 @@ def train_step(run: RunConfig, sizes: Mapping[str, int], kernel: CoreKernel) -> 
     )
 
 
-def decode_step(run: RunConfig, sizes: Mapping[str, int], num_rows: int, num_slots: int) -> Executed:
+def decode_step(run: RunConfig, sizes: Mapping[str, int], num_rows: int, num_slots: int, expert_rows: int) -> Executed:
     """Returns what a chip executes to decode one token of each row, its query against all slots of the row's cache.
 
-    Dropless experts are counted at the choices there are, without the padding of blocks.
+    expert_rows: rows that the experts on a chip multiply, with what fills up their blocks.
     """
     model = run.model
     rows = num_rows / _degree(sizes, *run.rules.batch_axes)
@@ -97,7 +97,7 @@ def decode_step(run: RunConfig, sizes: Mapping[str, int], num_rows: int, num_slo
     return Executed(
         attention=layers * model.moe_every * rows * _attention(run, sizes, heads, 1),
         attention_core=layers * model.moe_every * rows * core,
-        experts=layers * rows * model.moe.experts_per_token * matrix * model.moe.hidden_dim,
+        experts=layers * expert_rows * matrix * model.moe.hidden_dim,
         shared_expert=layers * rows * matrix * model.moe.shared_hidden_dim,
         dense=layers * (model.moe_every - 1) * rows * matrix * (model.dense_hidden_dim or 0),
         router=layers * rows * 2 * model.model_dim * model.moe.num_experts,

@@ -15,31 +15,21 @@ import time
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from gpt4moe.accounting import executed, flops
 from gpt4moe.accounting.chips import find_chip
 from gpt4moe.config.check import require
 from gpt4moe.config.compile import PROGRAMS, CompileConfig
 from gpt4moe.config.run import RunConfig
-from gpt4moe.model.attention_backends import SPLASH_HEAD_MULTIPLE, SPLASH_LENGTH_MULTIPLE
-from gpt4moe.model.attention_kernel import cpu_block
 from gpt4moe.parallel.mesh import make_mesh
-from gpt4moe.plan import hlo, topology, work
+from gpt4moe.plan import expected, hlo, topology, work
 from gpt4moe.plan.decode import lower_decode
 from gpt4moe.plan.doctor import host_memory_bytes
-from gpt4moe.train import feed
 from gpt4moe.train.step import lower_step
 
 LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 # XLA writes the same program at several moments; the later file has the compiler's estimates of cycles too.
 PROGRAM_FILES = ("*after_codegen.txt", "*after_optimizations.txt")
-# The loop of `train.step` whose length is known only at run time.
-MICROBATCH_LOOP = "step.py:_sum_over"
-# Blocks of queries and products of the backward pass: splash (dq 3, dkv 4) and `attend_in_blocks`.
-SPLASH_BLOCK, SPLASH_BACKWARD_PRODUCTS = 128, 7
-BLOCKS_BACKWARD_PRODUCTS = 5
 _TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT])\)")
 _PREFIX = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -83,7 +73,7 @@ def examine(run: RunConfig, config: CompileConfig, program: str = "train") -> di
     lowered = _lower(run, config, mesh, program)
     lowering_seconds = time.perf_counter() - started
     compiled = compile_lowered(lowered)
-    counted = work.count(hlo.parse(compiled.text), mesh.shape, _rounds(run, program))
+    counted = work.count(hlo.parse(compiled.text), mesh.shape, expected.rounds(run, config, mesh, program))
     return {
         "program": program,
         "topology": config.topology,
@@ -91,7 +81,7 @@ def examine(run: RunConfig, config: CompileConfig, program: str = "train") -> di
         "chips": mesh.size,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         **_memory_report(compiled.memory, mesh),
-        **_flops_report(run, config, mesh, program, counted),
+        **expected.beside(run, config, mesh, program, counted),
         **_time_report(compiled, counted, mesh),
         "collectives": [dataclasses.asdict(item) for item in counted.collectives],
         "products": [dataclasses.asdict(item) for item in counted.products],
@@ -112,7 +102,8 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         started = time.perf_counter()
         try:
-            executable, failure = lowered.compile(compiler_options=options), ""
+            with topology.without_flags():
+                executable, failure = lowered.compile(compiler_options=options), ""
         except jax.errors.JaxRuntimeError as error:
             executable, failure = None, str(error)
             if not failure.startswith("RESOURCE_EXHAUSTED"):
@@ -120,7 +111,7 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
         seconds = time.perf_counter() - started
         text = _program_text(pathlib.Path(folder)) or executable.as_text()
     if executable is None:
-        return Compiled(text, _memory_beyond(lowered, failure), {}, seconds)
+        return Compiled(text, _memory_beyond(text, failure), {}, seconds)
     stats, cost = executable.memory_analysis(), executable.cost_analysis() or {}
     memory = Memory(
         argument=stats.argument_size_in_bytes,
@@ -183,16 +174,14 @@ def _program_text(folder: pathlib.Path) -> str:
     return ""
 
 
-def _memory_beyond(lowered: jax.stages.Lowered, failure: str) -> Memory:
+def _memory_beyond(text: str, failure: str) -> Memory:
     """Memory of a program that was refused: its temporaries as the compiler states them, the rest by its types."""
     stated = _TEMPORARIES.search(failure)
     temporary = int(float(stated[1]) * _PREFIX[stated[2]]) if stated else 0
-    arguments = sum(map(_shard_bytes, jax.tree.leaves(lowered.in_avals), jax.tree.leaves(lowered.in_shardings)))
+    entry = hlo.parse(text).entry_computation
+    parameters = [item for item in entry.instructions.values() if item.opcode == "parameter"]
+    arguments = int(sum(shape.bytes for item in parameters for shape in item.shapes))
     return Memory(argument=arguments, temporary=temporary, output=arguments, aliased=arguments, generated_code=0)
-
-
-def _shard_bytes(aval: jax.core.ShapedArray, sharding: jax.sharding.Sharding) -> int:
-    return int(np.prod(sharding.shard_shape(aval.shape))) * aval.dtype.itemsize
 
 
 def _memory_report(memory: Memory, mesh: Mesh) -> dict:
@@ -209,34 +198,6 @@ def _memory_report(memory: Memory, mesh: Mesh) -> dict:
     }
 
 
-def _flops_report(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str, counted: work.Work) -> dict:
-    """Compiled FLOPs beside what the analysis says is executed, and what the mathematics needs."""
-    training = program == "train"
-    expected = (
-        executed.train_step(run, mesh.shape, _kernel(run, mesh))
-        if training
-        else executed.decode_step(run, mesh.shape, config.decode_rows, config.decode_length)
-    )
-    tokens = run.train.ramp[-1][1] if training else config.decode_rows
-    passes, length = (3, run.data.sequence_length) if training else (1, config.decode_length)
-    share = passes * tokens / mesh.size
-    model = share * flops.forward_flops_per_token(run.model)
-    core = share * flops.attention_core_flops_per_token(run.model, length, causal=training)
-    return {
-        "tokens": tokens,
-        "flops_per_chip": counted.flops,
-        "recomputed_flops_per_chip": counted.recomputed_flops,
-        "executed_flops_per_chip": expected.total,
-        "executed_flops": dataclasses.asdict(expected),
-        "model_flops_per_chip": model,
-        "attention_core_flops_per_chip": core,
-        "compiled_over_executed": counted.flops / expected.total,
-        "compiled_over_model_flops": counted.flops / model,
-        "useful_fraction": (model + core) / counted.flops,
-        "useful_fraction_without_recomputation": (model + core) / (counted.flops - counted.recomputed_flops),
-    }
-
-
 def _time_report(compiled: Compiled, counted: work.Work, mesh: Mesh) -> dict:
     """`optimal_seconds` is XLA's, which counts the body of a loop once; ours multiplies its cycles by the rounds."""
     chip = find_chip(mesh.devices.flat[0].device_kind)
@@ -247,22 +208,6 @@ def _time_report(compiled: Compiled, counted: work.Work, mesh: Mesh) -> dict:
         "optimal_seconds_loops_once": compiled.cost.get("optimal_seconds"),
         "cost_analysis_flops_loops_once": compiled.cost.get("flops"),
     }
-
-
-def _rounds(run: RunConfig, program: str) -> dict[str, int]:
-    """Rounds of the loop over microbatches, whose number the step learns as it runs: those of the largest batch."""
-    return {MICROBATCH_LOOP: feed.microbatch_room(run)} if program == "train" else {}
-
-
-def _kernel(run: RunConfig, mesh: Mesh) -> executed.CoreKernel:
-    """The attention kernel that a device of this mesh runs, as `model.attention_kernel.attend` chooses."""
-    length, chunk = run.data.sequence_length, run.model.attention.query_chunk
-    platform = mesh.devices.flat[0].platform
-    whole_rows = mesh.shape["context"] == 1
-    lanes = run.model.head_dim % SPLASH_HEAD_MULTIPLE == 0 and length % SPLASH_LENGTH_MULTIPLE == 0
-    if platform == "tpu" and whole_rows and lanes:
-        return executed.CoreKernel(SPLASH_BLOCK, SPLASH_BACKWARD_PRODUCTS)
-    return executed.CoreKernel(cpu_block(length, chunk) if platform == "cpu" else chunk, BLOCKS_BACKWARD_PRODUCTS)
 
 
 def _versions() -> dict[str, str]:

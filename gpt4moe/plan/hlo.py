@@ -99,6 +99,11 @@ class Module:
     entry: str
     frames: Mapping[int, tuple[str, ...]]
 
+    @property
+    def entry_computation(self) -> Computation:
+        """The one that the program starts in; its parameters are the program's arguments."""
+        return self.computations[self.entry]
+
     def trips(self, loop: Instruction, caller: Computation) -> int | None:
         """How often the body of a `while` runs; None where that is known only at run time."""
         known = _TRIP_COUNT.search(loop.attributes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
@@ -30,6 +31,20 @@ def devices(config: CompileConfig) -> list[jax.Device]:
     jax.config.update("jax_platforms", "cpu")  # else JAX, finding libtpu, looks for a TPU
     kind, _, size = config.topology.partition(":")
     return _emulated(int(size)) if kind == "cpu" else _torus(config)
+
+
+@contextlib.contextmanager
+def without_flags() -> Iterator[None]:
+    """Hides XLA_FLAGS: the TPU compiler reads them as it first compiles, and ends the process over one of XLA:CPU's.
+
+    Those of a CPU have taken effect by then, when its devices were made.
+    """
+    flags = os.environ.pop("XLA_FLAGS", None)
+    try:
+        yield
+    finally:
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = flags
 
 
 def _emulated(number: int) -> list[jax.Device]:

@@ -24,6 +24,8 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+# Files whose functions ask for what their caller wants: our products, and the shape checker that tests switch on.
+PASSED_ON = ("product.py:", "_decorator.py:")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -102,8 +104,9 @@ def count(module: Module, axes: Mapping[str, int], rounds: Mapping[str, int] | N
         kind = _collective_kind(step)
         if kind:
             group_size, spanned = varying_axes(instruction, axes)
-            sent[kind, spanned] += step.times * _bytes_sent(kind, instruction, step.computation, group_size)
-            counts[kind, spanned] += step.times
+            if spanned:  # a group of one moves nothing
+                sent[kind, spanned] += step.times * _bytes_sent(kind, instruction, step.computation, group_size)
+                counts[kind, spanned] += step.times
         if not step.in_fusion:
             found = _CYCLES.search(instruction.attributes)
             cycles += step.times * int(found[1]) if found else 0
@@ -141,7 +144,8 @@ def _walk(module: Module, rounds: Mapping[str, int]) -> Iterator[Step]:
 
 def _trips(module: Module, step: Step, rounds: Mapping[str, int]) -> int | None:
     known = module.trips(step.instruction, step.computation)
-    return rounds.get(_source(module, step.instruction)) if known is None else known
+    asked = (frame for frame in _frames(module, step.instruction) if frame in rounds)
+    return rounds.get(next(asked, ""), None) if known is None else known
 
 
 def _runs_its_calls(instruction: Instruction) -> bool:
@@ -177,11 +181,14 @@ def _bytes_sent(kind: str, instruction: Instruction, computation: Computation, g
 
 
 def _source(module: Module, instruction: Instruction) -> str:
-    """The function that asked for a product: the innermost one that is not the product's own file."""
-    found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
-    frames = module.frames.get(int(found[1]), ()) if found else ()
-    callers = [frame for frame in frames if not frame.startswith("product.py:")]
+    """The function that asked for an instruction: the innermost one that does not only pass it on."""
+    callers = [frame for frame in _frames(module, instruction) if not frame.startswith(PASSED_ON)]
     return callers[0] if callers else instruction.attribute("custom_call_target") or "unknown"
+
+
+def _frames(module: Module, instruction: Instruction) -> tuple[str, ...]:
+    found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+    return module.frames.get(int(found[1]), ()) if found else ()
 
 
 def _pass_name(instruction: Instruction) -> str:
