@@ -77,6 +77,14 @@ class MeshConfig:
         given = dict(self.dcn)
         return {name: sizes[name] if given.get(name) == -1 else given.get(name, 1) for name in MESH_AXES}
 
+    def for_generation(self) -> MeshConfig:
+        """The same devices for tokens one by one: no axis splits a sequence, stages hold their layers in one chunk."""
+        sizes = dict(self.axes)
+        rows = sizes.pop("data", 1) * sizes.pop("context", 1)
+        axes = sizes | ({"data": rows} if rows > 1 else {})
+        layers = self.stage_layers if self.virtual_stages == 1 else None
+        return MeshConfig(tuple(axes.items()), stage_layers=layers, expert_bucket_factor=self.expert_bucket_factor)
+
     def chunk_sizes(self, num_superblocks: int, num_stages: int) -> tuple[int, ...]:
         """Superblocks of every virtual stage, in the order in which tokens pass them.
 

@@ -22,7 +22,7 @@ from flax import nnx
 from gpt4moe.config.check import require
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer.sampling import SamplingParams, row_keys, sample, sampling_params
-from gpt4moe.model.cache import KVCache, init_cache
+from gpt4moe.model.cache import KVCache
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.types import Array
 
@@ -81,7 +81,7 @@ def generate(
     prompt_ids = [_prompt_ids(tokenizer, prompt, model.config.context_length) for prompt in prompts]
     if not prompts:
         return [], Timing(0.0, 0.0, 0.0, 0, 0)
-    request = _request(prompt_ids, sampling, model.config.context_length, model.config.vocab_size)
+    request = _request(prompt_ids, sampling, model)
     new, seconds = _run(model, request, tokenizer.end_of_text, _lengths(request, sampling, model.config.context_length))
     generations = [
         _generation(tokenizer, prompt, ids, new_ids, logprobs)
@@ -151,8 +151,10 @@ class _Decoding:
     cache: KVCache
 
 
-def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, context_length: int, vocab_size: int) -> _Request:
-    num_rows = _bucket(len(prompt_ids), MIN_ROWS)
+def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, model: Transformer) -> _Request:
+    context_length = model.config.context_length
+    multiple = model.layout.row_multiple
+    num_rows = -(-_bucket(len(prompt_ids), MIN_ROWS) // multiple) * multiple
     lengths_B = np.ones(num_rows, np.int32)
     lengths_B[: len(prompt_ids)] = [len(ids) for ids in prompt_ids]
     limits_B = np.zeros(num_rows, np.int32)
@@ -164,7 +166,7 @@ def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, context_leng
         tokens_BT=tokens_BT,
         lengths_B=lengths_B,
         limits_B=limits_B,
-        params=sampling_params([sampling] * num_rows, vocab_size),
+        params=sampling_params([sampling] * num_rows, model.config.vocab_size),
         keys_B=row_keys(jnp.full(num_rows, sampling.seed, jnp.uint32)),
     )
 
@@ -207,7 +209,7 @@ def _prefill(graphdef, state, request: _Request, end_of_text: Array, num_slots: 
     """Reads the prompts into the cache and draws the first token of every row."""
     model = nnx.merge(graphdef, state)
     num_rows, num_tokens = request.tokens_BT.shape
-    cache = init_cache(model.config, num_rows, num_slots)
+    cache = model.init_cache(num_rows, num_slots)
     positions_BT = jnp.broadcast_to(jnp.arange(num_tokens), (num_rows, num_tokens))
     present_BT = (positions_BT < request.lengths_B[:, None]) & (request.limits_B > 0)[:, None]
     x_BTD, out = model(request.tokens_BT, positions_BT, present_BT.astype(jnp.int32), dropless=True, cache=cache)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 
+import jax
 from etils import epath
 from flax import nnx
 
 from gpt4moe import checkpoint
 from gpt4moe.config.check import require
+from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.data.tokenizer import Tokenizer
 from gpt4moe.model.transformer import Transformer
+from gpt4moe.parallel.layout import make_layout
+from gpt4moe.parallel.mesh import make_mesh
+from gpt4moe.parallel.sharding import state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +32,10 @@ class Trained:
     workdir: str
 
 
-def restore(config: RunConfig, workdir: str | os.PathLike, *, step: int | None = None) -> Trained:
-    """Returns the model of a run at `step` (None: the latest checkpoint), on the default device.
+def restore(
+    config: RunConfig, workdir: str | os.PathLike, *, step: int | None = None, mesh: MeshConfig | None = None
+) -> Trained:
+    """Returns the model of a run at `step` (None: the latest checkpoint), on the default device or over `mesh`.
 
     Raises `CallerError` where the work directory holds no such checkpoint, or one of another model.
     """
@@ -36,7 +43,15 @@ def restore(config: RunConfig, workdir: str | os.PathLike, *, step: int | None =
     step = checkpoint.latest_step(workdir) if step is None else step
     saved = checkpoint.saved_steps(workdir)
     require(step in saved, "--step", step, f"is not saved in {workdir}", f"choose one of {saved}")
-    definition, abstract = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))
-    params = checkpoint.restore(workdir, step, {"params": abstract})["params"]
+    devices = make_mesh(mesh.for_generation() if mesh else MeshConfig())
+    layout = make_layout(config.model, mesh.for_generation() if mesh else MeshConfig(), config.rules, devices)
+    blank = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0), layout=layout))
+    definition, shapes = nnx.split(blank)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        state_shardings(shapes, devices, config.rules),
+    )
+    params = checkpoint.restore(workdir, step, {"params": abstract}, layer_order=layout.slots)["params"]
     tokenizer = Tokenizer((epath.Path(workdir) / TOKENIZER_FILE).read_text())
     return Trained(nnx.merge(definition, params), tokenizer, config, step, workdir)

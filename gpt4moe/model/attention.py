@@ -6,8 +6,6 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from gpt4moe.config.model import ModelConfig
-from gpt4moe.model import cache as kv_cache
-from gpt4moe.model.attention_kernel import attend_cached
 from gpt4moe.model.cache import KVCache
 from gpt4moe.model.layers import RMSNorm, Slots, matmul, normal_parameter
 from gpt4moe.model.layout import Layout
@@ -30,7 +28,7 @@ class Attention(nnx.Module):
         norm = attention.qk_norm
         self.query_norm = RMSNorm(layers, head_dim, config.norm_epsilon) if norm else None
         self.key_norm = RMSNorm(layers, head_dim, config.norm_epsilon) if norm else None
-        self.query_chunk, self.attend = attention.query_chunk, layout.attend
+        self.query_chunk, self.layout = attention.query_chunk, layout
 
     def __call__(
         self,
@@ -45,10 +43,11 @@ class Attention(nnx.Module):
         k_BTMH = rotate(_normed(self.key_norm, matmul(x_BTD, self.key[...])), turn)
         v_BTMH = matmul(x_BTD, self.value[...])
         if cache is None:
-            y_BTNH = self.attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT, self.query_chunk)
+            y_BTNH = self.layout.attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT, self.query_chunk)
         else:
-            cache = kv_cache.write(cache, k_BTMH, v_BTMH, positions_BT, segment_ids_BT > 0)
-            y_BTNH = attend_cached(q_BTNH, cache.keys, cache.values, positions_BT, self.query_chunk)
+            y_BTNH, cache = self.layout.attend_through(
+                cache, q_BTNH, k_BTMH, v_BTMH, positions_BT, segment_ids_BT > 0, self.query_chunk
+            )
         return matmul(y_BTNH, self.output[...], 2), cache
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from gpt4moe.config.model import ModelConfig
+from gpt4moe.model.attention_kernel import attend_cached
 from gpt4moe.types import Array
 
 
@@ -25,11 +26,35 @@ class KVCache:
     values: Float[Array, "... B S M H"]
 
 
-def init_cache(config: ModelConfig, batch_rows: int, max_length: int, dtype: jnp.dtype | None = None) -> KVCache:
-    """Returns an empty cache for `max_length` tokens of `batch_rows` rows (`dtype` None: the compute dtype)."""
-    shape = (config.num_layers, batch_rows, max_length, config.attention.num_kv_heads, config.head_dim)
+def init_cache(
+    config: ModelConfig,
+    batch_rows: int,
+    max_length: int,
+    dtype: jnp.dtype | None = None,
+    num_layers: int | None = None,
+) -> KVCache:
+    """Returns an empty cache for `max_length` tokens of `batch_rows` rows.
+
+    `dtype` None is the compute dtype; `num_layers` None those of the model, a layout may have empty slots besides.
+    """
+    layers = num_layers or config.num_layers
+    shape = (layers, batch_rows, max_length, config.attention.num_kv_heads, config.head_dim)
     zeros = jnp.zeros(shape, dtype or config.compute_dtype)
     return KVCache(zeros, zeros)
+
+
+def attend_through(
+    cache: KVCache,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTMH: Float[Array, "B T M H"],
+    positions_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    query_chunk: int,
+) -> tuple[Float[Array, "B T N H"], KVCache]:
+    """Returns y_BTNH and one layer's cache with the tokens' keys and values written, which they then attend to."""
+    cache = write(cache, k_BTMH, v_BTMH, positions_BT, valid_BT)
+    return attend_cached(q_BTNH, cache.keys, cache.values, positions_BT, query_chunk), cache
 
 
 def write(

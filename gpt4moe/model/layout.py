@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 
 from gpt4moe.model.attention_kernel import attend
+from gpt4moe.model.cache import attend_through
 from gpt4moe.model.experts import apply_experts
 from gpt4moe.model.vocabulary import cross_entropy
 from gpt4moe.types import Array
@@ -45,15 +46,17 @@ class Layout:
     """One function for each operation, with the signature of its default.
 
     slots: which superblock each slot of the parameter stacks holds, -1 where it holds none (None: in order).
-    residual: lays out the residual stream [B, T, D] between layers.
+    residual: lays out the residual stream [B, T, D] between layers. row_multiple: what a number of rows must divide by.
     """
 
     attend: Callable = attend
+    attend_through: Callable = attend_through
     apply_experts: Callable = apply_experts
     cross_entropy: Callable = cross_entropy
     run_layers: Callable = scan_layers
     residual: Callable = _unchanged
     slots: tuple[int, ...] | None = None
+    row_multiple: int = 1
 
 
 ONE_DEVICE = Layout()

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.attention import Attention
-from gpt4moe.model.cache import KVCache
+from gpt4moe.model.cache import KVCache, init_cache
 from gpt4moe.model.layers import MATMUL_NAME, FeedForward, RMSNorm, Slots, depth_scale, normal_parameter
 from gpt4moe.model.layout import ONE_DEVICE, Layout
 from gpt4moe.model.moe import Moe, MoeOut
@@ -124,6 +124,11 @@ class Transformer(nnx.Module):
         x_BTD = self.layout.residual(self._embed(tokens_BT))
         x_BTD, stacked, moe, idle = self.layout.run_layers(step, parameters, stacked, x_BTD, tokens)
         return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked), idle)
+
+    def init_cache(self, batch_rows: int, max_length: int) -> KVCache:
+        """Returns an empty cache for `max_length` tokens of `batch_rows` rows, in the compute dtype."""
+        slots = self.layout.slots or range(self.config.num_moe_layers)
+        return init_cache(self.config, batch_rows, max_length, num_layers=len(slots) * self.config.moe_every)
 
     def logits(self, x_BTD: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Returns float32 logits [..., V] of final hidden states."""

@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from gpt4moe.config.check import require
-from gpt4moe.model.attention_kernel import attend, attend_part
+from gpt4moe.model.attention_kernel import attend, attend_cached, attend_part
+from gpt4moe.model.cache import KVCache, write
 from gpt4moe.parallel.island import Axes, Spread, island
 from gpt4moe.types import Array
 
@@ -38,7 +39,7 @@ def _apply(
     query, key_value = PartitionSpec(*tokens, heads), PartitionSpec(*tokens, kv_heads)
 
     def shard(q: Array, k: Array, v: Array, segments_BT: Array) -> Array:
-        k, v = (_of_my_queries(x, q.shape[2], heads if not kv_heads else ()) for x in (k, v))
+        k, v = (_of_my_queries(x, heads if not kv_heads else ()) for x in (k, v))
         if not spread.context:
             return attend(q, k, v, segments_BT, query_chunk, backend)
         k, v, all_segments_BT = (jax.lax.all_gather(x, spread.context, axis=1, tiled=True) for x in (k, v, segments_BT))
@@ -50,7 +51,37 @@ def _apply(
     )
 
 
-def _of_my_queries(k_BTMH: Array, num_queries: int, axes: Axes) -> Array:
+def sharded_attend_through(spread: Spread) -> Callable:
+    """Returns `attend_through` for a mesh; a row's cache is whole on the devices that hold the row."""
+    return functools.partial(_apply_through, spread)
+
+
+def _apply_through(
+    spread: Spread,
+    cache: KVCache,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTMH: Float[Array, "B T M H"],
+    v_BTMH: Float[Array, "B T M H"],
+    positions_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    query_chunk: int,
+) -> tuple[Float[Array, "B T N H"], KVCache]:
+    heads, kv_heads = spread.axes_of("heads"), spread.axes_of("kv_heads")
+    rows, query = PartitionSpec(spread.rows), PartitionSpec(spread.rows, None, heads)
+    key_value = PartitionSpec(spread.rows, None, kv_heads)
+
+    def shard(cache: KVCache, q: Array, k: Array, v: Array, positions_BT: Array, valid_BT: Array):
+        # All heads are written wherever they are kept, and each device reads those of its queries.
+        whole = write(cache, k, v, positions_BT, valid_BT)
+        mine = [_of_my_queries(x, heads if not kv_heads else ()) for x in (whole.keys, whole.values)]
+        return attend_cached(q, *mine, positions_BT, query_chunk), whole
+
+    in_specs = (key_value, query, key_value, key_value, rows, rows)
+    apply = island(shard, spread.mesh, in_specs, (query, key_value))
+    return apply(cache, q_BTNH, k_BTMH, v_BTMH, positions_BT, valid_BT)
+
+
+def _of_my_queries(k_BTMH: Array, axes: Axes) -> Array:
     """The key or value heads that this device's query heads share, where it holds those of all."""
     kv_heads = k_BTMH.shape[2]
     if not axes or kv_heads == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 from jax.sharding import Mesh, PartitionSpec
 
@@ -11,7 +12,7 @@ from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.rules import ShardingRules
 from gpt4moe.model.layout import ONE_DEVICE, Layout
-from gpt4moe.parallel.attention import sharded_attend
+from gpt4moe.parallel.attention import sharded_attend, sharded_attend_through
 from gpt4moe.parallel.expert import sharded_experts
 from gpt4moe.parallel.island import Spread, laid_out, spread
 from gpt4moe.parallel.pipeline import Schedule, pipelined_layers
@@ -35,8 +36,10 @@ def make_layout(model: ModelConfig, config: MeshConfig, rules: ShardingRules, me
     plain = {} if mesh.shape["stage"] == 1 else _pipeline(over, model, config)
     return Layout(
         attend=sharded_attend(over, mesh.devices.flat[0].platform),
+        attend_through=sharded_attend_through(over),
         apply_experts=sharded_experts(over, config.expert_bucket_factor),
         cross_entropy=sharded_cross_entropy(over),
+        row_multiple=math.prod(mesh.shape[axis] for axis in over.rows),
         residual=functools.partial(_residual, over),
         **plain,
     )
