@@ -25,7 +25,8 @@ def scan_layers(superblock: Callable, parameters, cache, x_BTD: Array, tokens) -
     """Returns (x_BTD, cache, reports, idle slots) after all superblocks, one after the other.
 
     `superblock(x_BTD, parameters, cache, tokens) -> (x_BTD, cache, report)` is one of them; parameters, cache and
-    reports lead with a dim over superblocks. Idle slots are those of a pipeline; None here.
+    reports lead with a dim over superblocks. Given indices as a fifth argument it takes its parameters from there in a
+    stack. Idle slots are those of a pipeline; None here.
     """
 
     def step(x_BTD: Array, layers: tuple) -> tuple:

@@ -157,10 +157,13 @@ def _superblock(
     parameters: nnx.State,
     cache: KVCache | None,
     tokens: Tokens,
+    at: tuple = (),
     *,
     graph: nnx.GraphDef,
     dropless: bool,
 ) -> tuple[Array, KVCache | None, MoeOut]:
+    # Taken from their stack in here, so that a backward pass that recomputes the layer keeps no copy of its parameters.
+    parameters = jax.tree.map(lambda leaf: leaf[at], parameters)
     caches = []
     for index, block in enumerate(nnx.merge(graph, parameters)):
         layer_cache = jax.tree.map(lambda leaf, i=index: leaf[i], cache)

@@ -37,8 +37,7 @@ WEIGHT_DIMS = {
 class Fold:
     """How the experts of a layer fold over a mesh.
 
-    experts, hidden: axes of E and F. sequence: axes of T as tokens arrive. replicas: axes along which the same tokens
-    would be computed again, which share out the places instead. bucket_factor: see `_to_shards`.
+    experts, hidden: axes of E and F. sequence: axes of T as tokens arrive. bucket_factor: see `_to_shards`.
     """
 
     spread: Spread
@@ -48,7 +47,13 @@ class Fold:
     bucket_factor: float | None
 
     @property
+    def travelling(self) -> Axes:
+        """Hidden axes whose devices each send a part of what they all hold, where anything is sent at all."""
+        return self.hidden if self.experts else ()
+
+    @property
     def replicas(self) -> Axes:
+        """Axes along which the same tokens would be served twice."""
         return tuple(axis for axis in ("tensor",) if self.spread.mesh.shape[axis] > 1 and axis not in self.hidden)
 
 
@@ -74,7 +79,7 @@ def _apply(
     choices = (routing.expert_ids_UK, routing.gates_UK, routing.used_UK)
     shard = functools.partial(_capacity_shard if drops else _dropless_shard, fold, config)
     apply = island(
-        lambda weights, x, choices: shard(_whole_matrices(weights, specs, fold), x, _routing(*choices)),
+        lambda weights, x, choices: shard(_whole_matrices(weights, specs, x.dtype), x, _routing(*choices)),
         fold.spread.mesh,
         in_specs=(ExpertWeights(**specs), tokens, (tokens,) * 3),
         out_specs=(tokens, PartitionSpec()),
@@ -82,16 +87,33 @@ def _apply(
     return apply(weights, x_BTD, choices)
 
 
-def _whole_matrices(weights: ExpertWeights, specs: dict[str, PartitionSpec | None], fold: Fold) -> ExpertWeights:
+def _whole_matrices(weights: ExpertWeights, specs: dict[str, PartitionSpec | None], dtype: jnp.dtype) -> ExpertWeights:
     """This device's experts with dims that lie on other axes (`embed` over fsdp) gathered."""
 
     def whole(name: str, w: Array | None) -> Array | None:
         for dim, (logical, axes) in enumerate(zip(WEIGHT_DIMS[name], specs[name] or (), strict=False)):
             if logical == "embed" and axes:
-                w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+                w = _gather_rounded(w, axes, dim, dtype)
         return w
 
     return ExpertWeights(**{name: whole(name, w) for name, w in vars(weights).items()})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_rounded(w: Array, axes: Axes, dim: int, dtype: jnp.dtype) -> Array:
+    """A matrix gathered along `dim` in the dtype that products take it in; its gradient is summed unrounded."""
+    return jax.lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True).astype(w.dtype)
+
+
+def _gather_forward(w: Array, axes: Axes, dim: int, dtype: jnp.dtype) -> tuple[Array, None]:
+    return _gather_rounded(w, axes, dim, dtype), None
+
+
+def _gather_backward(axes: Axes, dim: int, _dtype: jnp.dtype, _residuals: None, dw: Array) -> tuple[Array]:
+    return (jax.lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True),)
+
+
+_gather_rounded.defvjp(_gather_forward, _gather_backward)
 
 
 def _routing(ids: Array, gates: Array, used: Array) -> Routing:
@@ -104,20 +126,22 @@ def _capacity_shard(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BTD
     """Places are given out per whole row, wherever its tokens lie; devices that share a row share out its places."""
     x_BUD, routing = (jax.tree.map(lambda leaf: _gathered(leaf, fold.sequence), part) for part in (x_BTD, routing))
     dispatched = dispatch.capacity(x_BUD, routing, config)
-    sharing = tuple(axis for axis in (*fold.sequence, *fold.replicas) if axis not in fold.hidden)
-    sharing = tuple(dict.fromkeys(sharing))
+    sharing = _union(fold.sequence, fold.replicas, fold.travelling)
+    sharing = tuple(axis for axis in sharing if axis in fold.travelling or axis not in fold.hidden)
     rows_ECD = _exchange(_my_part(dispatched.rows_XCD, sharing), fold.experts, split=0, join=1)
-    y_ECD = feed_forward(weights, dataclasses.replace(dispatched, rows_XCD=rows_ECD))
+    y_ECD = _split_hidden(
+        fold, lambda rows: feed_forward(weights, dataclasses.replace(dispatched, rows_XCD=rows)), rows_ECD
+    )
     y_ECD = _in_place(_exchange(y_ECD, fold.experts, split=1, join=0), sharing, dispatched.rows_XCD.shape[1])
     y_BUD = dispatch.combine(y_ECD, dispatched.plan, len(x_BTD))
     dropped = jax.lax.psum(jnp.sum(dispatched.stats.dropped_G), fold.spread.rows)
-    return _summed(y_BUD, fold.sequence, tuple(dict.fromkeys((*sharing, *fold.hidden)))), dropped
+    return _summed(y_BUD, fold.sequence, _union(sharing, fold.hidden)), dropped
 
 
 def _dropless_shard(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BTD: Array, routing: Routing):
-    """Each device sends its own tokens; only those along which hidden dims are split must hold the same ones."""
-    gathered = tuple(axis for axis in fold.sequence if axis in fold.hidden)
-    sharing = tuple(axis for axis in fold.replicas if axis not in fold.sequence)
+    """Each device sends its own tokens; only where nothing travels must those that split hidden dims hold the same."""
+    gathered = tuple(axis for axis in fold.sequence if axis in fold.hidden and axis not in fold.travelling)
+    sharing = tuple(axis for axis in _union(fold.replicas, fold.travelling) if axis not in fold.sequence)
     x_BUD, routing = (jax.tree.map(lambda leaf: _gathered(leaf, gathered), part) for part in (x_BTD, routing))
     length = x_BUD.shape[1]
     x_BUD, routing = (jax.tree.map(lambda leaf: _my_part(leaf, sharing), part) for part in (x_BUD, routing))
@@ -126,9 +150,9 @@ def _dropless_shard(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BTD
     else:
         y_BUD, dropped = apply_experts(weights, x_BUD, routing, config, False)
     y_BUD = _in_place(y_BUD, sharing, length)
-    counted = tuple(dict.fromkeys((*fold.spread.rows, *fold.sequence, *sharing)))
-    counted = tuple(axis for axis in counted if axis not in gathered)
-    return _summed(y_BUD, gathered, (*fold.hidden, *sharing)), jax.lax.psum(dropped, counted)
+    counted = tuple(axis for axis in _union(fold.spread.rows, fold.sequence, sharing) if axis not in gathered)
+    partial = () if fold.travelling else fold.hidden
+    return _summed(y_BUD, gathered, _union(partial, sharing)), jax.lax.psum(dropped, counted)
 
 
 def _to_shards(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BUD: Array, routing: Routing):
@@ -146,19 +170,28 @@ def _to_shards(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BUD: Arr
     sent = dispatch.to_places(x_1UD, _routing(ids // held, gates, used), num_shards, room)
     local_S = _take_ids(ids[0] % held, sent.plan.choice_of_slot_PS[0], empty=held)
     exchange = functools.partial(_exchange, axes=fold.experts, split=0, join=0)
-    arrived_SD, ids_S = (
-        exchange(sent.rows_XCD).reshape(-1, dim),
-        exchange(local_S.reshape(num_shards, room)).reshape(-1),
-    )
-    one_each = _routing(
-        jnp.minimum(ids_S, held - 1)[None, :, None],
-        jnp.ones((1, ids_S.size, 1), jnp.float32),
-        (ids_S < held)[None, :, None],
-    )
-    here = dataclasses.replace(config, num_experts=held, experts_per_token=1, normalize_gates=False)
-    y_1SD, _ = apply_experts(weights, arrived_SD[None], one_each, here, False)
+    arrived_1SD = exchange(sent.rows_XCD).reshape(1, -1, dim)
+    ids_1S = exchange(local_S.reshape(num_shards, room)).reshape(1, -1)
+    serve = functools.partial(_serve_arrived, weights, config, held)
+    y_1SD = _split_hidden(fold, lambda rows: serve(rows, _gathered(ids_1S[..., None], fold.travelling)), arrived_1SD)
     y_XCD = exchange(y_1SD.reshape(num_shards, room, dim))
     return dispatch.combine(y_XCD, sent.plan, rows), jnp.sum(sent.stats.dropped_G)
+
+
+def _serve_arrived(weights: ExpertWeights, config: MoeConfig, held: int, x_1SD: Array, ids_1S1: Array) -> Array:
+    """Rows through the one expert that each is for, of the `held` ones here; none where its id is `held`."""
+    gates = jnp.ones(ids_1S1.shape, jnp.float32)
+    one_each = _routing(jnp.minimum(ids_1S1, held - 1), gates, ids_1S1 < held)
+    here = dataclasses.replace(config, num_experts=held, experts_per_token=1, normalize_gates=False)
+    return apply_experts(weights, x_1SD, one_each, here, False)[0]
+
+
+def _split_hidden(fold: Fold, compute: Callable[[Array], Array], rows_XCD: Array) -> Array:
+    """`compute`, whose results are partial sums over the hidden axes, of rows that their devices hold in parts."""
+    if not fold.travelling:
+        return compute(rows_XCD)
+    whole = jax.lax.all_gather(rows_XCD, fold.hidden, axis=1, tiled=True)
+    return jax.lax.psum_scatter(compute(whole), fold.hidden, scatter_dimension=1, tiled=True)
 
 
 def _bucket_room(tokens: int, num_choices: int, held: int, num_shards: int, factor: float | None) -> int:
@@ -172,6 +205,10 @@ def _choices(routing: Routing) -> tuple[Array, Array, Array]:
 
 def _take_ids(ids_UK: Array, choice_S: Array, *, empty: int) -> Array:
     return ids_UK.reshape(-1).at[choice_S].get(mode="fill", fill_value=empty)
+
+
+def _union(*axes: Axes) -> Axes:
+    return tuple(dict.fromkeys(axis for some in axes for axis in some))
 
 
 def _exchange(x: Array, axes: Axes, split: int, join: int) -> Array:

@@ -84,9 +84,9 @@ def _stage(spread: Spread, schedule: Schedule, superblock: Callable, parameters,
         active = held[chunk] & work.is_busy
         x_BTD = jnp.where(stage == 0, waiting_MBTD[microbatch], arrived_BTD)
         at_hand = jax.tree.map(lambda leaf: leaf[microbatch], tokens)
-        layers, layer_cache = jax.tree.map(lambda leaf: leaf[chunk], (by_chunk[0], cache))
+        layer_cache = jax.tree.map(lambda leaf: leaf[chunk], cache)
         here = jax.tree.map(lambda leaf: leaf[:, :, microbatch], layer_cache)
-        y_BTD, here, reports = _chunk(superblock, layers, here, active, x_BTD, at_hand)
+        y_BTD, here, reports = _chunk(superblock, by_chunk[0], chunk, here, active, x_BTD, at_hand)
         cache = jax.tree.map(lambda whole, part: whole.at[chunk, :, :, microbatch].set(part), cache, here)
         totals = jax.tree.map(lambda total, report: total.at[chunk].add(report), totals, reports)
         y_BTD = laid_out(y_BTD, spread.mesh, PartitionSpec(spread.rows, spread.residual))
@@ -103,16 +103,16 @@ def _stage(spread: Spread, schedule: Schedule, superblock: Callable, parameters,
     return jax.lax.psum(jnp.where(stage == 0, done_MBTD, 0), "stage"), cache, totals, idle_slots
 
 
-def _chunk(superblock: Callable, parameters, cache, active: Array, x_BTD: Array, tokens) -> tuple:
-    """The slots of a chunk in turn; an inactive one changes nothing and reports zeros."""
+def _chunk(superblock: Callable, stacks, chunk: Array, cache, active: Array, x_BTD: Array, tokens) -> tuple:
+    """The slots of a chunk of the `stacks` [v, n, ...] in turn; an inactive one changes nothing and reports zeros."""
 
     def step(x_BTD: Array, slot: tuple) -> tuple:
-        parameters, cache, active = slot
-        y_BTD, new_cache, report = superblock(x_BTD, parameters, cache, tokens)
+        number, cache, active = slot
+        y_BTD, new_cache, report = superblock(x_BTD, stacks, cache, tokens, (chunk, number))
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(active, new, old))
         return keep(y_BTD, x_BTD), (keep(new_cache, cache), keep(report, jax.tree.map(jnp.zeros_like, report)))
 
-    y_BTD, (cache, reports) = jax.lax.scan(step, x_BTD, (parameters, cache, active))
+    y_BTD, (cache, reports) = jax.lax.scan(step, x_BTD, (jnp.arange(len(active)), cache, active))
     return y_BTD, cache, reports
 
 
@@ -129,7 +129,9 @@ def _zeros_of_reports(superblock: Callable, by_chunk: tuple, x_MBTD: Array, toke
 def _cut(x_B: Array, *, count: int, spread: Spread) -> Array:
     """[B, ...] to [m, B/m, ...], every device's rows cut in place: no row moves."""
     cut = x_B.reshape(-1, count, *x_B.shape[1:]).swapaxes(0, 1)
-    return laid_out(cut, spread.mesh, PartitionSpec(None, spread.rows, spread.context))
+    is_stream = x_B.ndim == 3 and jnp.issubdtype(x_B.dtype, jnp.floating)
+    length = spread.residual if is_stream else spread.context
+    return laid_out(cut, spread.mesh, PartitionSpec(None, spread.rows, length))
 
 
 def _cut_cache(leaf: Array, count: int) -> Array:

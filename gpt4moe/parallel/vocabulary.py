@@ -38,4 +38,11 @@ def _apply(
         partition_BT = jax.lax.psum(jnp.exp(log_partition_BT - largest_BT), vocabulary)
         return largest_BT + jnp.log(partition_BT) - jax.lax.psum(target_logit_BT, vocabulary)
 
-    return island(shard, spread.mesh, (tokens, PartitionSpec(vocabulary), tokens), tokens)(x_BTD, weight_VD, targets_BT)
+    def in_turn(x_BTD: Array, weight_VD: Array, targets_BT: Array) -> Array:
+        """Row by row: what the backward pass holds in float32 is that of one row."""
+        rows = (x_BTD[:, None], targets_BT[:, None])
+        return jax.lax.map(lambda row: shard(row[0], weight_VD, row[1]), rows)[:, 0]
+
+    return island(in_turn, spread.mesh, (tokens, PartitionSpec(vocabulary), tokens), tokens)(
+        x_BTD, weight_VD, targets_BT
+    )

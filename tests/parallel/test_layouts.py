@@ -121,13 +121,25 @@ class Course:
     metrics: list
 
 
-@functools.cache
-def course(dispatch, name):
+def run_and_mesh(dispatch, name):
+    """A run under a layout, or on one device with `name` layers."""
     axes, settings, rules = LAYOUTS.get(name, ({}, {}, {}))
     run = run_of(dispatch, axes, settings, rules, layers=LAYERS.get(name, 4) if isinstance(name, str) else name)
-    mesh = make_mesh(run.mesh, jax.devices()[: int(np.prod(list(axes.values()), dtype=int))])
+    return run, make_mesh(run.mesh, jax.devices()[: int(np.prod(list(axes.values()), dtype=int))])
+
+
+@functools.cache
+def beginning(name):
+    """The state before the first step, the same for every dispatcher."""
+    run, mesh = run_and_mesh("dropless", name)
+    return state.create_state(run, state.abstract_state(run, mesh))
+
+
+@functools.cache
+def course(dispatch, name):
+    run, mesh = run_and_mesh(dispatch, name)
     abstract = state.abstract_state(run, mesh)
-    at = state.create_state(run, abstract)
+    at = jax.tree.map(jnp.copy, beginning(name))
     first = leaves_in_order(at.params, run, mesh)
     step = make_step(run, SOURCES, abstract)
     rows, metrics = sharding.batch_sharding(mesh, run.rules), []
