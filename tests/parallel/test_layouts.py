@@ -139,7 +139,7 @@ def beginning(name):
 def course(dispatch, name):
     run, mesh = run_and_mesh(dispatch, name)
     abstract = state.abstract_state(run, mesh)
-    at = jax.tree.map(jnp.copy, beginning(name))
+    at = jax.tree.map(lambda leaf: leaf.copy(), beginning(name))
     first = leaves_in_order(at.params, run, mesh)
     step = make_step(run, SOURCES, abstract)
     rows, metrics = sharding.batch_sharding(mesh, run.rules), []
