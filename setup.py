@@ -37,6 +37,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "tpu-compile": ["libtpu"],  # the TPU compiler: `gpt4moe compile` needs no TPU
         "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "beartype>=0.19"],
     },
     entry_points={"console_scripts": ["gpt4moe=gpt4moe.launch:main"]},

@@ -73,7 +73,7 @@ def examine(run: RunConfig, config: CompileConfig, program: str = "train") -> di
     lowered = _lower(run, config, mesh, program)
     lowering_seconds = time.perf_counter() - started
     compiled = compile_lowered(lowered)
-    counted = work.count(hlo.parse(compiled.text), mesh.shape, expected.rounds(run, config, mesh, program))
+    counted = _count(run, config, mesh, program, compiled.text)
     return {
         "program": program,
         "topology": config.topology,
@@ -163,6 +163,13 @@ def _lower(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str) -> j
     if program == "train":
         return lower_step(run, mesh, num_sources=len(run.data.sources))
     return lower_decode(run, config, mesh)
+
+
+def _count(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str, text: str) -> work.Work:
+    between = run.mesh.dcn_sizes(mesh.shape) if config.slices > 1 else dict.fromkeys(mesh.shape, 1)
+    within = {axis: size // between[axis] for axis, size in mesh.shape.items()}
+    slow = [axis for axis, degree in between.items() if degree > 1]
+    return work.count(hlo.parse(text), within, expected.rounds(run, config, mesh, program), slow)
 
 
 def _program_text(folder: pathlib.Path) -> str:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from gpt4moe.accounting import executed, flops
 from gpt4moe.config.compile import CompileConfig
 from gpt4moe.config.run import RunConfig
-from gpt4moe.model.attention_backends import SPLASH_HEAD_MULTIPLE, SPLASH_LENGTH_MULTIPLE
+from gpt4moe.model.attention_backends import SPLASH_BLOCKS, SPLASH_HEAD_MULTIPLE, SPLASH_LENGTH_MULTIPLE
 from gpt4moe.model.attention_kernel import cpu_block
 from gpt4moe.model.dispatch import block_rows
 from gpt4moe.plan.work import Work
@@ -19,17 +19,21 @@ from gpt4moe.train import feed
 # The loops of our programs whose length is known only as they run.
 MICROBATCH_LOOP = "step.py:_sum_over"
 EXPERT_BLOCK_LOOP = "grouped_matmul.py:block_matmul"
+GROUPED_PRODUCT = "ragged-dot-none"
 TOKEN_LOOP = "generate.py:_decode"
-# Blocks of queries and products of the backward pass: splash (dq 3, dkv 4) and `attend_in_blocks`.
-SPLASH_BLOCK, SPLASH_BACKWARD_PRODUCTS = 128, 7
-BLOCKS_BACKWARD_PRODUCTS = 5
+# Products of the backward pass of attention's core: splash (dq 3, dkv 4) and `attend_in_blocks`.
+SPLASH_BACKWARD_PRODUCTS, BLOCKS_BACKWARD_PRODUCTS = 7, 5
 
 
 def rounds(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str) -> dict[str, int]:
-    """Returns how often each loop of unknown length runs: in a step of the largest batch, or for one new token."""
+    """Returns how often each loop of unknown length runs: in a step of the largest batch, or for one new token.
+
+    A TPU's grouped product is such a loop inside a kernel.
+    """
     if program == "train":
         return {MICROBATCH_LOOP: feed.microbatch_room(run)}
-    return {TOKEN_LOOP: 1, EXPERT_BLOCK_LOOP: _expert_blocks(run, config, mesh)[0]}
+    in_use, _ = _expert_blocks(run, config, mesh)
+    return {TOKEN_LOOP: 1, EXPERT_BLOCK_LOOP: in_use, GROUPED_PRODUCT: in_use}
 
 
 def beside(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str, counted: Work) -> dict:
@@ -61,8 +65,8 @@ def _train(run: RunConfig, mesh: Mesh) -> executed.Executed:
 
 
 def _decode(run: RunConfig, config: CompileConfig, mesh: Mesh) -> executed.Executed:
-    blocks, block = _expert_blocks(run, config, mesh)
-    return executed.decode_step(run, mesh.shape, config.decode_rows, config.decode_length, blocks * block)
+    in_use, block = _expert_blocks(run, config, mesh)
+    return executed.decode_step(run, mesh.shape, config.decode_rows, config.decode_length, in_use * block)
 
 
 def _kernel(run: RunConfig, mesh: Mesh) -> executed.CoreKernel:
@@ -71,7 +75,8 @@ def _kernel(run: RunConfig, mesh: Mesh) -> executed.CoreKernel:
     platform = mesh.devices.flat[0].platform
     fits = length % SPLASH_LENGTH_MULTIPLE == 0 and run.model.head_dim % SPLASH_HEAD_MULTIPLE == 0
     if platform == "tpu" and mesh.shape["context"] == 1 and fits:
-        return executed.CoreKernel(SPLASH_BLOCK, SPLASH_BACKWARD_PRODUCTS)
+        block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+        return executed.CoreKernel(block, SPLASH_BACKWARD_PRODUCTS)
     return executed.CoreKernel(cpu_block(length, chunk) if platform == "cpu" else chunk, BLOCKS_BACKWARD_PRODUCTS)
 
 

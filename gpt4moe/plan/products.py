@@ -15,6 +15,7 @@ from gpt4moe.plan.hlo import Computation, Instruction
 MATMUL_CALLS = ("matmul", "gemm")
 # Products that each splash attention kernel makes of every pair of blocks it visits.
 SPLASH_PRODUCTS = {"splash_mqa_fwd": 2, "splash_mqa_dq": 3, "splash_mqa_dkv": 4}
+_ROW_TILE = re.compile(r'ragged_dot_tiling="(\d+),')
 _KERNEL_FLOPS = re.compile(r'"flops": ?"?(\d+)')
 
 
@@ -29,6 +30,14 @@ def product_flops(instruction: Instruction, computation: Computation) -> float:
     if instruction.opcode == "custom-call":
         return _custom_call_flops(instruction, computation)
     return 0.0
+
+
+def row_tiles(instruction: Instruction, computation: Computation) -> float | None:
+    """Tiles of rows that a grouped product (`ragged_dot` on a TPU) is cut into, None for any other instruction."""
+    found = _ROW_TILE.search(instruction.attributes)
+    if instruction.opcode != "custom-call" or not found:
+        return None
+    return instruction.shapes[0].dims[0] / int(found[1])
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:

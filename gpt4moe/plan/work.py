@@ -9,11 +9,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from gpt4moe.plan.groups import varying_axes
 from gpt4moe.plan.hlo import Computation, Instruction, Module
-from gpt4moe.plan.products import product_flops
+from gpt4moe.plan.products import product_flops, row_tiles
 
 COLLECTIVES = (
     "all-gather",
@@ -24,6 +24,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+SEND = "send between slices"
 # Files whose functions ask for what their caller wants: our products, and the shape checker that tests switch on.
 PASSED_ON = ("product.py:", "_decorator.py:")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -88,11 +89,17 @@ class Step:
     in_fusion: bool
 
 
-def count(module: Module, axes: Mapping[str, int], rounds: Mapping[str, int] | None = None) -> Work:
+def count(
+    module: Module, axes: Mapping[str, int], rounds: Mapping[str, int] | None = None, slow: Sequence[str] = ()
+) -> Work:
     """Returns the work of a program compiled for a mesh of these axis sizes.
 
+    A machine of several slices gets a program for one: `axes` are then the sizes within a slice, and `slow` the axes
+    that lie between slices, over which the program sends through the host.
+
     `rounds` says how often a loop runs whose length the program does not know, by the function that asks for it
-    (`step.py:_sum_over`); one that it lacks counts once and is named in `unknown_loops`.
+    (`step.py:_sum_over`); one that it lacks counts once and is named in `unknown_loops`. A grouped product,
+    which states the FLOPs of all rows it has room for, counts as many of its tiles as `rounds` gives for its name.
     """
     products, sent, counts = collections.Counter(), collections.Counter(), collections.Counter()
     cycles, unknown = 0.0, set()
@@ -100,10 +107,13 @@ def count(module: Module, axes: Mapping[str, int], rounds: Mapping[str, int] | N
         instruction = step.instruction
         flops = product_flops(instruction, step.computation)
         if flops:
-            products[(_source(module, instruction), _pass_name(instruction))] += flops * step.times
+            source = _source(module, instruction)
+            tiles = row_tiles(instruction, step.computation)
+            share = rounds[source] / tiles if tiles and rounds and source in rounds else 1
+            products[(source, _pass_name(instruction))] += flops * step.times * share
         kind = _collective_kind(step)
         if kind:
-            group_size, spanned = varying_axes(instruction, axes)
+            group_size, spanned = (2, tuple(slow)) if kind == SEND else varying_axes(instruction, axes)
             if spanned:  # a group of one moves nothing
                 sent[kind, spanned] += step.times * _bytes_sent(kind, instruction, step.computation, group_size)
                 counts[kind, spanned] += step.times
@@ -160,6 +170,8 @@ def _longest(branches: list[list[Step]]) -> list[Step]:
 
 def _collective_kind(step: Step) -> str | None:
     kind = step.instruction.opcode.removesuffix("-start")
+    if kind == "send":
+        return SEND if "is_host_transfer=true" in step.instruction.attributes else None
     # XLA:TPU fuses an all-reduce with the slice of its result, and moves what a reduce-scatter moves.
     if kind == "all-reduce" and step.computation.name.startswith("all-reduce-scatter"):
         return "reduce-scatter"
@@ -171,19 +183,17 @@ def _bytes_sent(kind: str, instruction: Instruction, computation: Computation, g
     operands = [computation.instructions[name] for name in instruction.operands]
     size = sum(shape.bytes for operand in operands for shape in operand.shapes)
     share = (group_size - 1) / group_size
-    factors = {
-        "all-gather": group_size - 1,
-        "all-reduce": 2 * share,
-        "collective-permute": 1,
-        "collective-broadcast": 1,
-    }
+    whole = dict.fromkeys(("collective-permute", "collective-broadcast", SEND), 1)
+    factors = {"all-gather": group_size - 1, "all-reduce": 2 * share} | whole
     return size * factors.get(kind, share)
 
 
 def _source(module: Module, instruction: Instruction) -> str:
     """The function that asked for an instruction: the innermost one that does not only pass it on."""
     callers = [frame for frame in _frames(module, instruction) if not frame.startswith(PASSED_ON)]
-    return callers[0] if callers else instruction.attribute("custom_call_target") or "unknown"
+    if instruction.opcode == "custom-call" and not callers:
+        return re.sub(r"[.\d]+$", "", instruction.name)
+    return callers[0] if callers else "unknown"
 
 
 def _frames(module: Module, instruction: Instruction) -> tuple[str, ...]:

@@ -164,6 +164,32 @@ ENTRY %main (q: bf16[4,256,128], mask: s8[1,2,2]) -> bf16[4,256,128] {
     assert found.flops == found.recomputed_flops == 4 * 2 * 2 * 128 * pairs_of_visited_blocks
 
 
+def test_a_grouped_product_counts_the_tiles_in_use():
+    text = """
+ENTRY %main (x: bf16[1024,64], w: bf16[4,64,32]) -> f32[1024,32] {
+  %x = bf16[1024,64]{1,0} parameter(0)
+  %w = bf16[4,64,32]{2,1,0} parameter(1)
+  ROOT %ragged-dot-none.1 = f32[1024,32]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call", TILING, COST
+}
+""".replace("TILING", 'frontend_attributes={ragged_dot_tiling="128,64,32"}')
+    module = hlo.parse(text.replace("COST", 'backend_config={"cost_estimate":{"flops":"4194304"}}'))
+    assert work.count(module, {"tensor": 1}).flops == 2 * 1024 * 64 * 32
+    assert work.count(module, {"tensor": 1}, {"ragged-dot-none": 3}).flops == 3 * 2 * 128 * 64 * 32
+
+
+def test_what_crosses_between_slices_is_a_send_over_their_axes():
+    text = """
+ENTRY %main (x: bf16[8,128]) -> token[] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %after = token[] after-all()
+  %send = (bf16[8,128]{1,0}, u32[], token[]) send(%x, %after), channel_id=2, is_host_transfer=true
+  ROOT %done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+}
+"""
+    found = work.count(hlo.parse(text), {"tensor": 4}, slow=("stage",))
+    assert found.collectives == (work.Collective("send between slices", ("stage",), 1, 8 * 128 * 2),)
+
+
 def test_a_topology_that_cannot_be_is_refused_in_one_line():
     with pytest.raises(CallerError, match="topology='v5p' must be a TPU with its torus"):
         CompileConfig("v5p")

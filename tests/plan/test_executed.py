@@ -1,0 +1,59 @@
+"""FLOPs that a chip executes, counted by hand for a model small enough to."""
+
+import dataclasses
+
+import pytest
+
+from gpt4moe.accounting import executed
+from gpt4moe.config.mesh import MESH_AXES
+from tests.plan.test_compile import run_of
+
+ONE = dict.fromkeys(MESH_AXES, 1)
+KERNEL = executed.CoreKernel(block=16, backward_products=5)
+# Of the run: two microbatches of 16 rows of 64 tokens; D 64, four heads of 32 and one of keys, F 256, V 320.
+TOKENS, LAYERS = 2048, 12
+
+
+def test_every_component_by_hand():
+    counted = executed.train_step(run_of({}, {}), ONE, KERNEL)
+    passes = 1 + 1 + 2  # forward, recomputed, gradients of input and matrix
+    assert counted.attention == passes * LAYERS * TOKENS * 2 * 64 * (2 * 4 * 32 + 2 * 32)
+    pairs_of_a_row = 16 * (16 + 32 + 48 + 64)
+    assert counted.attention_core == (2 + 2 + 5) * LAYERS * 32 * 2 * 4 * 32 * pairs_of_a_row
+    places_of_a_row = 4 * 40  # ceil(64 * 2 / 4 * 1.25) at each of four experts
+    assert counted.experts == passes * LAYERS * 32 * places_of_a_row * 2 * 2 * 64 * 256
+    assert counted.router == passes * LAYERS * TOKENS * 2 * 64 * 4
+    assert counted.head == passes * TOKENS * 2 * 64 * 320
+    assert counted.dense == counted.shared_expert == 0
+    assert counted.total == sum(dataclasses.astuple(counted))
+
+
+def test_each_axis_takes_its_part():
+    whole = executed.train_step(run_of({}, {}), ONE, KERNEL)
+    data = executed.train_step(run_of({"data": 4}, {}), ONE | {"data": 4}, KERNEL)
+    assert data.total == whole.total / 4
+    tensor = executed.train_step(run_of({"tensor": 2}, {}), ONE | {"tensor": 2}, KERNEL)
+    assert tensor.experts == whole.experts / 2 and tensor.attention_core == whole.attention_core / 2
+    assert tensor.attention > whole.attention / 2, "every chip makes the key and value that its heads share"
+    assert tensor.router == whole.router, "every chip routes all tokens"
+
+
+def test_a_chip_with_part_of_the_queries_goes_over_all_keys():
+    counted = executed.train_step(run_of({"context": 4}, {}), ONE | {"context": 4}, KERNEL)
+    assert counted.attention_core == (2 + 2 + 5) * LAYERS * 32 * 2 * 4 * 32 * (64 / 4 * 64)
+
+
+@pytest.mark.parametrize(("settings", "layers"), [({}, (16 + 3) * 3 / 16), ({"virtual_stages": 3}, (3 * 16 + 3) / 16)])
+def test_ticks_without_work_cost_as_much_as_others(settings, layers):
+    run = run_of({"stage": 4}, settings)
+    assert executed.executed_layers(run, ONE | {"stage": 4}) == layers
+
+
+@pytest.mark.parametrize(("remat", "attention", "experts"), [("none", 3, 3), ("dots", 3, 4), ("full", 4, 4)])
+def test_recomputation_is_what_the_policy_does_not_keep(remat, attention, experts):
+    run = run_of({}, {})
+    counted = executed.train_step(
+        dataclasses.replace(run, model=dataclasses.replace(run.model, remat=remat)), ONE, KERNEL
+    )
+    full = executed.train_step(run, ONE, KERNEL)
+    assert (counted.attention / full.attention, counted.experts / full.experts) == (attention / 4, experts / 4)
