@@ -11,6 +11,7 @@ from gpt4moe.config.check import require, require_count, require_flag, require_p
 
 MESH_AXES = ("data", "fsdp", "stage", "expert", "context", "tensor")
 NO_SUPERBLOCK = -1
+EXCHANGES = ("bucket", "ragged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class MeshConfig:
     between layers the residual stream's T lies over `tensor`. expert_bucket_factor: dropless dispatch sends each device
     of the expert axis a bucket; None gives it room for all choices there can be, a number c for c times its fair share,
     the choices beyond which are counted as dropped.
+    expert_exchange: "bucket" sends whole buckets, "ragged" only what is in them (None: ragged where the backend can).
     """
 
     axes: tuple[tuple[str, int], ...] = ()
@@ -38,6 +40,7 @@ class MeshConfig:
     zero1: bool = False
     sequence_parallel: bool = False
     expert_bucket_factor: float | None = None
+    expert_exchange: str | None = None
 
     def __post_init__(self) -> None:
         for field, setting in (("axes", "MESH"), ("dcn", "dcn")):
@@ -52,6 +55,9 @@ class MeshConfig:
         require_flag("sequence_parallel", self.sequence_parallel)
         if self.expert_bucket_factor is not None:
             require_positive("expert_bucket_factor", self.expert_bucket_factor)
+        if self.expert_exchange is not None:
+            known = self.expert_exchange in EXCHANGES
+            require(known, "expert_exchange", self.expert_exchange, f"must be in {EXCHANGES} or None")
         if -1 not in given.values():
             self._check_against({name: given.get(name, 1) for name in MESH_AXES})
 
@@ -83,7 +89,7 @@ class MeshConfig:
         rows = sizes.pop("data", 1) * sizes.pop("context", 1)
         axes = sizes | ({"data": rows} if rows > 1 else {})
         layers = self.stage_layers if self.virtual_stages == 1 else None
-        return MeshConfig(tuple(axes.items()), stage_layers=layers, expert_bucket_factor=self.expert_bucket_factor)
+        return MeshConfig(tuple(axes.items()), stage_layers=layers, expert_exchange=self.expert_exchange)
 
     def chunk_sizes(self, num_superblocks: int, num_stages: int) -> tuple[int, ...]:
         """Superblocks of every virtual stage, in the order in which tokens pass them.

@@ -191,7 +191,7 @@ def _capacity_plan(ids_UK: Array, used_UK: Array, gates_UK: Array, num_experts: 
     sorted_index_EC = starts_E[:, None] + place_C
     in_use_EC = place_C < counts_E[:, None]
     choice_EC = jnp.where(in_use_EC, order.at[sorted_index_EC].get(mode="clip"), ids_UK.size)
-    return _plan_from_slots(choice_EC.reshape(-1), gates_UK)
+    return plan_from_slots(choice_EC.reshape(-1), gates_UK)
 
 
 def _dropless_plan(
@@ -211,7 +211,7 @@ def _dropless_plan(
     starts_E = jnp.cumsum(counts_E) - counts_E
     sorted_index_XC = starts_E[block_expert_X][:, None] + place_XC
     choice_XC = jnp.where(in_use_XC, order.at[sorted_index_XC].get(mode="clip"), num_entries)
-    return _plan_from_slots(choice_XC.reshape(-1), gates_UK), block_expert_X, last_block_E[-1]
+    return plan_from_slots(choice_XC.reshape(-1), gates_UK), block_expert_X, last_block_E[-1]
 
 
 def _sort_by_expert(ids_UK: Array, used_UK: Array, num_experts: int) -> tuple[Array, Array]:
@@ -224,7 +224,8 @@ def _sort_by_expert(ids_UK: Array, used_UK: Array, num_experts: int) -> tuple[Ar
     return order, counts_E
 
 
-def _plan_from_slots(choice_of_slot_S: Array, gates_UK: Array) -> Plan:
+def plan_from_slots(choice_of_slot_S: Array, gates_UK: Array) -> Plan:
+    """Returns the plan of one movement whose slots hold these choices, U * K where a slot is empty."""
     num_slots = choice_of_slot_S.size
     slots = jnp.arange(num_slots, dtype=jnp.int32)
     empty = jnp.full(gates_UK.size, num_slots, jnp.int32)

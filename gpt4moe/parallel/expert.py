@@ -23,6 +23,7 @@ from gpt4moe.model import dispatch
 from gpt4moe.model.experts import ExpertWeights, apply_experts, feed_forward
 from gpt4moe.model.router import RouterLosses, RouterStats, Routing
 from gpt4moe.parallel.island import Axes, Spread, island
+from gpt4moe.parallel.ragged import to_shards_ragged
 from gpt4moe.parallel.sharding import partition_spec
 from gpt4moe.types import Array
 
@@ -38,6 +39,7 @@ class Fold:
     """How the experts of a layer fold over a mesh.
 
     experts, hidden: axes of E and F. sequence: axes of T as tokens arrive. bucket_factor: see `_to_shards`.
+    ragged: dropless choices travel in pieces of the size there is.
     """
 
     spread: Spread
@@ -45,6 +47,7 @@ class Fold:
     hidden: Axes
     sequence: Axes
     bucket_factor: float | None
+    ragged: bool
 
     @property
     def travelling(self) -> Axes:
@@ -57,9 +60,11 @@ class Fold:
         return tuple(axis for axis in ("tensor",) if self.spread.mesh.shape[axis] > 1 and axis not in self.hidden)
 
 
-def sharded_experts(spread: Spread, bucket_factor: float | None) -> Callable:
-    """Returns `apply_experts` for a mesh."""
-    fold = Fold(spread, spread.axes_of("experts"), spread.axes_of("mlp"), spread.residual, bucket_factor)
+def sharded_experts(spread: Spread, bucket_factor: float | None, exchange: str) -> Callable:
+    """Returns `apply_experts` for a mesh; `exchange` ("bucket" or "ragged") is how dropless choices travel."""
+    experts, hidden = spread.axes_of("experts"), spread.axes_of("mlp")
+    ragged = exchange == "ragged" and len(experts) == 1
+    fold = Fold(spread, experts, hidden, spread.residual, bucket_factor, ragged)
     return functools.partial(_apply, fold)
 
 
@@ -167,23 +172,29 @@ def _to_shards(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BUD: Arr
     pool = jax.tree.map(lambda leaf: leaf.reshape(1, rows * tokens, *leaf.shape[2:]), (x_BUD, _choices(routing)))
     x_1UD, (ids, gates, used) = pool
     room = _bucket_room(rows * tokens, config.experts_per_token, held, num_shards, fold.bucket_factor)
+    serve = functools.partial(_serve_arrived, fold, weights, config, held)
+    if fold.ragged:
+        routing = _routing(ids, gates, used)
+        y_1UD, dropped = to_shards_ragged(x_1UD, routing, held, num_shards * room, fold.experts[0], serve)
+        return y_1UD.reshape(x_BUD.shape), dropped
     sent = dispatch.to_places(x_1UD, _routing(ids // held, gates, used), num_shards, room)
     local_S = _take_ids(ids[0] % held, sent.plan.choice_of_slot_PS[0], empty=held)
     exchange = functools.partial(_exchange, axes=fold.experts, split=0, join=0)
     arrived_1SD = exchange(sent.rows_XCD).reshape(1, -1, dim)
     ids_1S = exchange(local_S.reshape(num_shards, room)).reshape(1, -1)
-    serve = functools.partial(_serve_arrived, weights, config, held)
-    y_1SD = _split_hidden(fold, lambda rows: serve(rows, _gathered(ids_1S[..., None], fold.travelling)), arrived_1SD)
-    y_XCD = exchange(y_1SD.reshape(num_shards, room, dim))
+    y_XCD = exchange(serve(arrived_1SD, ids_1S[..., None]).reshape(num_shards, room, dim))
     return dispatch.combine(y_XCD, sent.plan, rows), jnp.sum(sent.stats.dropped_G)
 
 
-def _serve_arrived(weights: ExpertWeights, config: MoeConfig, held: int, x_1SD: Array, ids_1S1: Array) -> Array:
+def _serve_arrived(
+    fold: Fold, weights: ExpertWeights, config: MoeConfig, held: int, x_1SD: Array, ids_1S1: Array
+) -> Array:
     """Rows through the one expert that each is for, of the `held` ones here; none where its id is `held`."""
-    gates = jnp.ones(ids_1S1.shape, jnp.float32)
-    one_each = _routing(jnp.minimum(ids_1S1, held - 1), gates, ids_1S1 < held)
+    all_ids_1S1 = _gathered(ids_1S1, fold.travelling)
+    gates = jnp.ones(all_ids_1S1.shape, jnp.float32)
+    one_each = _routing(jnp.minimum(all_ids_1S1, held - 1), gates, all_ids_1S1 < held)
     here = dataclasses.replace(config, num_experts=held, experts_per_token=1, normalize_gates=False)
-    return apply_experts(weights, x_1SD, one_each, here, False)[0]
+    return _split_hidden(fold, lambda rows: apply_experts(weights, rows, one_each, here, False)[0], x_1SD)
 
 
 def _split_hidden(fold: Fold, compute: Callable[[Array], Array], rows_XCD: Array) -> Array:

@@ -34,10 +34,12 @@ def make_layout(model: ModelConfig, config: MeshConfig, rules: ShardingRules, me
         constraint = f"must not share {sorted(mixed)} with rows, sequence or stages"
         require(not mixed, f"ShardingRules[{dim!r}]", rules.axes_of(dim), constraint, f"put {dim} on tensor")
     plain = {} if mesh.shape["stage"] == 1 else _pipeline(over, model, config)
+    platform = mesh.devices.flat[0].platform
+    best = "bucket" if platform == "cpu" else "ragged"  # XLA:CPU has no ragged all-to-all
     return Layout(
-        attend=sharded_attend(over, mesh.devices.flat[0].platform),
+        attend=sharded_attend(over, platform),
         attend_through=sharded_attend_through(over),
-        apply_experts=sharded_experts(over, config.expert_bucket_factor),
+        apply_experts=sharded_experts(over, config.expert_bucket_factor, config.expert_exchange or best),
         cross_entropy=sharded_cross_entropy(over),
         row_multiple=math.prod(mesh.shape[axis] for axis in over.rows),
         residual=functools.partial(_residual, over),

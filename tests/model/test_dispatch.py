@@ -49,7 +49,7 @@ def _apply_on(layout):
     axes, rules = LAYOUTS[layout]
     config = MeshConfig(axes)
     mesh = make_mesh(config, jax.devices()[: math.prod(axes.values())])
-    return sharded_experts(spread(mesh, config, rules), None) if axes else apply_experts
+    return sharded_experts(spread(mesh, config, rules), None, "bucket") if axes else apply_experts
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)

@@ -1,0 +1,108 @@
+"""Exchange of dropless choices: buckets that are too small drop and count, and the ragged exchange gives the same.
+
+XLA:CPU lacks `ragged_all_to_all`: its definition is written out here with the collectives that it has.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt4moe.config.mesh import MeshConfig
+from gpt4moe.config.moe import MoeConfig
+from gpt4moe.config.rules import ShardingRules
+from gpt4moe.model.experts import ExpertWeights, apply_experts
+from gpt4moe.model.router import RouterInputs, top_k
+from gpt4moe.parallel.expert import sharded_experts
+from gpt4moe.parallel.island import spread
+from gpt4moe.parallel.mesh import make_mesh
+from tests.model.slow import relative_difference
+
+ROWS, TOKENS, DIM, HIDDEN = 4, 8, 6, 8
+CONFIG = MoeConfig(8, 2, hidden_dim=HIDDEN)
+
+
+def written_out(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """Every device looks through what all others have for the rows meant for it."""
+    me = jax.lax.axis_index(axis_name)
+    gathered = (operand, input_offsets, send_sizes, output_offsets)
+    operands, starts, sizes, targets = (jax.lax.all_gather(x, axis_name) for x in gathered)
+    for sender in range(len(operands)):
+        place = jnp.arange(operand.shape[0])
+        index = jnp.where(place < sizes[sender, me], targets[sender, me] + place, output.shape[0])
+        rows = jnp.take(operands[sender], starts[sender, me] + place, axis=0, mode="clip")
+        output = output.at[index].set(rows, mode="drop")
+    return output
+
+
+def problem(preference=0.0):
+    keys = jax.random.split(jax.random.key(0), 6)
+    x_BTD = jax.random.normal(keys[0], (ROWS, TOKENS, DIM))
+    logits_BTE = jax.random.normal(keys[1], (ROWS, TOKENS, 8)) + preference * (jnp.arange(8) == 3)
+    inward, outward = (8, DIM, HIDDEN), (8, HIDDEN, DIM)
+    weights = ExpertWeights(
+        *(jax.random.normal(k, s) for k, s in zip(keys[2:], (inward, inward, outward), strict=False))
+    )
+    valid_BT = jax.random.bernoulli(keys[5], 0.9, (ROWS, TOKENS))
+    return weights, x_BTD, logits_BTE, valid_BT
+
+
+def applied(apply, weights, x_BTD, logits_BTE, valid_BT):
+    """((y, dropped), gradients of weights, x and logits)."""
+
+    def loss(weights, x_BTD, logits_BTE):
+        inputs = RouterInputs(jnp.zeros(valid_BT.shape, jnp.int32), valid_BT)
+        routing = jax.vmap(lambda logits, row: top_k(logits, row, CONFIG))(logits_BTE, inputs)
+        y_BTD, dropped = apply(weights, x_BTD, routing, CONFIG, False)
+        return jnp.sum(jnp.sin(y_BTD)), (y_BTD, dropped)
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(weights, x_BTD, logits_BTE)
+    return out, gradients
+
+
+def on_mesh(axes, exchange, factor=None, **settings):
+    config = MeshConfig(axes, **settings)
+    mesh = make_mesh(config, jax.devices()[: int(np.prod(list(axes.values())))])
+    return sharded_experts(spread(mesh, config, ShardingRules()), factor, exchange)
+
+
+MESHES = {
+    "EP4": ({"expert": 4}, {}),
+    "EP2 x TP2 x DP2": ({"expert": 2, "tensor": 2, "data": 2}, {}),
+    "EP2 x TP2 x CP2": ({"expert": 2, "tensor": 2, "context": 2}, {"sequence_parallel": True}),
+}
+
+
+@pytest.mark.parametrize("preference", [0.0, 50.0])
+@pytest.mark.parametrize("name", MESHES)
+def test_ragged_equals_one_device(name, preference, monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", written_out)
+    axes, settings = MESHES[name]
+    (got, dropped), gradients = applied(on_mesh(axes, "ragged", **settings), *problem(preference))
+    (want, _), wanted = applied(apply_experts, *problem(preference))
+    assert int(dropped) == 0
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert relative_difference(gradients, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("exchange", ["bucket", "ragged"])
+def test_what_overflows_is_counted_and_spoils_nothing(exchange, monkeypatch):
+    """Most choose expert 3 of 8 on four devices; the device that holds 2 and 3 lacks room for all.
+
+    Each token has all of its output but what it lost to those two, and the losses are as many as were counted.
+    """
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", written_out)
+    weights, *rest = problem(2.0)
+    (got, dropped), _ = applied(on_mesh({"expert": 4}, exchange, 1.0), weights, *rest)
+
+    def without(*lost):
+        down = weights.down_EFD * ~np.isin(np.arange(8), lost)[:, None, None]
+        return applied(apply_experts, dataclasses.replace(weights, down_EFD=down), *rest)[0][0]
+
+    cases = [((), 0), ((3,), 1), ((2,), 1), ((2, 3), 2)]
+    distance_NBT = np.stack([np.abs(got - without(*lost)).max(-1) for lost, _ in cases])
+    assert distance_NBT.min(0).max() < 1e-5
+    missing_BT = np.array([count for _, count in cases])[distance_NBT.argmin(0)]
+    assert 0 < int(dropped) == missing_BT.sum() < rest[-1].sum()
