@@ -89,20 +89,30 @@ def test_ragged_equals_one_device(name, preference, monkeypatch):
 
 @pytest.mark.parametrize("exchange", ["bucket", "ragged"])
 def test_what_overflows_is_counted_and_spoils_nothing(exchange, monkeypatch):
-    """Most choose expert 3 of 8 on four devices; the device that holds 2 and 3 lacks room for all.
+    """Most choose expert 3 of 8 on four devices, and the device that holds it lacks room for all.
 
-    Each token has all of its output but what it lost to those two, and the losses are as many as were counted.
+    Each token has all of its output but that of the choices it lost, and those are as many as were counted.
     """
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", written_out)
     weights, *rest = problem(2.0)
     (got, dropped), _ = applied(on_mesh({"expert": 4}, exchange, 1.0), weights, *rest)
 
-    def without(*lost):
-        down = weights.down_EFD * ~np.isin(np.arange(8), lost)[:, None, None]
+    def only(expert):
+        down = weights.down_EFD * (np.arange(8) == expert)[:, None, None]
         return applied(apply_experts, dataclasses.replace(weights, down_EFD=down), *rest)[0][0]
 
-    cases = [((), 0), ((3,), 1), ((2,), 1), ((2, 3), 2)]
-    distance_NBT = np.stack([np.abs(got - without(*lost)).max(-1) for lost, _ in cases])
+    of_experts_BTED = np.stack([only(expert) for expert in range(8)], axis=2)
+    first, second = (of_experts_BTED[place] for place in _chosen(rest[1]))
+    cases = [(first + second, 0), (first, 1), (second, 1), (0 * first, 2)]
+    distance_NBT = np.stack([np.abs(got - kept).max(-1) for kept, _ in cases])
     assert distance_NBT.min(0).max() < 1e-5
-    missing_BT = np.array([count for _, count in cases])[distance_NBT.argmin(0)]
-    assert 0 < int(dropped) == missing_BT.sum() < rest[-1].sum()
+    valid_BT = np.asarray(rest[-1])
+    missing_BT = np.array([count for _, count in cases])[distance_NBT.argmin(0)] * valid_BT
+    assert 0 < int(dropped) == missing_BT.sum() < valid_BT.sum()
+
+
+def _chosen(logits_BTE):
+    """Indices into [B, T, E] of every token's first and second choice."""
+    order_BTE = np.argsort(-logits_BTE, axis=-1)
+    rows, tokens = np.indices(order_BTE.shape[:2])
+    return [(rows, tokens, order_BTE[..., k]) for k in range(2)]
