@@ -37,6 +37,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// work directories and sources
         "tpu-compile": ["libtpu"],  # the TPU compiler: `gpt4moe compile` needs no TPU
         "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "beartype>=0.19"],
     },

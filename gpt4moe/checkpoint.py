@@ -27,7 +27,7 @@ from etils import epath
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
-from gpt4moe.config.check import require
+from gpt4moe.config.check import one_line, require
 from gpt4moe.config.mesh import NO_SUPERBLOCK
 from gpt4moe.parallel import placement
 
@@ -290,7 +290,7 @@ def _cause(error: BaseException) -> str:
     """The operating system's own words where the error holds them, else its first line."""
     text = str(error)
     known = re.search(r"No space left on device( \(.*\))?|File too large|Permission denied|Disk quota exceeded", text)
-    return known[0] if known else (text.splitlines() or [type(error).__name__])[0]
+    return known[0] if known else one_line(error)
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

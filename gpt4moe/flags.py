@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from gpt4moe.config.compile import PROGRAMS
 from gpt4moe.config.sampling import SamplingConfig
 
 CALLER_MISTAKE = 2
@@ -38,6 +40,10 @@ def _gin_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gin_file", action="append", default=[], metavar="F", help="gin file; may be repeated")
     paths = "folders of gin files and of your own modules"
     parser.add_argument("--gin_search_paths", type=_comma_list, default=[], metavar="A,B", help=paths)
+    _cpu_devices_flag(parser)
+
+
+def _cpu_devices_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu_devices", type=_positive, metavar="N", help="emulate N CPU devices, per process")
 
 
@@ -70,6 +76,11 @@ def _job_flags(parser: argparse.ArgumentParser) -> None:
 def _trained_flags(parser: argparse.ArgumentParser) -> None:
     _workdir_flag(parser)
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
+    mesh = "lay the model over devices, e.g. tensor=4,stage=2; -1: the rest of them (default: one device)"
+    parser.add_argument("--mesh", type=_axis_sizes, default=(), metavar="AXIS=N,...", help=mesh)
+    uneven = "superblocks of each pipeline stage, e.g. 7,8, where they are not equal"
+    parser.add_argument("--stage_layers", type=_counts, metavar="N,...", help=uneven)
+    _cpu_devices_flag(parser)
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +100,15 @@ def _prepare_flags(parser: argparse.ArgumentParser) -> None:
     _gin_flags(parser)
     _workdir_flag(parser)
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: by size, at most the cores)")
+
+
+def _compile_flags(parser: argparse.ArgumentParser) -> None:
+    _gin_flags(parser)
+    machine = "v5p:8x16x16, v6e:16x16, ...: a TPU and its torus; cpu:8: emulated devices (default: the run file's)"
+    parser.add_argument("--topology", type=_folder, metavar="NAME", help=machine)
+    parser.add_argument("--slices", type=_positive, metavar="N", help="tori joined by the data-centre network")
+    program = "one training step, or the decode loop (default: %(default)s)"
+    parser.add_argument("--program", choices=PROGRAMS, default=PROGRAMS[0], help=program)
 
 
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +134,17 @@ def _folder(text: str) -> str:
     return text
 
 
+def _axis_sizes(text: str) -> tuple[tuple[str, int], ...]:
+    pairs = [item.partition("=") for item in _comma_list(text)]
+    if not pairs or not all(axis and re.fullmatch(r"-1|\d+", size) for axis, _, size in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form AXIS=N,AXIS=N")
+    return tuple((axis, int(size)) for axis, _, size in pairs)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(item) for item in text.split(","))
+
+
 def _comma_list(text: str) -> list[str]:
     return [item for item in text.split(",") if item]
 
@@ -124,6 +155,7 @@ COMMANDS = {
     "generate": Flags("continue prompts with a trained model", _generate_flags),
     "prepare": Flags("tokenise the sources of a run ahead of time; resumable", _prepare_flags),
     "report": Flags("write report.html of a work directory", _workdir_flag),
+    "compile": Flags("compile a run for a machine that is not here: bytes, FLOPs, collectives", _compile_flags),
     "inspect": Flags("count parameters, FLOPs and bytes of a gin file", _gin_flags),
     "doctor": Flags("look at devices, versions, memory and disk; say whether a model fits", _doctor_flags),
 }

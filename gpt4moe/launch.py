@@ -1,34 +1,29 @@
-"""The `gpt4moe` command: parse gin, build one configuration, check it, save it, call.
+"""The `gpt4moe` command: build one configuration, check it, call, print what came of it.
 
-The only file that imports gin. Exit codes: 0 done, 2 the caller's mistake (one line on stderr), 1 a fault of ours or
-of the machine, 3 stopped on request and resumable.
+Exit codes: 0 done, 2 the caller's mistake (one line on stderr), 1 a fault of ours or of the machine, 3 stopped on
+request and resumable.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
-import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
 import json
-import logging
 import os
-import pathlib
-import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt4moe import flags, process
-from gpt4moe.config.check import CallerError, RunError, require
+from gpt4moe.config.check import CallerError, RunError, one_line
+from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.sampling import SamplingConfig
+from gpt4moe.configure import build_compile, build_model, build_run, saved_run
 
 DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, flags.CALLER_MISTAKE, 3
 MISTAKES = (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 FAULTS = (OSError, RunError)
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,181 +50,25 @@ def _explain(command: str, error: BaseException) -> int:
         return STOPPED
     if not isinstance(error, (*MISTAKES, *FAULTS)) or os.environ.get("GPT4MOE_TRACEBACK"):
         raise error
-    print(f"gpt4moe {command}: {_one_line(error)}", file=sys.stderr)
+    print(f"gpt4moe {command}: {one_line(error)}", file=sys.stderr)
     return CALLER_MISTAKE if isinstance(error, MISTAKES) else FAULT
 
 
-def load(workdir: str | os.PathLike, *, step: int | None = None):
+def load(workdir: str | os.PathLike, *, step: int | None = None, mesh: MeshConfig | None = None):
     """Returns the model, tokenizer and configuration of a trained run.
 
     Args:
       workdir: the run's work directory, local or in an object store.
       step: which checkpoint (None: the latest).
+      mesh: devices to lay the model over, whatever it was trained on (None: the default device).
 
     Returns:
       A `gpt4moe.infer.trained.Trained` with `model`, `tokenizer`, `config`, `step`.
     """
     from gpt4moe.infer import trained
 
-    run, _ = _saved_run(workdir)
-    return trained.restore(run, workdir, step=step)
-
-
-# ---------------------------------------------------------------------------------------------------- gin
-
-
-def build_run(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()) -> tuple:
-    """Returns (`RunConfig`, operative gin text) of a run file; raises on macros and overrides that nothing reads."""
-    import gin
-
-    from gpt4moe.config.run import RunConfig
-
-    _parse(gin_files, overrides, search_paths)
-    config = _construct(RunConfig, gin_files)
-    _refuse_unread(_names(overrides), _is_operative)
-    return config, gin.operative_config_str()
-
-
-def build_model(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()):
-    """Returns the `ModelConfig` of a model file, or of the run file that includes one."""
-    from gpt4moe.config.model import ModelConfig
-
-    _parse(gin_files, overrides, search_paths)
-    config = _construct(ModelConfig, gin_files)
-    _refuse_unread(_names(overrides), _is_referenced)
-    return config
-
-
-def _parse(gin_files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str]) -> None:
-    import gin
-
-    require(bool(gin_files), "--gin_file", None, "must be given", "e.g. --gin_file=gin_configs/run/quickstart.gin")
-    gin.clear_config()
-    for path in (*search_paths, os.getcwd(), str(ROOT)):
-        if path not in gin.config._LOCATION_PREFIXES:
-            gin.add_config_file_search_path(path)
-        if path not in sys.path:  # the user's own routers, sources and optimizers are imported from there
-            sys.path.append(path)
-    logging.getLogger().addFilter(_not_gin_search)
-    for gin_file in gin_files:
-        try:
-            gin.parse_config_file(gin_file)
-        except Exception as error:
-            raise CallerError(f"--gin_file={gin_file}: {_one_line(error)}") from error
-    _refuse_unread(_macros(), _is_referenced)
-    for override in overrides:
-        _parse_override(gin, override)
-
-
-def _parse_override(gin, override: str) -> None:
-    name, equals, value = override.partition("=")
-    require(bool(equals and name), "--gin", override, "must have the form --gin.NAME=VALUE")
-    try:
-        gin.parse_config(f"{name} = {value}")
-    except SyntaxError as error:
-        mend = f"quote strings: --gin.{name}=\"'{value}'\""
-        raise CallerError(f"--gin.{name}={value} is not a Python literal; {mend}") from error
-    except Exception as error:
-        raise CallerError(f"--gin.{override}: {_one_line(error)}{_near(name)}") from error
-
-
-def _construct(config_type: type, gin_files: Sequence[str]) -> Any:
-    import gin
-
-    require(_is_bound(config_type), "--gin_file", gin_files, f"configure no {config_type.__name__}", "give a run file")
-    try:
-        return gin.get_configurable(config_type)()
-    except Exception as error:
-        raise CallerError(_one_line(error)) from error
-
-
-def _names(overrides: Sequence[str]) -> list[str]:
-    return [override.partition("=")[0].strip() for override in overrides]
-
-
-def _refuse_unread(names: Sequence[str], is_read: Callable[[str], bool]) -> None:
-    """gin takes a misspelt macro for a new one that nothing uses, and says nothing: we refuse it."""
-    for name in names:
-        if not is_read(name):
-            raise CallerError(f"{name} is set but read by nothing in this configuration{_near(name)}")
-
-
-def _is_operative(name: str) -> bool:
-    """Whether building the configuration used this macro or parameter."""
-    import gin
-
-    operative = gin.config._OPERATIVE_CONFIG
-    if "." not in name:
-        return (name, "gin.macro") in operative
-    scoped, _, parameter = name.rpartition(".")
-    scope, _, selector = scoped.rpartition("/")
-    return any(
-        parameter in values and used.endswith(selector) and used_scope == (scope or used_scope)
-        for (used_scope, used), values in operative.items()
-    )
-
-
-def _is_referenced(name: str) -> bool:
-    """Whether any binding of the gin files refers to this macro (an override may have cut it off since)."""
-    import gin
-
-    return "." in name or re.search(rf"%{re.escape(name)}\b", gin.config_str()) is not None
-
-
-def _near(name: str) -> str:
-    """`; did you mean ...?` with the macros and parameters whose names are near."""
-    import gin
-
-    known = set(_macros())
-    for _, selector in gin.config._CONFIG:
-        config_type = _library_type(selector)
-        fields = dataclasses.fields(config_type) if config_type else ()
-        known.update(f"{selector.removeprefix('gpt4moe.config.')}.{field.name}" for field in fields)
-    close = difflib.get_close_matches(name, sorted(known - {name}), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known macros: {', '.join(_macros())}"
-
-
-def _library_type(selector: str) -> type | None:
-    """The configuration class behind a gin selector; None for a macro or a function of the user's."""
-    module, _, name = selector.rpartition(".")
-    return getattr(sys.modules[module], name) if module.startswith("gpt4moe.config.") else None
-
-
-def _macros() -> list[str]:
-    import gin
-
-    return sorted(scope for scope, selector in gin.config._CONFIG if selector == "gin.macro")
-
-
-def _is_bound(config_type: type) -> bool:
-    import gin
-
-    name = f"{config_type.__module__}.{config_type.__name__}"
-    return any(selector == name for _, selector in gin.config._CONFIG)
-
-
-def _saved_run(workdir: str | os.PathLike) -> tuple:
-    from etils import epath
-
-    saved = epath.Path(os.fspath(workdir)) / "config.gin"
-    require(saved.exists(), "--workdir", os.fspath(workdir), "holds no run (no config.gin)", "train there first")
-    with tempfile.TemporaryDirectory() as folder:  # gin opens local files only
-        local = pathlib.Path(folder) / "config.gin"
-        local.write_text(saved.read_text())
-        return build_run([str(local)])
-
-
-def _not_gin_search(record: logging.LogRecord) -> bool:
-    """gin logs every folder in which a file was not found, before it raises the error that says so."""
-    return not record.getMessage().startswith("Path not found")
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-# ----------------------------------------------------------------------------------------------- commands
+    run, _ = saved_run(workdir)
+    return trained.restore(run, workdir, step=step, mesh=mesh)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -299,8 +138,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from gpt4moe.infer import trained
     from gpt4moe.train import evaluate
 
-    run, _ = _saved_run(args.workdir)
-    model = trained.restore(run, args.workdir, step=args.step)
+    run, _ = saved_run(args.workdir)
+    mesh = _mesh(args).for_generation()
+    run = dataclasses.replace(run, mesh=mesh)  # evaluation lays its batches over it
+    model = trained.restore(run, args.workdir, step=args.step, mesh=mesh)
     evaluation = evaluate.evaluate_trained(model.model, run, args.workdir, step=model.step)
     _print(args, evaluate.to_document(evaluation), lambda _: evaluate.format_evaluation(evaluation))
     return DONE
@@ -311,11 +152,15 @@ def _generate(args: argparse.Namespace) -> int:
     sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
     from gpt4moe.infer.generate import generate
 
-    trained = load(args.workdir, step=args.step)
+    trained = load(args.workdir, step=args.step, mesh=_mesh(args))
     generations, timing = generate(trained.model, trained.tokenizer, args.prompt or [""], sampling)
     document = {"step": trained.step, "samples": [_plain(item) for item in generations], "timing": _plain(timing)}
     _print(args, document, lambda _: "\n\n".join(item.prompt + item.text for item in generations))
     return DONE
+
+
+def _mesh(args: argparse.Namespace) -> MeshConfig:
+    return MeshConfig(args.mesh, stage_layers=args.stage_layers)
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -333,6 +178,16 @@ def _report(args: argparse.Namespace) -> int:
 
     page = write_report(args.workdir)
     _print(args, {"report": str(page)}, lambda _: f"report: {page}")
+    return DONE
+
+
+def _compile(args: argparse.Namespace) -> int:
+    given = {"topology": args.topology, "slices": args.slices}
+    run, config = build_compile(args.gin_file, args.overrides, args.gin_search_paths, **given)
+    from gpt4moe.plan import compile as compiling
+
+    _progress(f"compiling {args.program} for {config.topology}: half a minute to ten minutes, by the program's size")
+    _print(args, compiling.examine(run, config, args.program), compiling.format_document)
     return DONE
 
 
@@ -370,6 +225,7 @@ COMMANDS = {
     "generate": _generate,
     "prepare": _prepare,
     "report": _report,
+    "compile": _compile,
     "inspect": _inspect,
     "doctor": _doctor,
 }

@@ -4,7 +4,8 @@ import pathlib
 import re
 
 import gpt4moe
-from gpt4moe.launch import build_run, main
+from gpt4moe.configure import build_run
+from gpt4moe.launch import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,8 @@ import textwrap
 import pytest
 
 from gpt4moe.config.check import CallerError
-from gpt4moe.launch import build_model, build_run, main
+from gpt4moe.configure import build_model, build_run
+from gpt4moe.launch import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUN_FILES = sorted(path for path in (ROOT / "gin_configs/run").glob("*.gin") if path.stem != "whole")

@@ -17,7 +17,7 @@ RANKS = {
     "checkpoint": 3,
     **dict.fromkeys(("train", "infer"), 4),
     **dict.fromkeys(("serve", "interop", "plan", "sweep", "analysis"), 5),
-    **dict.fromkeys(("flags", "launch"), 6),
+    **dict.fromkeys(("configure", "flags", "launch"), 6),
 }
 STANDARD_LIBRARY_ONLY = ("config", "accounting")
 TOP_LEVEL = {
@@ -52,7 +52,11 @@ def test_imports_only_lower_ranks_or_its_own_folder(path):
         if parts[0] != "gpt4moe" or len(parts) < 2 or parts[1] not in RANKS:
             continue
         lower = RANKS[parts[1]] < RANKS[folder]
-        counts_configs = (folder, parts[1]) in {("accounting", "config"), ("launch", "flags")}  # one rank, one way
+        counts_configs = (folder, parts[1]) in {
+            ("accounting", "config"),
+            ("launch", "flags"),
+            ("launch", "configure"),
+        }  # one rank, one way
         assert lower or parts[1] == folder or counts_configs, f"{path.relative_to(ROOT)} ({folder}) imports {name}"
 
 
@@ -67,9 +71,9 @@ def test_configuration_and_accounting_import_the_standard_library_only(folder):
 
 
 @pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=str)
-def test_only_launch_imports_gin(path):
+def test_one_file_imports_gin(path):
     importers = [name for name in _imports(path) if name.split(".")[0] == "gin"]
-    assert not importers or path == PACKAGE / "launch.py"
+    assert not importers or path == PACKAGE / "configure.py"
 
 
 @pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=str)

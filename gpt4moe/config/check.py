@@ -19,6 +19,12 @@ def require(condition: bool, setting: str, value: object, constraint: str, mend:
         raise CallerError(f"{setting}={value!r} {constraint}" + (f"; {mend}" if mend else ""))
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the first line of what an error says, its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def require_positive(setting: str, value: int | float | None) -> None:
     """Raises unless `value` is a finite number above zero."""
     require(_is_number(value) and value > 0, setting, value, "must be a number above 0")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from gpt4moe.config.check import CallerError, require
+from gpt4moe.config.check import CallerError, one_line, require
 from gpt4moe.data.documents import BadRecord, Document
 from gpt4moe.data.readers import READERS, Reader, read_errors
 
@@ -117,5 +117,4 @@ def _row_group_edges(path: str, size: int, target_bytes: int) -> list[int]:
 
 
 def _unreadable(path: str, error: BaseException) -> CallerError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CallerError(f"paths={path!r} cannot be read: {reason}; check, replace or leave out the file")
+    return CallerError(f"paths={path!r} cannot be read: {one_line(error)}; check, replace or leave out the file")

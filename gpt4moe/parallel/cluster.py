@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from gpt4moe.config.check import CallerError, require
+from gpt4moe.config.check import CallerError, one_line, require
 
 # The number of a pod in an indexed job, and what marks the processes that JAX finds without asking Kubernetes.
 POD_INDEX = "JOB_COMPLETION_INDEX"
@@ -66,8 +66,7 @@ def _detected() -> Cluster | None:
     try:
         coordinator, num_processes, process_id, devices = detect(None, None, None, None, None, DETECTION_SECONDS)
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CallerError(f"the cluster around this process cannot be read ({reason}); {MEND}") from error
+        raise CallerError(f"the cluster around this process cannot be read ({one_line(error)}); {MEND}") from error
     if coordinator is None:
         index = os.environ.get(POD_INDEX) if in_pod else None
         require(index is None, POD_INDEX, index, "speaks of other pods, which only package kubernetes can find", MEND)

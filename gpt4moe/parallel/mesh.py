@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from gpt4moe.config.check import CallerError, require
+from gpt4moe.config.check import CallerError, one_line, require
 from gpt4moe.config.mesh import MESH_AXES, MeshConfig
 
 
@@ -59,8 +59,8 @@ def _network_order(
             fast, slow, devices, process_is_granule=parts != slices, allow_split_physical_axes=True
         )
     except (NotImplementedError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CallerError(f"MESH={dict(config.axes)!r} does not fit the network of these devices: {reason}") from error
+        constraint = f"does not fit the network of these devices: {one_line(error)}"
+        raise CallerError(f"MESH={dict(config.axes)!r} {constraint}") from error
 
 
 def _count(devices: list[jax.Device], attribute: str) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax._src import distributed
 
-from gpt4moe.config.check import CallerError, RunError, require
+from gpt4moe.config.check import CallerError, RunError, one_line, require
 from gpt4moe.parallel.cluster import Cluster
 from gpt4moe.parallel.watch import FAULT, Watch
 
@@ -183,7 +183,7 @@ def _leave(error: BaseException, watch: Watch, explain: Callable[[BaseException]
         code = FAULT
     sys.stdout.flush()
     sys.stderr.flush()
-    watch.tell_failure(code, next(iter(str(error).splitlines()), type(error).__name__))
+    watch.tell_failure(code, one_line(error))
     os._exit(code)
 
 

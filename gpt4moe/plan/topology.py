@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
-from gpt4moe.config.check import CallerError, require
+from gpt4moe.config.check import CallerError, one_line, require
 from gpt4moe.config.compile import CompileConfig
 
 # The TPU library looks for the machine it runs on; on one without a TPU these tell it not to. Any TPU's name will do:
@@ -69,5 +69,4 @@ def _torus(config: CompileConfig) -> list[jax.Device]:
         slices = {"num_slices": config.slices} if config.slices > 1 else {}
         return topologies.get_topology_desc(platform="tpu", topology_name=config.topology, **slices).devices
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CallerError(f"topology={config.topology!r} is refused by the TPU compiler: {reason}") from error
+        raise CallerError(f"topology={config.topology!r} is refused by the TPU compiler: {one_line(error)}") from error

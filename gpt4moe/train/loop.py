@@ -38,6 +38,10 @@ from gpt4moe.train.stop import StopRequest
 from gpt4moe.types import Batch
 
 
+# The progress bar's pace where stderr is a file, a job's log say.
+SECONDS_BETWEEN_LOG_LINES = 30
+
+
 class SkipLimitError(RunError):
     """Too many steps in a row had a non-finite loss or gradient; a checkpoint of finite parameters was saved."""
 
@@ -115,8 +119,7 @@ def train(
     run.check_sizes(dict(mesh.shape))
     abstract = train_state.abstract_state(run, mesh)
     batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))
-    metrics.refuse_second_trainer(workdir)
-    _require_one_job(workdir, config_text)
+    _require_one_trainer(workdir, config_text)
     slots = train_state.run_layout(run, mesh).slots
     progress = resume.saved_progress(run, workdir, abstract, allow_change=allow_config_change, layer_order=slots)
     with multihost.first_process_first("tokens"):
@@ -128,8 +131,7 @@ def train(
         at = _first_position(run, workdir, abstract, progress, slots)
         log = stack.enter_context(metrics.MetricsLog(workdir, keep_to_step=at.step))
         if show_progress:
-            _say_what_is_read(run, store, rows)
-            _say("compiling the training step")
+            _say_what_begins(run, store, rows)
         step = _compile(run, len(store.source_names), abstract, batch)
         bar = stack.enter_context(_progress_bar(run, at, show_progress))
         parts = Parts(
@@ -242,8 +244,9 @@ def _give_up(parts: Parts, at: Position) -> NoReturn:
     )
 
 
-def _require_one_job(workdir: epath.Path, config_text: str) -> None:
-    """Raises `CallerError` unless every process was given the same configuration and sees the same checkpoints."""
+def _require_one_trainer(workdir: epath.Path, config_text: str) -> None:
+    """Raises `CallerError` where another run trains in `workdir`, or processes of this one differ in what they see."""
+    metrics.refuse_second_trainer(workdir)
     multihost.require_same("configuration", hashlib.blake2b(config_text.encode(), digest_size=8).hexdigest())
     multihost.require_same(f"steps saved in {workdir}", checkpoint.saved_steps(workdir))
 
@@ -303,7 +306,7 @@ def _describe(workdir: epath.Path, config_text: str, store: pipeline.TokenStore)
     metrics.write_atomically(workdir / "environment.json", json.dumps(metrics.environment(), indent=2) + "\n")
 
 
-def _say_what_is_read(run: RunConfig, store: pipeline.TokenStore, rows: pipeline.TrainRows) -> None:
+def _say_what_begins(run: RunConfig, store: pipeline.TokenStore, rows: pipeline.TrainRows) -> None:
     for name, packing in rows.packing().items():
         tokens = f"{store.num_tokens(name, 'train'):,} tokens in {packing['rows']:,} rows, {packing['fill']:.1%} full"
         _say(f"source {name}: {tokens}, {packing['split_documents']:,} documents longer than a row")
@@ -313,6 +316,7 @@ def _say_what_is_read(run: RunConfig, store: pipeline.TokenStore, rows: pipeline
             f"the sources end after {there:,} tokens, before the {planned:,} that the learning rate is planned for: "
             "raise max_epochs or lower TOKEN_BUDGET"
         )
+    _say("compiling the training step")
 
 
 def _say(line: str) -> None:
@@ -324,4 +328,7 @@ def _say(line: str) -> None:
 def _progress_bar(run: RunConfig, at: Position, shown: bool) -> tqdm.tqdm:
     total, hidden = schedule.planned_tokens(run.train), not shown or jax.process_index() > 0
     form = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} tokens, {elapsed}<{remaining}{postfix}"
-    return tqdm.tqdm(total=total, initial=at.tokens, unit_scale=True, disable=hidden, bar_format=form)
+    every = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LOG_LINES
+    return tqdm.tqdm(
+        total=total, initial=at.tokens, unit_scale=True, disable=hidden, bar_format=form, mininterval=every
+    )

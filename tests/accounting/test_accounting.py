@@ -8,7 +8,7 @@ from gpt4moe.accounting import chips, flops, memory, parameters, summary
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
-from gpt4moe.launch import build_model
+from gpt4moe.configure import build_model
 
 
 def small(**changes) -> ModelConfig:

@@ -7,7 +7,7 @@ import pytest
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.mesh import NO_SUPERBLOCK, MeshConfig
 from gpt4moe.config.rules import ShardingRules
-from gpt4moe.launch import build_run
+from gpt4moe.configure import build_run
 from tests.config.test_config import MODEL, RUN
 
 STAGE2, STAGE4 = {"stage": 2}, {"stage": 4}

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from gpt4moe.launch import build_run
+from gpt4moe.configure import build_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "gin_configs/mesh").glob("*.gin"))

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks import scale
-from gpt4moe.launch import build_run
+from gpt4moe.configure import build_run
 
 RESULTS = scale.read_results()
 

@@ -1,0 +1,190 @@
+"""The gin edge: files and overrides in, frozen configurations out; the only file that imports gin.
+
+A name that nothing reads is an error here, and so is every value that a configuration refuses: `CallerError`, in one
+line that names what was typed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
+import logging
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gpt4moe.config.check import CallerError, one_line, require
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def build_run(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()) -> tuple:
+    """Returns (`RunConfig`, operative gin text) of a run file; raises on macros and overrides that nothing reads."""
+    import gin
+
+    from gpt4moe.config.run import RunConfig
+
+    _parse(gin_files, overrides, search_paths)
+    config = _construct(RunConfig, gin_files)
+    _refuse_unread(_names(overrides), _is_operative)
+    return config, gin.operative_config_str()
+
+
+def build_compile(
+    gin_files: Sequence[str],
+    overrides: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    *,
+    topology: str | None = None,
+    slices: int | None = None,
+) -> tuple:
+    """Returns (`RunConfig`, `CompileConfig`) of a run file; `topology` and `slices` go before what the file binds."""
+    from gpt4moe.config.compile import CompileConfig
+    from gpt4moe.config.run import RunConfig
+
+    _parse(gin_files, overrides, search_paths)
+    run = _construct(RunConfig, gin_files)
+    config = _construct(CompileConfig, gin_files) if _is_bound(CompileConfig) else CompileConfig()
+    _refuse_unread(_names(overrides), _is_operative)
+    given = {name: value for name, value in (("topology", topology), ("slices", slices)) if value is not None}
+    return run, dataclasses.replace(config, **given)
+
+
+def build_model(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()):
+    """Returns the `ModelConfig` of a model file, or of the run file that includes one."""
+    from gpt4moe.config.model import ModelConfig
+
+    _parse(gin_files, overrides, search_paths)
+    config = _construct(ModelConfig, gin_files)
+    _refuse_unread(_names(overrides), _is_referenced)
+    return config
+
+
+def saved_run(workdir: str | os.PathLike) -> tuple:
+    """Returns (`RunConfig`, operative gin text) of a work directory; raises where it holds no run."""
+    from etils import epath
+
+    saved = epath.Path(os.fspath(workdir)) / "config.gin"
+    require(saved.exists(), "--workdir", os.fspath(workdir), "holds no run (no config.gin)", "train there first")
+    with tempfile.TemporaryDirectory() as folder:  # gin opens local files only
+        local = pathlib.Path(folder) / "config.gin"
+        local.write_text(saved.read_text())
+        return build_run([str(local)])
+
+
+def _parse(gin_files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str]) -> None:
+    import gin
+
+    require(bool(gin_files), "--gin_file", None, "must be given", "e.g. --gin_file=gin_configs/run/quickstart.gin")
+    gin.clear_config()
+    for path in (*search_paths, os.getcwd(), str(ROOT)):
+        if path not in gin.config._LOCATION_PREFIXES:
+            gin.add_config_file_search_path(path)
+        if path not in sys.path:  # the user's own routers, sources and optimizers are imported from there
+            sys.path.append(path)
+    logging.getLogger().addFilter(_not_gin_search)
+    for gin_file in gin_files:
+        try:
+            gin.parse_config_file(gin_file)
+        except Exception as error:
+            raise CallerError(f"--gin_file={gin_file}: {one_line(error)}") from error
+    _refuse_unread(_macros(), _is_referenced)
+    for override in overrides:
+        _parse_override(gin, override)
+
+
+def _parse_override(gin, override: str) -> None:
+    name, equals, value = override.partition("=")
+    require(bool(equals and name), "--gin", override, "must have the form --gin.NAME=VALUE")
+    try:
+        gin.parse_config(f"{name} = {value}")
+    except SyntaxError as error:
+        mend = f"quote strings: --gin.{name}=\"'{value}'\""
+        raise CallerError(f"--gin.{name}={value} is not a Python literal; {mend}") from error
+    except Exception as error:
+        raise CallerError(f"--gin.{override}: {one_line(error)}{_near(name)}") from error
+
+
+def _construct(config_type: type, gin_files: Sequence[str]) -> Any:
+    import gin
+
+    require(_is_bound(config_type), "--gin_file", gin_files, f"configure no {config_type.__name__}", "give a run file")
+    try:
+        return gin.get_configurable(config_type)()
+    except Exception as error:
+        raise CallerError(one_line(error)) from error
+
+
+def _names(overrides: Sequence[str]) -> list[str]:
+    return [override.partition("=")[0].strip() for override in overrides]
+
+
+def _refuse_unread(names: Sequence[str], is_read: Callable[[str], bool]) -> None:
+    """gin takes a misspelt macro for a new one that nothing uses, and says nothing: we refuse it."""
+    for name in names:
+        if not is_read(name):
+            raise CallerError(f"{name} is set but read by nothing in this configuration{_near(name)}")
+
+
+def _is_operative(name: str) -> bool:
+    """Whether building the configuration used this macro or parameter."""
+    import gin
+
+    operative = gin.config._OPERATIVE_CONFIG
+    if "." not in name:
+        return (name, "gin.macro") in operative
+    scoped, _, parameter = name.rpartition(".")
+    scope, _, selector = scoped.rpartition("/")
+    return any(
+        parameter in values and used.endswith(selector) and used_scope == (scope or used_scope)
+        for (used_scope, used), values in operative.items()
+    )
+
+
+def _is_referenced(name: str) -> bool:
+    """Whether any binding of the gin files refers to this macro (an override may have cut it off since)."""
+    import gin
+
+    return "." in name or re.search(rf"%{re.escape(name)}\b", gin.config_str()) is not None
+
+
+def _near(name: str) -> str:
+    """`; did you mean ...?` with the macros and parameters whose names are near."""
+    import gin
+
+    known = set(_macros())
+    for _, selector in gin.config._CONFIG:
+        config_type = _library_type(selector)
+        fields = dataclasses.fields(config_type) if config_type else ()
+        known.update(f"{selector.removeprefix('gpt4moe.config.')}.{field.name}" for field in fields)
+    close = difflib.get_close_matches(name, sorted(known - {name}), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known macros: {', '.join(_macros())}"
+
+
+def _library_type(selector: str) -> type | None:
+    """The configuration class behind a gin selector; None for a macro or a function of the user's."""
+    module, _, name = selector.rpartition(".")
+    return getattr(sys.modules[module], name) if module.startswith("gpt4moe.config.") else None
+
+
+def _macros() -> list[str]:
+    import gin
+
+    return sorted(scope for scope, selector in gin.config._CONFIG if selector == "gin.macro")
+
+
+def _is_bound(config_type: type) -> bool:
+    import gin
+
+    name = f"{config_type.__module__}.{config_type.__name__}"
+    return any(selector == name for _, selector in gin.config._CONFIG)
+
+
+def _not_gin_search(record: logging.LogRecord) -> bool:
+    """gin logs every folder in which a file was not found, before it raises the error that says so."""
+    return not record.getMessage().startswith("Path not found")
