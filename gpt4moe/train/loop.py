@@ -37,7 +37,6 @@ from gpt4moe.train.step import make_step
 from gpt4moe.train.stop import StopRequest
 from gpt4moe.types import Batch
 
-
 # The progress bar's pace where stderr is a file, a job's log say.
 SECONDS_BETWEEN_LOG_LINES = 30
 
