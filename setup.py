@@ -38,8 +38,15 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// work directories and sources
-        "tpu-compile": ["libtpu"],  # the TPU compiler: `gpt4moe compile` needs no TPU
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12", "beartype>=0.19"],
+        "tpu-compile": ["libtpu>=0.0.52"],  # the TPU compiler: `gpt4moe compile` needs no TPU
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "beartype>=0.19",
+            "libtpu>=0.0.52",
+        ],
     },
     entry_points={"console_scripts": ["gpt4moe=gpt4moe.launch:main"]},
 )

@@ -12,7 +12,7 @@ from gpt4moe.config.compile import PROGRAMS
 from gpt4moe.config.sampling import SamplingConfig
 
 CALLER_MISTAKE = 2
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS, STALL_SECONDS = 30, 1800
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,8 @@ def _job_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process_id", type=_not_negative, metavar="I", help="which of them this is, from 0")
     silence = "end the job when a process has been silent for so long (default: %(default)s)"
     parser.add_argument("--heartbeat_seconds", type=_positive, default=HEARTBEAT_SECONDS, metavar="S", help=silence)
+    stall = "end the job when a process lives but its work stands still for so long (default: %(default)s)"
+    parser.add_argument("--stall_seconds", type=_positive, default=STALL_SECONDS, metavar="S", help=stall)
 
 
 def _trained_flags(parser: argparse.ArgumentParser) -> None:

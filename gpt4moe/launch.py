@@ -77,7 +77,8 @@ def _train(args: argparse.Namespace) -> int:
 
     together = cluster.find_cluster(args.coordinator, args.num_processes, args.process_id)
     explain = functools.partial(_explain, "train")
-    with multihost.job(together, prefix="gpt4moe train: ", heartbeat_seconds=args.heartbeat_seconds, explain=explain):
+    limits = {"heartbeat_seconds": args.heartbeat_seconds, "stall_seconds": args.stall_seconds}
+    with multihost.job(together, prefix="gpt4moe train: ", explain=explain, **limits):
         return _train_here(args, run, text, is_first=together is None or together.process_id == 0)
 
 
@@ -186,8 +187,7 @@ def _compile(args: argparse.Namespace) -> int:
     run, config = build_compile(args.gin_file, args.overrides, args.gin_search_paths, **given)
     from gpt4moe.plan import compile as compiling
 
-    _progress(f"compiling {args.program} for {config.topology}: half a minute to ten minutes, by the program's size")
-    _print(args, compiling.examine(run, config, args.program), compiling.format_document)
+    _print(args, compiling.examine(run, config, args.program, _progress), compiling.format_document)
     return DONE
 
 

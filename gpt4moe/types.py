@@ -5,6 +5,7 @@ A letter means one thing everywhere; a tensor's name ends in its dimensions and 
     B rows   T tokens of a row (queries)   U flattened tokens (B*T, or one routing group's)   S keys   D model
     F expert hidden   V vocabulary   N query heads   M key/value heads   H head dim   E experts   K experts per token
     C capacity   G routing groups   L layers   I images   P patches   R resampler latents
+    W microbatches of a pass   Y, Z devices along an axis, as senders and as receivers
 """
 
 from __future__ import annotations

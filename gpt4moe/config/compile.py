@@ -8,6 +8,7 @@ import re
 from gpt4moe.config.check import require, require_count, require_text
 
 PROGRAMS = ("train", "decode")
+PROMPT_LENGTH = 16  # tokens that have been read before the decode step
 WEIGHT_DTYPES = ("float32", "bfloat16")
 _FORM = re.compile(r"cpu:[1-9]\d*|v\d+[a-z]?:\d+(x\d+)*")
 
@@ -32,8 +33,8 @@ class CompileConfig:
         mend = "e.g. v5p:8x8x8, v6e:16x16 or cpu:8"
         form = self.topology is None or _FORM.fullmatch(self.topology) is not None
         require(form, "topology", self.topology, "must be a TPU with its torus, or cpu with a number", mend)
-        for name in ("slices", "decode_rows", "decode_length"):
-            require_count(name, getattr(self, name))
+        for name, least in (("slices", 1), ("decode_rows", 1), ("decode_length", PROMPT_LENGTH)):
+            require_count(name, getattr(self, name), least)
         emulated = self.topology is not None and self.topology.startswith("cpu")
         require(not emulated or self.slices == 1, "slices", self.slices, "must be 1 for emulated devices")
         dtype = self.weight_dtype

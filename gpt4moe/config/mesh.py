@@ -85,11 +85,10 @@ class MeshConfig:
 
     def for_generation(self) -> MeshConfig:
         """The same devices for tokens one by one: no axis splits a sequence, stages hold their layers in one chunk."""
-        sizes = dict(self.axes)
-        rows = sizes.pop("data", 1) * sizes.pop("context", 1)
-        axes = sizes | ({"data": rows} if rows > 1 else {})
+        axes, dcn = (_context_into_data(dict(sizes)) for sizes in (self.axes, self.dcn))
         layers = self.stage_layers if self.virtual_stages == 1 else None
-        return MeshConfig(tuple(axes.items()), stage_layers=layers, expert_exchange=self.expert_exchange)
+        given = {"stage_layers": layers, "expert_exchange": self.expert_exchange}
+        return MeshConfig(tuple(axes.items()), tuple(dcn.items()), **given)
 
     def chunk_sizes(self, num_superblocks: int, num_stages: int) -> tuple[int, ...]:
         """Superblocks of every virtual stage, in the order in which tokens pass them.
@@ -159,6 +158,13 @@ class MeshConfig:
         for name, axis in (("zero1", "data"), ("sequence_parallel", "tensor")):
             wanted, constraint = getattr(self, name), f"needs a {axis} axis above 1"
             require(not wanted or sizes[axis] > 1, name, wanted, constraint, f"set MESH's {axis} or drop {name}")
+
+
+def _context_into_data(sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes with what split a sequence splitting rows; -1, the rest, takes in any other."""
+    rows = (sizes.pop("data", 1), sizes.pop("context", 1))
+    size = -1 if -1 in rows else math.prod(rows)
+    return sizes | ({} if size == 1 else {"data": size})
 
 
 def _sizes_by_axis(setting: str, given: object) -> tuple[tuple[str, int], ...]:

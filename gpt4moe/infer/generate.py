@@ -7,7 +7,6 @@ up in powers of two, so that prompts of many lengths share few programs.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +20,10 @@ from flax import nnx
 
 from gpt4moe.config.check import require
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.infer.sampling import SamplingParams, row_keys, sample, sampling_params
-from gpt4moe.model.cache import KVCache
+from gpt4moe.infer import decode_loop
+from gpt4moe.infer.decode_loop import Request
+from gpt4moe.infer.sampling import row_keys, sampling_params
 from gpt4moe.model.transformer import Transformer
-from gpt4moe.types import Array
 
 # XLA:CPU multiplies a single bfloat16 row through a slow path, 12 to 18 times slower than two rows.
 MIN_ROWS = 2
@@ -126,32 +125,7 @@ def _generation(tokenizer: Codec, prompt: str, ids: list[int], new_ids: np.ndarr
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """Right-padded prompts [B, T], how long each is, how many tokens each may get (0: a filling row), how to draw."""
-
-    tokens_BT: Array
-    lengths_B: Array
-    limits_B: Array
-    params: SamplingParams
-    keys_B: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Decoding:
-    """The decode loop's state: step counts tokens drawn so far, ids_BT and logprobs_BT hold them (-1: none)."""
-
-    step: Array
-    last_B: Array
-    done_B: Array
-    ids_BT: Array
-    logprobs_BT: Array
-    cache: KVCache
-
-
-def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, model: Transformer) -> _Request:
+def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, model: Transformer) -> Request:
     context_length = model.config.context_length
     multiple = model.layout.row_multiple
     num_rows = -(-_bucket(len(prompt_ids), MIN_ROWS) // multiple) * multiple
@@ -162,7 +136,7 @@ def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, model: Trans
     tokens_BT = np.zeros((num_rows, min(_bucket(int(lengths_B.max()), MIN_LENGTH), context_length)), np.int32)
     for row, ids in enumerate(prompt_ids):
         tokens_BT[row, : len(ids)] = ids
-    return _Request(
+    return Request(
         tokens_BT=tokens_BT,
         lengths_B=lengths_B,
         limits_B=limits_B,
@@ -171,7 +145,7 @@ def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, model: Trans
     )
 
 
-def _lengths(request: _Request, sampling: SamplingConfig, context_length: int) -> tuple[int, int]:
+def _lengths(request: Request, sampling: SamplingConfig, context_length: int) -> tuple[int, int]:
     """Slots of the cache and width of the result, in powers of two."""
     needed = int((request.lengths_B + request.limits_B).max())
     slots = max(min(_bucket(needed, MIN_LENGTH), context_length), request.tokens_BT.shape[1])
@@ -182,15 +156,15 @@ def _bucket(size: int, least: int) -> int:
     return max(1 << (size - 1).bit_length(), least)
 
 
-def _run(model: Transformer, request: _Request, end_of_text: int, lengths: tuple[int, int]) -> tuple:
+def _run(model: Transformer, request: Request, end_of_text: int, lengths: tuple[int, int]) -> tuple:
     """((new ids, their log-probabilities), (compile, prefill, decode seconds)); arrays [B, N] on the host."""
     graphdef, state = nnx.split(model)
     num_slots, num_new = lengths
     started = time.perf_counter()
-    prefill, compiling = _compile(_prefill, graphdef, state, request, end_of_text, num_slots, num_new)
+    prefill, compiling = _compile(decode_loop.prefill, graphdef, state, request, end_of_text, num_slots, num_new)
     decoding = jax.block_until_ready(prefill(state, request, end_of_text))
     prefilled = time.perf_counter()
-    decode, seconds = _compile(_decode, graphdef, state, decoding, request, end_of_text)
+    decode, seconds = _compile(decode_loop.decode, graphdef, state, decoding, request, end_of_text)
     decoding = decode(state, decoding, request, end_of_text)
     new = (np.asarray(decoding.ids_BT), np.asarray(decoding.logprobs_BT))
     finished = time.perf_counter()
@@ -202,56 +176,3 @@ def _compile(function: Callable, *arguments) -> tuple[Callable, float]:
     started = time.perf_counter()
     program = function.lower(*arguments).compile()
     return program, time.perf_counter() - started
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_slots", "num_new"))
-def _prefill(graphdef, state, request: _Request, end_of_text: Array, num_slots: int, num_new: int) -> _Decoding:
-    """Reads the prompts into the cache and draws the first token of every row."""
-    model = nnx.merge(graphdef, state)
-    num_rows, num_tokens = request.tokens_BT.shape
-    cache = model.init_cache(num_rows, num_slots)
-    positions_BT = jnp.broadcast_to(jnp.arange(num_tokens), (num_rows, num_tokens))
-    present_BT = (positions_BT < request.lengths_B[:, None]) & (request.limits_B > 0)[:, None]
-    x_BTD, out = model(request.tokens_BT, positions_BT, present_BT.astype(jnp.int32), dropless=True, cache=cache)
-    last_BD = x_BTD[jnp.arange(num_rows), request.lengths_B - 1]
-    blank = _Decoding(
-        step=jnp.int32(0),
-        last_B=jnp.zeros(num_rows, jnp.int32),
-        done_B=request.limits_B <= 0,
-        ids_BT=jnp.full((num_rows, num_new), -1, jnp.int32),
-        logprobs_BT=jnp.zeros((num_rows, num_new), jnp.float32),
-        cache=out.cache,
-    )
-    return _draw(model.logits(last_BD), blank, request, end_of_text)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("decoding",))
-def _decode(graphdef, state, decoding: _Decoding, request: _Request, end_of_text: Array) -> _Decoding:
-    """Draws token after token until every row has finished."""
-    model = nnx.merge(graphdef, state)
-
-    def step(decoding: _Decoding) -> _Decoding:
-        positions_B1 = (request.lengths_B + decoding.step - 1)[:, None]
-        # A finished row is padding: it is neither routed to an expert nor written to the cache.
-        segment_ids_B1 = (~decoding.done_B).astype(jnp.int32)[:, None]
-        x_B1D, out = model(decoding.last_B[:, None], positions_B1, segment_ids_B1, dropless=True, cache=decoding.cache)
-        drawn = dataclasses.replace(decoding, cache=out.cache)
-        return _draw(model.logits(x_B1D[:, 0]), drawn, request, end_of_text)
-
-    return jax.lax.while_loop(lambda decoding: ~jnp.all(decoding.done_B), step, decoding)
-
-
-def _draw(logits_BV: Array, decoding: _Decoding, request: _Request, end_of_text: Array) -> _Decoding:
-    """`decoding` with one more token for every row that has not finished."""
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(request.keys_B, decoding.step)
-    ids_B, logprobs_B = sample(logits_BV, request.params, keys_B)
-    ids_B = jnp.where(decoding.done_B, -1, ids_B)
-    step = decoding.step + 1
-    return dataclasses.replace(
-        decoding,
-        step=step,
-        last_B=jnp.maximum(ids_B, 0),
-        done_B=decoding.done_B | (ids_B == end_of_text) | (step >= request.limits_B),
-        ids_BT=decoding.ids_BT.at[:, decoding.step].set(ids_B),
-        logprobs_BT=decoding.logprobs_BT.at[:, decoding.step].set(jnp.where(ids_B < 0, 0.0, logprobs_B)),
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 
-import jax
 from etils import epath
 from flax import nnx
 
@@ -18,7 +17,7 @@ from gpt4moe.data.tokenizer import Tokenizer
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.layout import make_layout
 from gpt4moe.parallel.mesh import make_mesh
-from gpt4moe.parallel.sharding import state_shardings
+from gpt4moe.parallel.sharding import laid_out_shapes, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +42,12 @@ def restore(
     step = checkpoint.latest_step(workdir) if step is None else step
     saved = checkpoint.saved_steps(workdir)
     require(step in saved, "--step", step, f"is not saved in {workdir}", f"choose one of {saved}")
-    devices = make_mesh(mesh.for_generation() if mesh else MeshConfig())
-    layout = make_layout(config.model, mesh.for_generation() if mesh else MeshConfig(), config.rules, devices)
+    over = mesh.for_generation() if mesh else MeshConfig()
+    devices = make_mesh(over)
+    layout = make_layout(config.model, over, config.rules, devices)
     blank = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0), layout=layout))
     definition, shapes = nnx.split(blank)
-    abstract = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        state_shardings(shapes, devices, config.rules),
-    )
+    abstract = laid_out_shapes(shapes, state_shardings(shapes, devices, config.rules))
     params = checkpoint.restore(workdir, step, {"params": abstract}, layer_order=layout.slots)["params"]
     tokenizer = Tokenizer((epath.Path(workdir) / TOKENIZER_FILE).read_text())
     return Trained(nnx.merge(definition, params), tokenizer, config, step, workdir)

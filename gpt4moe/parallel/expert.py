@@ -63,8 +63,7 @@ class Fold:
 def sharded_experts(spread: Spread, bucket_factor: float | None, exchange: str) -> Callable:
     """Returns `apply_experts` for a mesh; `exchange` ("bucket" or "ragged") is how dropless choices travel."""
     experts, hidden = spread.axes_of("experts"), spread.axes_of("mlp")
-    ragged = exchange == "ragged" and len(experts) == 1
-    fold = Fold(spread, experts, hidden, spread.residual, bucket_factor, ragged)
+    fold = Fold(spread, experts, hidden, spread.residual, bucket_factor, exchange == "ragged")
     return functools.partial(_apply, fold)
 
 

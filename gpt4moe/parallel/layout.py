@@ -29,17 +29,13 @@ def make_layout(model: ModelConfig, config: MeshConfig, rules: ShardingRules, me
     if mesh.size == 1:
         return ONE_DEVICE
     over = spread(mesh, config, rules)
-    for dim in ("heads", "mlp"):
-        mixed = set(over.axes_of(dim)) & {*over.rows, *over.context, "stage"}
-        constraint = f"must not share {sorted(mixed)} with rows, sequence or stages"
-        require(not mixed, f"ShardingRules[{dim!r}]", rules.axes_of(dim), constraint, f"put {dim} on tensor")
+    _require_unmixed(over)
     plain = {} if mesh.shape["stage"] == 1 else _pipeline(over, model, config)
     platform = mesh.devices.flat[0].platform
-    best = "bucket" if platform == "cpu" else "ragged"  # XLA:CPU has no ragged all-to-all
     return Layout(
         attend=sharded_attend(over, platform),
         attend_through=sharded_attend_through(over),
-        apply_experts=sharded_experts(over, config.expert_bucket_factor, config.expert_exchange or best),
+        apply_experts=sharded_experts(over, config.expert_bucket_factor, _exchange(config, over, platform)),
         cross_entropy=sharded_cross_entropy(over),
         row_multiple=math.prod(mesh.shape[axis] for axis in over.rows),
         residual=functools.partial(_residual, over),
@@ -47,10 +43,28 @@ def make_layout(model: ModelConfig, config: MeshConfig, rules: ShardingRules, me
     )
 
 
+def _require_unmixed(over: Spread) -> None:
+    """Raises `CallerError` where a sum over a dim's axes would add up different tokens."""
+    tokens = {*over.rows, *over.context}
+    for dim, taken in (("heads", {"stage"}), ("kv_heads", {"stage"}), ("mlp", {"stage"}), ("vocab", set())):
+        mixed = set(over.axes_of(dim)) & (tokens | taken)
+        constraint = f"must not share {sorted(mixed)} with rows, sequence{' or stages' if taken else ''}"
+        require(not mixed, f"ShardingRules[{dim!r}]", over.rules.axes_of(dim), constraint, f"put {dim} on tensor")
+
+
 def _pipeline(over: Spread, model: ModelConfig, config: MeshConfig) -> dict:
     slots = config.placement(model.num_moe_layers, over.mesh.shape["stage"])
     schedule = Schedule(over.mesh.shape["stage"], config.virtual_stages, slots, config.stage_microbatches)
     return {"run_layers": pipelined_layers(over, schedule), "slots": slots}
+
+
+def _exchange(config: MeshConfig, over: Spread, platform: str) -> str:
+    """How dropless choices travel; raises `CallerError` where that cannot be. XLA:CPU has no ragged all-to-all."""
+    axes, wanted = over.axes_of("experts"), config.expert_exchange
+    can = platform != "cpu" and len(axes) < 2
+    constraint = f"needs a GPU or TPU and experts on one axis; they lie on {list(axes)} of {platform} devices"
+    require(can or wanted != "ragged", "expert_exchange", wanted, constraint, 'leave it out, or set "bucket"')
+    return wanted or ("ragged" if can else "bucket")
 
 
 def _residual(over: Spread, x_BTD: Array) -> Array:

@@ -7,6 +7,7 @@ hours (tokenising), and the watch ends the job where a process is gone.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import os
@@ -25,29 +26,42 @@ from gpt4moe.config.check import CallerError, RunError, one_line, require
 from gpt4moe.parallel.cluster import Cluster
 from gpt4moe.parallel.watch import FAULT, Watch
 
+# The watch of the job that this process is part of.
+_WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watch", default=None)
 JOIN_SECONDS = 300
+GOES_ON = "the same command goes on from the last checkpoint"
 # A barrier has no time limit of its own: whoever waits in it is freed or ended by the watch.
 BARRIER_MS = 7 * 24 * 3600 * 1000
 
 
 @contextlib.contextmanager
 def job(
-    cluster: Cluster | None, *, prefix: str, heartbeat_seconds: int, explain: Callable[[BaseException], int]
+    cluster: Cluster | None,
+    *,
+    prefix: str,
+    heartbeat_seconds: int,
+    stall_seconds: int,
+    explain: Callable[[BaseException], int],
 ) -> Iterator[None]:
     """Makes this process part of `cluster` for the time of the block; None: it is alone.
 
     An error inside is told to the other processes and ends this one: `explain` prints it and gives the exit code. The
-    block of a process that finishes lasts until all have. `heartbeat_seconds` of silence of one process end all.
+    block of a process that finishes lasts until all have. `heartbeat_seconds` of silence of one process end all, and so
+    do `stall_seconds` in which one lives but does not `mark` that its work goes on.
     """
     if cluster is None:
         yield
         return
     _keep_stdout_ours()
-    with _explained_abort(cluster, prefix):
+    joined: list[int] = []
+    with _explained_abort(cluster, prefix, joined):
         _join(cluster, heartbeat_seconds)
+        joined.append(cluster.process_id)
         client = distributed.global_state.client
-        watch = Watch(client, cluster.process_id, cluster.num_processes, silence=heartbeat_seconds, prefix=prefix)
+        limits = {"silence": heartbeat_seconds, "stall": stall_seconds}
+        watch = Watch(client, cluster.process_id, cluster.num_processes, prefix=prefix, **limits)
         watch.start()
+        _WATCH.set(watch)
         try:
             yield
             wait_for_all("done")
@@ -57,17 +71,30 @@ def job(
         jax.distributed.shutdown()
 
 
+def mark(place: str, *, waiting: bool = False) -> None:
+    """Says that the work of this process has come to `place`; see `job`. Costs nothing, alone or not."""
+    watch = _WATCH.get()
+    if watch is not None:
+        watch.mark(place, waiting=waiting)
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process has come here; `name` is used once in a job."""
     if jax.process_count() > 1:
+        mark(f"the wait for {name}", waiting=True)
         distributed.global_state.client.wait_at_barrier(f"gpt4moe/{name}", BARRIER_MS)
+        mark(name)
 
 
 @contextlib.contextmanager
 def first_process_first(name: str) -> Iterator[None]:
-    """The block on process 0, then on the others: what the first one leaves on a shared disk the others find."""
+    """The block on process 0, then on the others: what the first one leaves on a shared disk the others find.
+
+    It may take as long as it takes: no stall is seen in it.
+    """
     if jax.process_index():
         wait_for_all(name)
+    mark(name, waiting=True)
     yield
     if not jax.process_index():
         wait_for_all(name)
@@ -81,7 +108,9 @@ def require_same(name: str, value: Any) -> None:
     if jax.process_index() == 0:
         client.key_value_set(key, repr(value))
         return
+    mark(f"the wait for process 0's {name}", waiting=True)
     first = client.blocking_key_value_get(key, BARRIER_MS)
+    mark(name)
     constraint = f"of process {jax.process_index()} differs from {first} of process 0"
     require(repr(value) == first, name, value, constraint, "start every process with the same flags, files and workdir")
 
@@ -202,17 +231,22 @@ def _keep_stdout_ours() -> None:
 
 
 @contextlib.contextmanager
-def _explained_abort(cluster: Cluster, prefix: str) -> Iterator[None]:
+def _explained_abort(cluster: Cluster, prefix: str, joined: list[int]) -> Iterator[None]:
     """JAX aborts, from a thread of its own, the moment that the coordinator is gone: the last word is then ours.
 
-    A handler of Python's would wait for the main thread, which waits for a collective; this one runs in C's place.
+    It also does where not all processes come to join; `joined` is empty until then. A handler of Python's would wait
+    for the main thread, which waits for a collective; this one runs in C's place.
     """
 
     def on_abort(_: int) -> None:
         gone = f"process 0, which coordinates the job at {cluster.coordinator}, is gone"
+        few = (
+            f"not all of the {cluster.num_processes} processes have joined the job at {cluster.coordinator} within "
+            f"{JOIN_SECONDS} s; start each --process_id from 0 to {cluster.num_processes - 1} once"
+        )
         other = f"JAX gave up on the job of {cluster.num_processes} processes, for the reason above"
-        line = other if _answers(cluster.coordinator) else gone
-        print(f"{prefix}{line}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        line = (other if _answers(cluster.coordinator) else gone) if joined else few
+        print(f"{prefix}{line}{'; ' + GOES_ON if joined else ''}", file=sys.stderr, flush=True)
         os._exit(FAULT)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)

@@ -61,28 +61,28 @@ def _run(spread: Spread, schedule: Schedule, superblock: Callable, parameters, c
     )
     cut = functools.partial(_cut, count=count, spread=spread)
     cut_cache = jax.tree.map(lambda leaf: _cut_cache(leaf, count), cache)
-    y_MBTD, cut_cache, reports, idle_slots = run(parameters, cut_cache, cut(x_BTD), jax.tree.map(cut, tokens))
+    y_WBTD, cut_cache, reports, idle_slots = run(parameters, cut_cache, cut(x_BTD), jax.tree.map(cut, tokens))
     in_order = jax.tree.map(lambda leaf: leaf[schedule.order], reports)
-    y_BTD = y_MBTD.swapaxes(0, 1).reshape(x_BTD.shape)
+    y_BTD = y_WBTD.swapaxes(0, 1).reshape(x_BTD.shape)
     return y_BTD, jax.tree.map(_join_cache, cut_cache), in_order, idle_slots
 
 
-def _stage(spread: Spread, schedule: Schedule, superblock: Callable, parameters, cache, x_MBTD: Array, tokens) -> tuple:
+def _stage(spread: Spread, schedule: Schedule, superblock: Callable, parameters, cache, x_WBTD: Array, tokens) -> tuple:
     """What one stage does with its slots [v*n, ...] of parameters and cache, and all microbatches [m, B, T, D]."""
-    p, v, m = schedule.stages, schedule.chunks, len(x_MBTD)
+    p, v, m = schedule.stages, schedule.chunks, len(x_WBTD)
     stage = jax.lax.axis_index("stage")
     by_chunk = jax.tree.map(lambda leaf: leaf.reshape(v, -1, *leaf.shape[1:]), (parameters, cache))
     held = jnp.array(schedule.slots).reshape(p, v, -1)[stage] >= 0
     ring = [(i, (i + 1) % p) for i in range(p)]
 
     def tick(carry: tuple, time: Array) -> tuple:
-        waiting_MBTD, arrived_BTD, cache, totals, idle = carry
+        waiting_WBTD, arrived_BTD, cache, totals, idle = carry
         # What the last stage made of a microbatch comes round to the first, where it waits for its next chunk.
-        waiting_MBTD = jnp.where(time >= p, waiting_MBTD.at[(time - p) % m].set(arrived_BTD), waiting_MBTD)
+        waiting_WBTD = jnp.where(time >= p, waiting_WBTD.at[(time - p) % m].set(arrived_BTD), waiting_WBTD)
         work = work_at(time, stage, m, v)
         microbatch, chunk = work.microbatch, jnp.clip(work.chunk, 0, v - 1)
         active = held[chunk] & work.is_busy
-        x_BTD = jnp.where(stage == 0, waiting_MBTD[microbatch], arrived_BTD)
+        x_BTD = jnp.where(stage == 0, waiting_WBTD[microbatch], arrived_BTD)
         at_hand = jax.tree.map(lambda leaf: leaf[microbatch], tokens)
         layer_cache = jax.tree.map(lambda leaf: leaf[chunk], cache)
         here = jax.tree.map(lambda leaf: leaf[:, :, microbatch], layer_cache)
@@ -91,16 +91,16 @@ def _stage(spread: Spread, schedule: Schedule, superblock: Callable, parameters,
         totals = jax.tree.map(lambda total, report: total.at[chunk].add(report), totals, reports)
         y_BTD = laid_out(y_BTD, spread.mesh, PartitionSpec(spread.rows, spread.residual))
         idle += jnp.sum(~active, dtype=jnp.int32)
-        return (waiting_MBTD, jax.lax.ppermute(y_BTD, "stage", ring), cache, totals, idle), None
+        return (waiting_WBTD, jax.lax.ppermute(y_BTD, "stage", ring), cache, totals, idle), None
 
-    totals = _zeros_of_reports(superblock, by_chunk, x_MBTD, tokens, v)
-    carry = (x_MBTD, jnp.zeros_like(x_MBTD[0]), by_chunk[1], totals, jnp.int32(0))
+    totals = _zeros_of_reports(superblock, by_chunk, x_WBTD, tokens, v)
+    carry = (x_WBTD, jnp.zeros_like(x_WBTD[0]), by_chunk[1], totals, jnp.int32(0))
     ticks = num_ticks(p, m, v)
-    (waiting_MBTD, arrived_BTD, cache, totals, idle), _ = jax.lax.scan(tick, carry, jnp.arange(ticks))
-    done_MBTD = waiting_MBTD.at[m - 1].set(arrived_BTD)
+    (waiting_WBTD, arrived_BTD, cache, totals, idle), _ = jax.lax.scan(tick, carry, jnp.arange(ticks))
+    done_WBTD = waiting_WBTD.at[m - 1].set(arrived_BTD)
     cache, totals = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (cache, totals))
     idle_slots = jnp.stack([jax.lax.psum(idle, "stage"), ticks * p * held.shape[1]])
-    return jax.lax.psum(jnp.where(stage == 0, done_MBTD, 0), "stage"), cache, totals, idle_slots
+    return jax.lax.psum(jnp.where(stage == 0, done_WBTD, 0), "stage"), cache, totals, idle_slots
 
 
 def _chunk(superblock: Callable, stacks, chunk: Array, cache, active: Array, x_BTD: Array, tokens) -> tuple:
@@ -116,11 +116,11 @@ def _chunk(superblock: Callable, stacks, chunk: Array, cache, active: Array, x_B
     return y_BTD, cache, reports
 
 
-def _zeros_of_reports(superblock: Callable, by_chunk: tuple, x_MBTD: Array, tokens, chunks: int) -> Any:
+def _zeros_of_reports(superblock: Callable, by_chunk: tuple, x_WBTD: Array, tokens, chunks: int) -> Any:
     """What `superblock` reports, as zeros [v, n, ...]."""
     parameters, cache = jax.tree.map(lambda leaf: leaf[0, 0], by_chunk)
     cache = jax.tree.map(lambda leaf: leaf[:, 0], cache)  # [layers, B, ...] of microbatch 0
-    first = jax.tree.map(lambda leaf: leaf[0], (x_MBTD, tokens))
+    first = jax.tree.map(lambda leaf: leaf[0], (x_WBTD, tokens))
     report = jax.eval_shape(superblock, first[0], parameters, cache, first[1])[2]
     slots = jax.tree.leaves(by_chunk)[0].shape[1]
     return jax.tree.map(lambda leaf: jnp.zeros((chunks, slots, *leaf.shape), leaf.dtype), report)

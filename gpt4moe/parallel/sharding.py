@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -58,6 +59,15 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> An
     return jax.tree_util.tree_map_with_path(
         of_leaf, abstract_state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
     )
+
+
+def laid_out_shapes(shapes: Any, shardings: Any, dtype: jnp.dtype | None = None) -> Any:
+    """Returns abstract arrays of these shapes and shardings, of their own dtype or of `dtype`."""
+
+    def of_leaf(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where)
+
+    return jax.tree.map(of_leaf, shapes, shardings)
 
 
 def over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:

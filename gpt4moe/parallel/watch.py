@@ -1,13 +1,15 @@
 """Heartbeats of a job: a process that dies, hangs or fails ends all of them within a bounded time, with one reason.
 
-Every process posts that it lives to the key-value store of the JAX coordinator, which is in process 0. Process 0
-watches all, the others watch process 0: the load grows with their number, not with its square. Ending means `_exit`:
-a collective that waits for a dead process cannot be interrupted in any other way.
+Every process posts that it lives, and how long its work has been at the same place, to the key-value store of the JAX
+coordinator, which is in process 0. Process 0 watches all, the others watch process 0: the load grows with their number,
+not with its square. Ending means `_exit`: a collective that waits for a dead process cannot be interrupted in any other
+way.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
@@ -37,17 +39,21 @@ class KeyValueStore(Protocol):
 class Watch:
     """Beats for this process and ends it, by exit code and a line on stderr, when another has fallen silent or failed.
 
-    silence: seconds without a beat after which a process counts as gone. prefix: begins the line.
+    silence: seconds without a beat after which a process counts as gone. stall: seconds without a `mark` after which
+    one that beats counts as hanging. prefix: begins the line.
     """
 
-    def __init__(self, store: KeyValueStore, process: int, num_processes: int, *, silence: float, prefix: str) -> None:
+    def __init__(
+        self, store: KeyValueStore, process: int, num_processes: int, *, silence: float, stall: float, prefix: str
+    ) -> None:
         self._store, self._process = store, process
-        self._silence, self._prefix = silence, prefix
+        self._silence, self._stall, self._prefix = silence, stall, prefix
+        self._at, self._since = "its beginning", time.monotonic()
         self._interval = min(silence / BEATS_IN_SILENCE, LONGEST_INTERVAL)
         self._hosts: dict[int, str] = {}
         watched = range(1, num_processes) if process == 0 else (0,)
         self._heard = {other: (None, time.monotonic()) for other in watched}
-        self._post: dict[str, Any] = {"host": socket.gethostname(), "beat": 0, "end": None}
+        self._post: dict[str, Any] = {"host": socket.gethostname(), "beat": 0, "end": None, "at": "", "seconds": 0.0}
         self._stopped, self._ending = threading.Event(), threading.Lock()
         # Two threads: a call to a store that hangs must not keep the silence from being noticed.
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._exchange, self._listen)]
@@ -66,6 +72,10 @@ class Watch:
         self._stopped.set()
         for thread in self._threads:
             thread.join(self._silence)
+
+    def mark(self, place: str, *, waiting: bool = False) -> None:
+        """Says where the work of this process is; `waiting` for another one it may be there for ever."""
+        self._at, self._since = place, math.inf if waiting else time.monotonic()
 
     def take_over(self) -> None:
         """Leaves the ending of this process to the caller, unless the watch has begun to end it: then never returns."""
@@ -91,16 +101,26 @@ class Watch:
             self._read(posts)
 
     def _beat(self) -> None:
+        self._post |= {"at": self._at, "seconds": max(time.monotonic() - self._since, 0.0)}
         self._store.key_value_set(_key(self._process), json.dumps(self._post), allow_overwrite=True)
 
     def _read(self, posts: list[tuple[str, str]]) -> None:
         for key, text in posts:
-            other, post = int(key.rpartition("/")[2]), json.loads(text)
+            other, post = _of(key), json.loads(text)
             if self._heard[other][0] != post["beat"]:
                 self._heard[other] = (post["beat"], time.monotonic())
             if post["end"]:
                 time.sleep(2 * self._interval)  # a process that fails in the same way says so itself
                 self._end(*post["end"])
+        if self._process == 0:
+            self._end_a_stall([(self._process, self._post), *((_of(key), json.loads(text)) for key, text in posts)])
+
+    def _end_a_stall(self, posts: list[tuple[int, dict]]) -> None:
+        """Others wait for the one that hangs, and stop a little later than it."""
+        process, post = max(posts, key=lambda item: item[1]["seconds"])
+        if post["seconds"] > self._stall:
+            hangs = f"process {process} ({post['host']}) beats but has been at {post['at']} for {self._stall:g} s"
+            self._end(FAULT, f"{hangs}; the same command goes on from the last checkpoint")
 
     def _listen(self) -> None:
         while not self._stopped.wait(self._interval):
@@ -125,6 +145,11 @@ class Watch:
         posting.join(LINGER_BEATS * self._interval)
         if self._process == 0:
             time.sleep(LINGER_BEATS * self._interval)
+
+
+def _of(key: str) -> int:
+    """The process that posts under `key`."""
+    return int(key.rpartition("/")[2])
 
 
 def _key(process: int) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
+import math
 import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -25,6 +26,7 @@ from gpt4moe.parallel.mesh import make_mesh
 from gpt4moe.plan import expected, hlo, topology, work
 from gpt4moe.plan.decode import lower_decode
 from gpt4moe.plan.doctor import host_memory_bytes
+from gpt4moe.train.state import abstract_state
 from gpt4moe.train.step import lower_step
 
 LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
@@ -60,15 +62,21 @@ class Compiled:
     seconds: float
 
 
-def examine(run: RunConfig, config: CompileConfig, program: str = "train") -> dict:
+def examine(
+    run: RunConfig, config: CompileConfig, program: str = "train", say: Callable[[str], None] = lambda line: None
+) -> dict:
     """Returns the JSON document of `compile`: what one step of `program` takes of each chip of the topology.
 
-    Raises `CallerError` for a topology or mesh that cannot be.
+    `say` hears of the long part before it begins. Raises `CallerError`, before it, for what cannot be.
     """
     require(program in PROGRAMS, "--program", program, f"must be in {PROGRAMS}")
     mend = "give --topology=v5p:8x8x8, or bind CompileConfig.topology in the run file"
     require(config.topology is not None, "topology", None, "must be given", mend)
+    if program == "decode":
+        run = dataclasses.replace(run, mesh=run.mesh.for_generation())
     mesh = make_mesh(run.mesh, topology.devices(config))
+    _check_sizes(run, config, program, mesh)
+    say(f"compiling {program} for {mesh.size} x {config.topology.partition(':')[0]}: up to some minutes")
     started = time.perf_counter()
     lowered = _lower(run, config, mesh, program)
     lowering_seconds = time.perf_counter() - started
@@ -155,13 +163,24 @@ def _time_line(document: dict) -> str:
         return "the compiler gives no estimate for this device"
     return (
         f"{document['compute_seconds']:.3f} s of computations by the compiler's cycles, at least "
-        f"{document['flops_seconds']:.3f} s at the chip's peak"
+        f"{document['flops_seconds']:.3f} s at the chip's peak, {document['argument_seconds']:.3f} s to read arguments"
     )
+
+
+def _check_sizes(run: RunConfig, config: CompileConfig, program: str, mesh: Mesh) -> None:
+    """Raises `CallerError` where rows, sequence or layers do not divide over the mesh."""
+    if program == "train":
+        run.check_sizes(dict(mesh.shape))
+        return
+    run.mesh.chunk_sizes(run.model.num_moe_layers, mesh.shape["stage"])
+    span = math.prod(mesh.shape[axis] for axis in run.rules.batch_axes)
+    constraint = f"must be divisible by the {'*'.join(run.rules.batch_axes)} axes ({span})"
+    require(config.decode_rows % span == 0, "decode_rows", config.decode_rows, constraint)
 
 
 def _lower(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str) -> jax.stages.Lowered:
     if program == "train":
-        return lower_step(run, mesh, num_sources=len(run.data.sources))
+        return lower_step(run, len(run.data.sources), abstract_state(run, mesh))
     return lower_decode(run, config, mesh)
 
 
@@ -212,6 +231,7 @@ def _time_report(compiled: Compiled, counted: work.Work, mesh: Mesh) -> dict:
     return {
         "compute_seconds": counted.cycles / clock if clock and counted.cycles else None,
         "flops_seconds": counted.flops / chip.peak_flops if chip else None,
+        "argument_seconds": compiled.memory.argument / chip.bandwidth_bytes_per_second if chip else None,
         "optimal_seconds_loops_once": compiled.cost.get("optimal_seconds"),
         "cost_analysis_flops_loops_once": compiled.cost.get("flops"),
     }

@@ -20,7 +20,7 @@ from gpt4moe.train import feed
 MICROBATCH_LOOP = "step.py:_sum_over"
 EXPERT_BLOCK_LOOP = "grouped_matmul.py:block_matmul"
 GROUPED_PRODUCT = "ragged-dot-none"
-TOKEN_LOOP = "generate.py:_decode"
+TOKEN_LOOP = "decode_loop.py:decode"
 # Products of the backward pass of attention's core: splash (dq 3, dkv 4) and `attend_in_blocks`.
 SPLASH_BACKWARD_PRODUCTS, BLOCKS_BACKWARD_PRODUCTS = 7, 5
 

@@ -71,8 +71,10 @@ class Evaluation:
 def evaluate(run: RunConfig, store: TokenStore, params: nnx.State) -> Evaluation:
     """The held-out text of every source under `params`, which may lie on one device or over a mesh."""
     where = _batch_sharding(run, params)
-    definition = model_definition(run.model, _layout(run, where))
-    batches = pipeline.held_out_batches(store, run.data, rows=run.microbatch_rows)
+    layout = _layout(run, where)
+    definition = model_definition(run.model, layout)
+    rows = -(-run.microbatch_rows // layout.row_multiple) * layout.row_multiple
+    batches = pipeline.held_out_batches(store, run.data, rows=rows)
     sums_of = _compiled_sums(_everywhere(where))
     sums = [(source, sums_of(definition, params, _place(batch, where))) for source, batch in batches]
     totals = {source: np.zeros(2) for source, _ in sums}
@@ -172,7 +174,11 @@ def _batch_sharding(run: RunConfig, params: nnx.State) -> Sharding:
 
 
 def _layout(run: RunConfig, where: Sharding) -> Layout:
-    return run_layout(run, where.mesh) if isinstance(where, NamedSharding) else ONE_DEVICE
+    """That of training, but with room for every choice at every device."""
+    if not isinstance(where, NamedSharding):
+        return ONE_DEVICE
+    roomy = dataclasses.replace(run.mesh, expert_bucket_factor=None)
+    return run_layout(dataclasses.replace(run, mesh=roomy), where.mesh)
 
 
 def _everywhere(rows: Sharding) -> Sharding:

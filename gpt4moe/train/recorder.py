@@ -88,10 +88,11 @@ class Recorder:
 
 
 def _bubble(run: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
-    """What the formula for equal stages says of the idle share, beside which a step's row has what was counted."""
+    """What the formula says of the idle share, beside which a step's row has what was counted."""
     if sizes["stage"] == 1:
         return {}
-    idle = pipeline.idle_fraction(sizes["stage"], run.stage_microbatches(sizes), run.mesh.virtual_stages)
+    chunks = run.mesh.chunk_sizes(run.model.num_moe_layers, sizes["stage"])
+    idle = pipeline.uneven_idle_fraction(chunks, sizes["stage"], run.stage_microbatches(sizes))
     return {"pipeline/idle_formula": float(idle)}
 
 

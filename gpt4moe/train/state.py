@@ -71,9 +71,7 @@ def abstract_state(run: RunConfig, mesh: Mesh) -> TrainState:
             lambda leaf, where: sharding.over_data(where, leaf.shape), shapes.opt_state, shardings.opt_state
         )
         shardings = dataclasses.replace(shardings, opt_state=moments)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
-    )
+    return sharding.laid_out_shapes(shapes, shardings)
 
 
 def create_state(run: RunConfig, abstract: TrainState) -> TrainState:

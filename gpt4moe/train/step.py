@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt4moe.config.run import RunConfig
 from gpt4moe.parallel import sharding
@@ -102,9 +102,9 @@ def make_step(run: RunConfig, num_sources: int, abstract: TrainState) -> Callabl
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
-def lower_step(run: RunConfig, mesh: Mesh, num_sources: int) -> jax.stages.Lowered:
-    """Returns the step of a run on `mesh`, ready to compile; no array is made, so the devices need not be here."""
-    abstract = state.abstract_state(run, mesh)
+def lower_step(run: RunConfig, num_sources: int, abstract: TrainState) -> jax.stages.Lowered:
+    """Returns the step of a run, ready to compile; no array is made, so the devices need not be here."""
+    mesh = abstract.step.sharding.mesh
     batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))
     count, tokens = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
     return make_step(run, num_sources, abstract).lower(abstract, batch, count, tokens)

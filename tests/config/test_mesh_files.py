@@ -5,10 +5,11 @@ import pathlib
 
 import pytest
 
+from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.configure import build_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "gin_configs/mesh").glob("*.gin"))
+FILES = sorted(path for path in (ROOT / "gin_configs/mesh").glob("*.gin") if path.stem != "reset")
 # Devices in all, and those of one node or slice.
 DEVICES = {
     "single": (1, 1),
@@ -56,3 +57,17 @@ def test_pods_are_joined_by_a_degree_given_on_the_command_line():
     sizes = run.mesh.sizes(1024)
     assert sizes["fsdp"] == 8
     assert run.mesh.dcn_sizes(sizes)["fsdp"] == 4
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_mesh_file_after_a_run_replaces_all_of_its_mesh(path):
+    """The v6e run sets most of what there is to set."""
+    sizes = ["NUM_LAYERS = 120", "MICROBATCH_ROWS = None"]
+    alone, _ = build_run(["gin_configs/run/tiny.gin", str(path)], [sizes[0], "BATCH_TOKENS = 512"])
+    after, _ = build_run(["gin_configs/run/gpt4_1p8t_v6e.gin", str(path)], sizes)
+    assert after.mesh == alone.mesh
+
+
+def test_resetting_a_mesh_leaves_the_defaults():
+    run, _ = build_run(["gin_configs/run/gpt4_1p8t_v6e.gin", "gin_configs/mesh/single.gin"], ["MICROBATCH_ROWS = None"])
+    assert run.mesh == MeshConfig()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,13 +29,17 @@ from gpt4moe import launch, process
 process.quiet(1)
 from gpt4moe.config.check import CallerError
 from gpt4moe.parallel.cluster import Cluster
-from gpt4moe.parallel.multihost import job
+from gpt4moe.parallel.multihost import job, mark
 address, count, index, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), pathlib.Path(sys.argv[4])
 explain = lambda error: launch._explain("train", error)
-with job(Cluster(address, count, index), prefix="gpt4moe train: ", heartbeat_seconds=2, explain=explain):
+limits = {"heartbeat_seconds": 2, "stall_seconds": 4}
+with job(Cluster(address, count, index), prefix="gpt4moe train: ", explain=explain, **limits):
     (folder / f"joined{index}").touch()
+    step = 0
     while True:
         time.sleep(0.1)
+        if not (folder / f"still{index}").exists():
+            mark(f"step {(step := step + 1)}")
         if (folder / f"mistake{index}").exists():
             raise CallerError("DATA_PATHS='x' matches no files")
 """
@@ -145,6 +150,17 @@ def test_a_job_is_killed_resumed_stopped_and_resumed_on_another_number_of_proces
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
 
 
+def test_processes_with_different_work_directories_are_refused(corpus, tmp_path, started):
+    mesh, different = {"fsdp": 4, "tensor": 2}, f"--workdir={tmp_path}/run{{index}}"
+    started += (job := train_together(corpus, tmp_path, mesh, 2, different))
+    errors = [process.communicate(timeout=120)[1] for process in job]
+    assert [process.returncode for process in job] == [2, 2], errors
+    for error in errors:
+        assert (
+            f"workdir='{tmp_path}/run1' of process 1 differs from '{tmp_path}/run0' of process 0; start every" in error
+        )
+
+
 # ------------------------------------------------------------------------------------------------- one of them goes
 
 
@@ -172,6 +188,16 @@ def test_a_process_that_hangs_ends_the_others(members, gone):
         assert line.startswith(
             f"gpt4moe train: process {gone} ({socket.gethostname()}) has not been heard from for 2 s;"
         )
+
+
+@pytest.mark.parametrize("gone", [1, 0])
+def test_a_process_that_beats_but_does_nothing_ends_all(members, gone, tmp_path):
+    """Its main thread stands still, in a dead file system say; its heartbeat is another thread."""
+    (tmp_path / f"still{gone}").touch()
+    for member in members:
+        code, line = last_words(member)
+        assert code == 1
+        assert re.search(rf"process {gone} \(.+\) beats but has been at (its beginning|step \d+) for 4 s; the", line)
 
 
 def test_the_end_of_the_coordinator_is_explained(members):
