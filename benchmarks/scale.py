@@ -80,7 +80,7 @@ def _memory(results: dict[str, dict]) -> str:
 def _arithmetic(results: dict[str, dict]) -> str:
     head = (
         "run", "FLOPs a chip", "over analytic", "over 6N (2N decoding)", "useful", "useful, recomputation aside",
-        "s of compute, compiler's estimate", "s at peak", "s to compile", "date",
+        "s of compute, compiler's estimate", "s at peak", "s to read the arguments", "s to compile", "date",
     )  # fmt: skip
     rows = [
         (
@@ -92,6 +92,7 @@ def _arithmetic(results: dict[str, dict]) -> str:
             f"{document['useful_fraction_without_recomputation']:.3f}",
             f"{document['compute_seconds']:.3g}",
             f"{document['flops_seconds']:.3g}",
+            f"{document['argument_seconds']:.2g}",
             f"{document['compile_seconds']:.0f}",
             document["date"],
         )
