@@ -66,6 +66,12 @@ def test_one_chip_holds_parameters_and_moments():
     assert document["collectives"] == []
 
 
+def test_what_is_there_at_once_must_fit():
+    """Of the output 4 bytes lie where arguments were."""
+    memory = compiling.Memory(argument=100, temporary=30, output=7, aliased=4, generated_code=1)
+    assert memory.total == 100 + 30 + (7 - 4) + 1
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

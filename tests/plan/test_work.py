@@ -117,6 +117,56 @@ def test_collectives_are_known_by_axis_count_and_bytes(machine):
     assert {item.count for item in found.collectives} == {3}
 
 
+def test_bytes_that_a_ring_of_four_sends():
+    """All of it passed on three times, a quarter sent to each of three others, and an all-reduce is both."""
+    text = """
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0} parameter(0)
+  %gathered = f32[4096]{0} all-gather(%x), GROUPS, dimensions={0}
+  %summed = f32[1024]{0} all-reduce(%x), GROUPS, to_apply=%add
+  %scattered = f32[256]{0} reduce-scatter(%x), GROUPS, dimensions={0}, to_apply=%add
+  %exchanged = f32[1024]{0} all-to-all(%x), GROUPS, dimensions={0}
+  ROOT %passed = f32[1024]{0} collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+}
+""".replace("GROUPS", "replica_groups={{0,1,2,3}}")
+    found = work.count(hlo.parse(text), {"tensor": 4})
+    assert {item.kind: item.bytes_sent / 4096 for item in found.collectives} == {
+        "all-gather": 3,
+        "all-reduce": 2 * 3 / 4,
+        "reduce-scatter": 3 / 4,
+        "all-to-all": 3 / 4,
+        "collective-permute": 1,
+    }
+
+
+def test_cycles_and_rounds_of_a_loop_that_counts_by_twos():
+    """From 0 to 9 by 2 is five rounds, each of 100 cycles, after 7 outside."""
+    text = """
+%body (at: (s32[])) -> (s32[]) {
+  %at = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%at), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two), backend_config={"estimated_cycles":"100"}
+  ROOT %out = (s32[]) tuple(%next)
+}
+
+%condition (at: (s32[])) -> pred[] {
+  %at = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%at), index=0
+  %limit = s32[] constant(9)
+  ROOT %below = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main () -> (s32[]) {
+  %zero = s32[] constant(0), backend_config={"estimated_cycles":"7"}
+  %begin = (s32[]) tuple(%zero)
+  ROOT %loop = (s32[]) while(%begin), condition=%condition, body=%body
+}
+"""
+    found = work.count(hlo.parse(text), {"tensor": 1})
+    assert (found.cycles, found.unknown_loops) == (7 + 5 * 100, ())
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
