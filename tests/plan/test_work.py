@@ -1,5 +1,6 @@
 """FLOPs, loops and collectives read from compiled programs, against what small programs are known to do."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -12,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.compile import CompileConfig
 from gpt4moe.plan import groups, hlo, topology, work
-from gpt4moe.plan.compile import compile_lowered
+from gpt4moe.plan.compile import compile_lowered, examine
+from tests.plan.test_compile import EIGHT, run_of
 
 LAYERS, ROWS, DIM = 12, 256, 512
 ONE_PRODUCT = 2 * ROWS * DIM * DIM
@@ -238,6 +240,36 @@ ENTRY %main (x: bf16[8,128]) -> token[] {
 """
     found = work.count(hlo.parse(text), {"tensor": 4}, slow=("stage",))
     assert found.collectives == (work.Collective("send between slices", ("stage",), 1, 8 * 128 * 2),)
+
+
+def test_axes_within_a_slice_are_known_from_its_program():
+    """Of three axes of two, fsdp lies between two slices: groups of a slice's program number its four chips."""
+    run = run_of({"data": 2, "fsdp": 2, "tensor": 2}, {"dcn": {"fsdp": 2}})
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=1))
+    config = dataclasses.replace(EIGHT, topology="v5p:2x2x1", slices=2)
+    jax.devices()  # emulated ones are made while XLA_FLAGS, hidden from the TPU's compiler, still says how many
+    if "tpu" not in machines():
+        with pytest.raises(CallerError, match="needs the TPU compiler"):
+            examine(run, config, "decode")
+        return
+    found = {(item["kind"], *item["axes"]) for item in examine(run, config, "decode")["collectives"]}
+    assert {("send between slices", "fsdp"), ("all-reduce", "tensor"), ("all-reduce", "data")} <= found
+    assert [axes for kind, *axes in found if "fsdp" in axes] == [["fsdp"]]
+
+
+@pytest.mark.parametrize("machine", machines())
+def test_temporaries_are_known_where_they_do_not_fit(machine):
+    """A matrix that fills more than a chip even in bfloat16: the TPU's compiler refuses it and says what it needs."""
+    rows = 250_000
+
+    def large(x_ND):
+        y_NN = jnp.tanh(x_ND @ x_ND.T)
+        return jnp.tanh(y_NN @ y_NN) @ x_ND
+
+    x = jax.ShapeDtypeStruct((rows, 128), jnp.float32, sharding=NamedSharding(mesh_of(machine), PartitionSpec()))
+    memory = compile_lowered(jax.jit(large).lower(x)).memory
+    assert memory.temporary > 2 * rows**2 > 95e9
+    assert memory.argument == 4 * rows * 128
 
 
 def test_a_topology_that_cannot_be_is_refused_in_one_line():
