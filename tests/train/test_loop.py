@@ -152,7 +152,9 @@ def test_another_layout_goes_on_from_the_same_checkpoint(finished, corpus, tmp_p
 def test_interleaved_stages_go_on_as_more_uneven_ones_and_are_evaluated(corpus, tmp_path, monkeypatch):
     """Six layers in six chunks on two stages, then on four stages of one and two: losses are those of one device."""
     monkeypatch.setattr(layout, "MOST_UNROLLED", 0)  # a loop compiles faster
-    run = tiny.run_config(corpus, model=dataclasses.replace(tiny.MODEL, num_layers=6), steps=4, batch_tokens=8 * tiny.LENGTH)
+    run = tiny.run_config(
+        corpus, model=dataclasses.replace(tiny.MODEL, num_layers=6), steps=4, batch_tokens=8 * tiny.LENGTH
+    )
     # A rate that does not depend on the length of the run, which is first made shorter.
     steady = dataclasses.replace(run.optimizer.schedule, shape=schedule.constant)
     run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, schedule=steady))
