@@ -24,8 +24,8 @@ LAYERS = 6
 MESH = Mesh(np.array(jax.devices()).reshape(2, 4), ("stage", "tensor"))
 INTERLEAVED = MeshConfig({"stage": 2}, virtual_stages=3).placement(LAYERS, 2)
 UNEVEN = MeshConfig({"stage": 2}, stage_layers=(2, 4)).placement(LAYERS, 2)
-UNEVEN_INTERLEAVED = MeshConfig({"stage": 4}, virtual_stages=1, stage_layers=(1, 2, 1, 2)).placement(LAYERS, 4)
-ORDERS = {"in order": None, "interleaved": INTERLEAVED, "uneven": UNEVEN, "four stages": UNEVEN_INTERLEAVED}
+UNEVEN_INTERLEAVED = MeshConfig({"stage": 2}, virtual_stages=2, stage_layers=(1, 2, 1, 2)).placement(LAYERS, 2)
+ORDERS = {"in order": None, "interleaved": INTERLEAVED, "uneven": UNEVEN, "uneven interleaved": UNEVEN_INTERLEAVED}
 
 
 def rows_in(order) -> np.ndarray:

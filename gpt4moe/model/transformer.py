@@ -135,8 +135,8 @@ class Transformer(nnx.Module):
         weight_VD = self.unembedding().astype(x_BTD.dtype)
         return jnp.einsum("...D,VD->...V", x_BTD, weight_VD, preferred_element_type=jnp.float32)
 
-    def unembedding(self) -> Float32[Array, "V D"]:
-        """Returns the float32 matrix [V, D] that logits are products with: the embedding where they are tied."""
+    def unembedding(self) -> Float[Array, "V D"]:
+        """Returns the matrix [V, D] that logits are products with: the embedding where they are tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
     def _embed(self, tokens_BT: Array) -> Array:

@@ -4,6 +4,7 @@ XLA:CPU lacks `ragged_all_to_all`: its definition is written out here with the c
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from gpt4moe.parallel.island import spread
 from gpt4moe.parallel.mesh import make_mesh
 from tests.model.slow import relative_difference
 
-ROWS, TOKENS, DIM, HIDDEN = 4, 8, 6, 8
+ROWS, TOKENS, DIM, HIDDEN = 4, 8, 8, 8
 CONFIG = MoeConfig(8, 2, hidden_dim=HIDDEN)
 
 
@@ -49,13 +50,16 @@ def problem(preference=0.0):
     return weights, x_BTD, logits_BTE, valid_BT
 
 
+def routed(logits_BTE, valid_BT):
+    inputs = RouterInputs(jnp.zeros(valid_BT.shape, jnp.int32), valid_BT)
+    return jax.vmap(lambda logits, row: top_k(logits, row, CONFIG))(logits_BTE, inputs)
+
+
 def applied(apply, weights, x_BTD, logits_BTE, valid_BT):
     """((y, dropped), gradients of weights, x and logits)."""
 
     def loss(weights, x_BTD, logits_BTE):
-        inputs = RouterInputs(jnp.zeros(valid_BT.shape, jnp.int32), valid_BT)
-        routing = jax.vmap(lambda logits, row: top_k(logits, row, CONFIG))(logits_BTE, inputs)
-        y_BTD, dropped = apply(weights, x_BTD, routing, CONFIG, False)
+        y_BTD, dropped = apply(weights, x_BTD, routed(logits_BTE, valid_BT), CONFIG, False)
         return jnp.sum(jnp.sin(y_BTD)), (y_BTD, dropped)
 
     (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(weights, x_BTD, logits_BTE)
@@ -87,22 +91,30 @@ def test_ragged_equals_one_device(name, preference, monkeypatch):
     assert relative_difference(gradients, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("exchange", ["bucket", "ragged"])
-def test_what_overflows_is_counted_and_spoils_nothing(exchange, monkeypatch):
-    """Most choose expert 3 of 8 on four devices, and the device that holds it lacks room for all.
+@functools.cache
+def of_each_expert(preference):
+    """What each expert alone adds to every token, [B, T, E, D]."""
+    weights, x_BTD, *choices = problem(preference)
 
-    Each token has all of its output but that of the choices it lost, and those are as many as were counted.
+    def only(expert):
+        down_EFD = weights.down_EFD * (jnp.arange(8) == expert)[:, None, None]
+        return apply_experts(dataclasses.replace(weights, down_EFD=down_EFD), x_BTD, routed(*choices), CONFIG, False)[0]
+
+    return np.moveaxis(jax.jit(lambda: jax.lax.map(only, jnp.arange(8)))(), 0, 2)
+
+
+@pytest.mark.parametrize("exchange", ["bucket", "ragged"])
+@pytest.mark.parametrize("axes", [{"expert": 4}, {"expert": 2, "tensor": 2}], ids=["EP4", "EP2 x TP2"])
+def test_what_overflows_is_counted_and_spoils_nothing(axes, exchange, monkeypatch):
+    """Most choose expert 3 of 8, and the devices that hold it lack room for all.
+
+    Each token has all of its output but that of the choices it lost, and those are as many as were counted, also
+    where two devices each send a part of the tokens.
     """
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", written_out)
     weights, *rest = problem(2.0)
-    (got, dropped), _ = applied(on_mesh({"expert": 4}, exchange, 1.0), weights, *rest)
-
-    def only(expert):
-        down = weights.down_EFD * (np.arange(8) == expert)[:, None, None]
-        return applied(apply_experts, dataclasses.replace(weights, down_EFD=down), *rest)[0][0]
-
-    of_experts_BTED = np.stack([only(expert) for expert in range(8)], axis=2)
-    first, second = (of_experts_BTED[place] for place in _chosen(rest[1]))
+    (got, dropped), _ = applied(on_mesh(axes, exchange, 1.0), weights, *rest)
+    first, second = (of_each_expert(2.0)[place] for place in _chosen(rest[1]))
     cases = [(first + second, 0), (first, 1), (second, 1), (0 * first, 2)]
     distance_NBT = np.stack([np.abs(got - kept).max(-1) for kept, _ in cases])
     assert distance_NBT.min(0).max() < 1e-5
@@ -116,3 +128,19 @@ def _chosen(logits_BTE):
     order_BTE = np.argsort(-logits_BTE, axis=-1)
     rows, tokens = np.indices(order_BTE.shape[:2])
     return [(rows, tokens, order_BTE[..., k]) for k in range(2)]
+
+
+def test_gradients_of_rounded_matrices_are_summed_unrounded():
+    """Four devices gather their matrices in bfloat16, and each has the gradient of its own row: added in float32."""
+    weights, *rows = problem()
+
+    def gradient(apply, x_BTD, logits_BTE, valid_BT):
+        def loss(weights):
+            y_BTD, _ = apply(weights, x_BTD.astype(jnp.bfloat16), routed(logits_BTE, valid_BT), CONFIG, False)
+            return jnp.sum(jnp.sin(y_BTD.astype(jnp.float32)))
+
+        return jax.jit(jax.grad(loss))(weights)
+
+    alone = [gradient(apply_experts, *(leaf[row : row + 1] for leaf in rows)) for row in range(ROWS)]
+    together = gradient(on_mesh({"fsdp": 4}, "bucket"), *rows)
+    assert relative_difference(together, jax.tree.map(lambda *leaves: sum(leaves), *alone)) < 1e-5

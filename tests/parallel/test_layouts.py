@@ -6,12 +6,14 @@ by no more than its share.
 
 import dataclasses
 import functools
+from fractions import Fraction
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from gpt4moe.accounting import pipeline
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.config.mesh import MeshConfig
@@ -25,73 +27,104 @@ from gpt4moe.config.train import TrainConfig
 from gpt4moe.model import layout
 from gpt4moe.parallel import sharding
 from gpt4moe.parallel.mesh import make_mesh
-from gpt4moe.train import state
+from gpt4moe.train import feed, state
 from gpt4moe.train.step import make_step
 from gpt4moe.types import Batch
 
 LENGTH, ROWS, VOCAB, SOURCES, STEPS = 16, 8, 320, 2, 3
 CAPACITY = {"capacity": 0.8, "dropless": None}
-EXPERTS_ON_TENSOR = ShardingRules(overrides={"experts": ["expert", "tensor"], "mlp": []})
+MODELS = {
+    "plain": {},
+    "bfloat16": {"compute_dtype": "bfloat16"},
+    # Every second layer dense, a shared expert, a head of its own, a key and value head for every query head.
+    "mixed": {"moe_every": 2, "dense_hidden_dim": 16, "tie_embeddings": False},
+}
+TOLERANCE = {"plain": 1e-5, "mixed": 1e-5, "bfloat16": 2e-2}
+EXPERTS_ON_TENSOR = {"experts": ["expert", "tensor"], "mlp": []}
 
-# Name: (mesh, other mesh settings, rules).
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """A layout: its mesh, other mesh settings, its own entries of the rules; and what it is tried on."""
+
+    axes: dict
+    settings: dict = dataclasses.field(default_factory=dict)
+    rules: dict = dataclasses.field(default_factory=dict)
+    model: str = "plain"
+    layers: int = 4
+    query_chunk: int = LENGTH
+    microbatch_rows: int = ROWS
+    dispatchers: tuple[str, ...] = tuple(CAPACITY)
+
+
 LAYOUTS = {
-    "DP2": ({"data": 2}, {}, {}),
-    "DP8": ({"data": 8}, {}, {}),
-    "FSDP2": ({"fsdp": 2}, {}, {}),
-    "FSDP8": ({"fsdp": 8}, {}, {}),
-    "TP2": ({"tensor": 2}, {}, {}),
-    "TP4": ({"tensor": 4}, {}, {}),
-    "TP4 sequence parallel": ({"tensor": 4}, {"sequence_parallel": True}, {}),
-    "EP2": ({"expert": 2}, {}, {}),
-    "EP4": ({"expert": 4}, {}, {}),
-    "EP8": ({"expert": 8}, {}, {}),
-    "CP2": ({"context": 2}, {}, {}),
-    "CP4": ({"context": 4}, {}, {}),
-    "PP2": ({"stage": 2}, {}, {}),
-    "PP4": ({"stage": 4}, {"stage_microbatches": 4}, {}),
-    "PP2 interleaved x2": ({"stage": 2}, {"virtual_stages": 2}, {}),
-    "PP4 interleaved x2": ({"stage": 4}, {"virtual_stages": 2}, {}),
-    "PP2 uneven": ({"stage": 2}, {"stage_layers": (1, 3)}, {}),
-    "PP2 uneven interleaved": ({"stage": 2}, {"virtual_stages": 2, "stage_layers": (1, 2, 1, 1)}, {}),
-    "ZeRO-1": ({"data": 4}, {"zero1": True}, {}),
-    "ZeRO-1 x TP4": ({"data": 2, "tensor": 4}, {"zero1": True}, {}),
-    "HSDP": ({"data": 2, "fsdp": 4}, {"dcn": {"data": 2}}, {}),
-    "TP2 x EP2 x FSDP2": ({"tensor": 2, "expert": 2, "fsdp": 2}, {"sequence_parallel": True}, {}),
-    "PP2 x TP2 x EP2": ({"stage": 2, "tensor": 2, "expert": 2}, {}, {}),
-    "PP2 x TP2 x ZeRO-1": ({"stage": 2, "tensor": 2, "data": 2}, {"zero1": True, "sequence_parallel": True}, {}),
-    "CP2 x TP2": ({"context": 2, "tensor": 2}, {}, {}),
-    "CP2 x EP2 x TP2": ({"context": 2, "expert": 2, "tensor": 2}, {"sequence_parallel": True}, {}),
-    "PP2 x CP2 x EP2": ({"stage": 2, "context": 2, "expert": 2}, {"virtual_stages": 2}, {}),
-    "experts over EP2 x TP2": ({"expert": 2, "tensor": 2, "data": 2}, {}, {"rules": EXPERTS_ON_TENSOR}),
-    "experts over EP2 x TP2, sequence parallel": (
-        {"expert": 2, "tensor": 2, "context": 2},
-        {"sequence_parallel": True},
-        {"rules": EXPERTS_ON_TENSOR},
+    "DP2": Row({"data": 2}),
+    "DP8": Row({"data": 8}),
+    "FSDP2": Row({"fsdp": 2}),
+    "FSDP8": Row({"fsdp": 8}),
+    "TP2": Row({"tensor": 2}),
+    "TP2, bfloat16": Row({"tensor": 2}, model="bfloat16", dispatchers=("dropless",)),
+    "TP4": Row({"tensor": 4}),
+    "TP4 sequence parallel": Row({"tensor": 4}, {"sequence_parallel": True}),
+    "EP2": Row({"expert": 2}),
+    "EP2 x FSDP2, bfloat16": Row({"expert": 2, "fsdp": 2}, model="bfloat16", dispatchers=("dropless",)),
+    "EP4": Row({"expert": 4}),
+    "EP8": Row({"expert": 8}),
+    "CP2": Row({"context": 2}, query_chunk=3),  # three blocks of the eight queries of a device
+    "CP4": Row({"context": 4}),
+    "PP2": Row({"stage": 2}),
+    "PP4": Row({"stage": 4}, {"stage_microbatches": 4}),
+    "PP2 interleaved x2": Row({"stage": 2}, {"virtual_stages": 2}),
+    "PP2 interleaved x2, two passes": Row(
+        {"stage": 2}, {"virtual_stages": 2}, microbatch_rows=ROWS // 2, dispatchers=("capacity",)
+    ),
+    "PP4 interleaved x2": Row({"stage": 4}, {"virtual_stages": 2}, layers=8),
+    "PP2 uneven": Row({"stage": 2}, {"stage_layers": (1, 3)}),
+    "PP2 uneven interleaved": Row({"stage": 2}, {"virtual_stages": 2, "stage_layers": (1, 2, 1, 1)}, layers=5),
+    "ZeRO-1": Row({"data": 4}, {"zero1": True}),
+    "ZeRO-1 x TP4": Row({"data": 2, "tensor": 4}, {"zero1": True}),
+    "HSDP": Row({"data": 2, "fsdp": 4}, {"dcn": {"data": 2}}),
+    "TP2 x EP2 x FSDP2": Row({"tensor": 2, "expert": 2, "fsdp": 2}, {"sequence_parallel": True}),
+    "PP2 x TP2 x EP2": Row({"stage": 2, "tensor": 2, "expert": 2}),
+    "PP2 x TP2 x ZeRO-1": Row({"stage": 2, "tensor": 2, "data": 2}, {"zero1": True, "sequence_parallel": True}),
+    "PP2 x TP2, mixed layers, vocabulary over both": Row(
+        {"stage": 2, "tensor": 2}, rules={"vocab": ["tensor", "stage"]}, model="mixed", dispatchers=("capacity",)
+    ),
+    "TP2 x EP2, mixed layers, keys and values split": Row(
+        {"tensor": 2, "expert": 2}, rules={"kv_heads": ["tensor"]}, model="mixed", dispatchers=("capacity",)
+    ),
+    "CP2 x TP2": Row({"context": 2, "tensor": 2}),
+    "CP2 x EP2 x TP2": Row({"context": 2, "expert": 2, "tensor": 2}, {"sequence_parallel": True}),
+    "PP2 x CP2 x EP2": Row({"stage": 2, "context": 2, "expert": 2}, {"virtual_stages": 2}),
+    "experts over EP2 x TP2": Row({"expert": 2, "tensor": 2, "data": 2}, rules=EXPERTS_ON_TENSOR),
+    "experts over EP2 x TP2, sequence parallel": Row(
+        {"expert": 2, "tensor": 2, "context": 2}, {"sequence_parallel": True}, EXPERTS_ON_TENSOR
     ),
 }
 
 
-def run_of(dispatch, axes=(), settings=None, rules=None, layers=4):
-    """Layers of eight experts, grouped-query attention, both auxiliary losses."""
+@functools.cache
+def one_device(model, layers):
+    return Row({}, model=model, layers=layers)
+
+
+def run_of(dispatch, row):
+    """Layers of eight experts, both auxiliary losses; grouped-query attention in all but the mixed model."""
+    mixed = row.model == "mixed"
+    moe = {"capacity_factor": CAPACITY[dispatch], "load_balance_weight": 0.1, "router_z_weight": 0.1}
     model = ModelConfig(
-        num_layers=layers,
+        num_layers=row.layers,
         model_dim=16,
         vocab_size=VOCAB,
         context_length=LENGTH,
-        attention=AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True),
-        moe=MoeConfig(
-            8, 2, hidden_dim=8, capacity_factor=CAPACITY[dispatch], load_balance_weight=0.1, router_z_weight=0.1
-        ),
-        compute_dtype="float32",
-        remat="full",
+        attention=AttentionConfig(4, 4 if mixed else 2, qk_norm=True, query_chunk=row.query_chunk),
+        moe=MoeConfig(8, 2, hidden_dim=8, shared_hidden_dim=8 if mixed else 0, **moe),
+        **{"compute_dtype": "float32", "remat": "full"} | MODELS[row.model],
     )
     data = DataConfig((SourceConfig("text", paths=("unused",)),), LENGTH, TokenizerConfig(VOCAB, byte_level_only=True))
-    train = TrainConfig(STEPS, 10**9, ROWS * LENGTH, seed=0, checkpoint_every=100)
-    optimizer = OptimizerConfig(1e-2, epsilon=1e-6)
-    return RunConfig(model, data, optimizer, train, MeshConfig(axes, **(settings or {})), **(rules or {}))
-
-
-LAYERS = {"PP4 interleaved x2": 8, "PP2 uneven interleaved": 5}
+    train = TrainConfig(STEPS, 10**9, ROWS * LENGTH, seed=0, checkpoint_every=100, microbatch_rows=row.microbatch_rows)
+    optimizer, rules = OptimizerConfig(1e-2, epsilon=1e-6), ShardingRules(overrides=row.rules)
+    return RunConfig(model, data, optimizer, train, MeshConfig(row.axes, **row.settings), rules)
 
 
 def batch_at(step):
@@ -121,31 +154,31 @@ class Course:
     metrics: list
 
 
-def run_and_mesh(dispatch, name):
-    """A run under a layout, or on one device with `name` layers."""
-    axes, settings, rules = LAYOUTS.get(name, ({}, {}, {}))
-    run = run_of(dispatch, axes, settings, rules, layers=LAYERS.get(name, 4) if isinstance(name, str) else name)
-    return run, make_mesh(run.mesh, jax.devices()[: int(np.prod(list(axes.values()), dtype=int))])
+def run_and_mesh(dispatch, row):
+    run = run_of(dispatch, row)
+    return run, make_mesh(run.mesh, jax.devices()[: int(np.prod(list(row.axes.values()), dtype=int))])
 
 
 @functools.cache
-def beginning(name):
+def beginning(row):
     """The state before the first step, the same for every dispatcher."""
-    run, mesh = run_and_mesh("dropless", name)
+    run, mesh = run_and_mesh("dropless", row)
     return state.create_state(run, state.abstract_state(run, mesh))
 
 
 @functools.cache
-def course(dispatch, name):
-    run, mesh = run_and_mesh(dispatch, name)
+def course(dispatch, row):
+    run, mesh = run_and_mesh(dispatch, row)
     abstract = state.abstract_state(run, mesh)
-    at = jax.tree.map(lambda leaf: leaf.copy(), beginning(name))
+    at = jax.tree.map(lambda leaf: leaf.copy(), beginning(row))
     first = leaves_in_order(at.params, run, mesh)
-    step = make_step(run, SOURCES, abstract)
-    rows, metrics = sharding.batch_sharding(mesh, run.rules), []
+    step, passes = make_step(run, SOURCES, abstract), ROWS // row.microbatch_rows
+    rows, metrics = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules)), []
     for number in range(STEPS):
-        batch = jax.tree.map(lambda leaf: jax.device_put(leaf, rows)[None], batch_at(number))
-        at, measured = step(at, batch, np.int32(1), np.float32(0))
+        batch = jax.tree.map(
+            lambda leaf, room: jax.device_put(leaf.reshape(room.shape), room.sharding), batch_at(number), rows
+        )
+        at, measured = step(at, batch, np.int32(passes), np.float32(0))
         metrics.append(jax.device_get(measured))
         if number == 0:
             moments = next(leaf for leaf in at.opt_state[1] if hasattr(leaf, "mu")).mu
@@ -172,21 +205,38 @@ def difference(got, want):
     return float(np.linalg.norm(np.float64(got) - want) / max(np.linalg.norm(want), 1e-30))
 
 
-@pytest.mark.parametrize("dispatch", CAPACITY)
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_equals_one_device(name, dispatch, monkeypatch):
+def assert_idle_as_counted(run, mesh, idle_slots):
+    """What the stages counted over all passes of a step is what the formula says."""
+    stages, virtual = mesh.shape["stage"], run.mesh.virtual_stages
+    sizes, pieces = run.mesh.chunk_sizes(run.model.num_moe_layers, stages), run.stage_microbatches(mesh.shape)
+    idle, slots = (int(number) for number in idle_slots)
+    ticks = pipeline.num_ticks(stages, pieces, virtual) * ROWS // run.microbatch_rows
+    assert slots == ticks * stages * max(sizes)
+    assert Fraction(idle, slots) == pipeline.uneven_idle_fraction(sizes, stages, pieces)
+
+
+CASES = [pytest.param(row, name, id=f"{label}-{name}") for label, row in LAYOUTS.items() for name in row.dispatchers]
+
+
+@pytest.mark.parametrize(("row", "dispatch"), CASES)
+def test_a_layout_equals_one_device(row, dispatch, monkeypatch):
     monkeypatch.setattr(layout, "MOST_UNROLLED", 0)  # a loop compiles faster
-    got, want = course(dispatch, name), course(dispatch, LAYERS.get(name, 4))
+    got, want = course(dispatch, row), course(dispatch, one_device(row.model, row.layers))
+    tolerance = TOLERANCE[row.model]
     for path, leaf in want.first.items():
         np.testing.assert_array_equal(got.first[path], leaf, err_msg=path)
-    for mine, theirs in zip(got.metrics, want.metrics, strict=True):
-        assert difference(mine.grad_norm, theirs.grad_norm) < 1e-5
+    # After a step in bfloat16 some tokens choose other experts: the router's logits are nearly equal somewhere.
+    compared = 1 if row.model == "bfloat16" else STEPS
+    for mine, theirs in zip(got.metrics[:compared], want.metrics[:compared], strict=True):
+        assert difference(mine.grad_norm, theirs.grad_norm) < tolerance
         for path, leaf in jax.tree_util.tree_leaves_with_path(theirs.sums):
             mine_leaf = functools.reduce(lambda tree, key: getattr(tree, key.name), path, mine.sums)
-            assert difference(mine_leaf, leaf) < 1e-5, path
+            assert difference(mine_leaf, leaf) < tolerance, path
+        if "stage" in row.axes:
+            assert_idle_as_counted(*run_and_mesh(dispatch, row), mine.sums.idle_slots)
     wrong = {path: difference(got.gradients[path], leaf) for path, leaf in want.gradients.items()}
-    assert max(wrong.values()) < 1e-5, wrong
+    assert max(wrong.values()) < tolerance, wrong
     wrong = {path: difference(got.last[path], leaf) for path, leaf in want.last.items()}
-    assert max(wrong.values()) < 1e-4, wrong
+    assert max(wrong.values()) < 10 * tolerance, wrong
     assert want.metrics[0].grad_norm > 1.0  # clipping is at work
     assert (np.sum(want.metrics[0].sums.moe.dropped) > 0) == (dispatch == "capacity")

@@ -21,27 +21,27 @@ from gpt4moe.parallel.multihost import RowGroup, row_group
 
 SENTENCE = "The quick brown fox number {0} jumps over {0} lazy dogs and writes down what it saw.\n"
 STEPS = 60
+RUN_FILE = "--gin_file=gin_configs/run/tiny.gin"
 # What a process of a cluster finds in its environment, and what this machine may have set.
-CLUSTER_NAMES = ("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "TPU_", "JAX_COORDINATOR")
+CLUSTER_NAMES = ("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "TPU_", "JAX_COORDINATOR", "JAX_LOCAL_")
 MEMBER = """
 import pathlib, sys, time
 from gpt4moe import launch, process
 process.quiet(1)
-from gpt4moe.config.check import CallerError
 from gpt4moe.parallel.cluster import Cluster
-from gpt4moe.parallel.multihost import job, mark
+from gpt4moe.parallel.multihost import job, mark, require_same
 address, count, index, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), pathlib.Path(sys.argv[4])
 explain = lambda error: launch._explain("train", error)
 limits = {"heartbeat_seconds": 2, "stall_seconds": 4}
 with job(Cluster(address, count, index), prefix="gpt4moe train: ", explain=explain, **limits):
     (folder / f"joined{index}").touch()
     step = 0
-    while True:
+    while not (folder / "asked").exists():
         time.sleep(0.1)
         if not (folder / f"still{index}").exists():
             mark(f"step {(step := step + 1)}")
-        if (folder / f"mistake{index}").exists():
-            raise CallerError("DATA_PATHS='x' matches no files")
+    require_same("answer", (folder / f"answer{index}").read_text())
+    time.sleep(1000)
 """
 
 
@@ -82,7 +82,7 @@ def started():
 
 
 def train_words(corpus, workdir, mesh, *more):
-    words = ["train", "--gin_file=gin_configs/run/tiny.gin", f"--workdir={workdir}", "--json"]
+    words = ["train", RUN_FILE, f"--workdir={workdir}", "--json"]
     macros = {"DATA_PATHS": [str(corpus)], "MESH": mesh, "TRAIN_STEPS": STEPS, "CHECKPOINT_EVERY": 5}
     return [*words, *(f"--gin.{name}={value}" for name, value in macros.items()), *more]
 
@@ -125,7 +125,7 @@ def test_a_job_is_killed_resumed_stopped_and_resumed_on_another_number_of_proces
 
     started += (job := train_together(corpus, workdir, mesh, 2))
     wait_until(lambda: max(losses(workdir)) > max(first), job)
-    job[1].send_signal(signal.SIGTERM)
+    job[1].send_signal(signal.SIGINT)
     outputs = [process.communicate(timeout=120) for process in job]
     assert [process.returncode for process in job] == [3, 3], outputs
     assert "the same command goes on from there" in outputs[0][1]
@@ -209,15 +209,27 @@ def test_the_end_of_the_coordinator_is_explained(members):
         assert line.endswith("is gone; the same command goes on from the last checkpoint")
 
 
-def test_a_mistake_that_one_process_finds_ends_all_with_its_code(members, tmp_path):
-    (tmp_path / "mistake1").touch()
-    assert last_words(members[1]) == (2, "gpt4moe train: DATA_PATHS='x' matches no files")
-    for index in (0, 2):
-        code, line = last_words(members[index])
+def test_what_one_process_sees_differently_ends_all_with_the_code_of_a_mistake(members, tmp_path):
+    for index, answer in enumerate(("yes", "yes", "no")):
+        (tmp_path / f"answer{index}").write_text(answer)
+    (tmp_path / "asked").touch()
+    code, line = last_words(members[2])
+    difference = "answer='no' of process 2 differs from 'yes' of process 0"
+    assert code == 2 and line.startswith(f"gpt4moe train: {difference}")
+    for member in members[:2]:
+        code, line = last_words(member)
         assert code == 2
-        assert (
-            line == f"gpt4moe train: process 1 ({socket.gethostname()}) ended the job: DATA_PATHS='x' matches no files"
-        )
+        assert line.startswith(f"gpt4moe train: process 2 ({socket.gethostname()}) ended the job: {difference}")
+
+
+def test_a_coordinator_whose_port_is_taken_is_one_line(started, tmp_path):
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        flags = [f"--coordinator=localhost:{port}", "--num_processes=2", "--process_id=0"]
+        started += spawn(["-m", "gpt4moe.launch", "train", RUN_FILE, f"--workdir={tmp_path}", *flags], 1)
+        taken = f"gpt4moe train: --coordinator=localhost:{port}: port {port} cannot be listened on"
+        code, line = last_words(started[0])
+        assert code == 1 and line.startswith(taken)
 
 
 # ------------------------------------------------------------------------------------------------ who is in the job
@@ -247,6 +259,8 @@ def test_slurm_tells_who_is_in_the_job(no_cluster):
     assert found.local_devices is None
     no_cluster.setenv("SLURM_STEP_TASKS_PER_NODE", "3")
     assert find_cluster(None, None, None).local_devices == (0,)
+    no_cluster.setenv("JAX_LOCAL_DEVICE_IDS", "0,1")
+    assert find_cluster(None, None, None).local_devices is None
     assert find_cluster(None, 1, None) is None
     assert find_cluster("other:1", 2, 0) == Cluster("other:1", 2, 0)
 
@@ -267,7 +281,7 @@ def test_flags_of_a_job_that_cannot_be_meant_are_refused(no_cluster, flags, mess
     assert message in str(caught.value)
     names = ("coordinator", "num_processes", "process_id")
     words = [f"--{name}={value}" for name, value in zip(names, flags, strict=True) if value is not None]
-    assert main(["train", "--gin_file=gin_configs/run/tiny.gin", f"--workdir={tmp_path / 'run'}", *words]) == 2
+    assert main(["train", RUN_FILE, f"--workdir={tmp_path / 'run'}", *words]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -21,6 +21,7 @@ from gpt4moe.plan import compile as compiling
 
 LENGTH, ROWS, VOCAB, LAYERS = 64, 16, 320, 12
 EIGHT = CompileConfig("cpu:8", decode_rows=8, decode_length=64, weight_dtype="float32")
+FOUR = dataclasses.replace(EIGHT, topology="cpu:4")
 LAYOUTS = {
     "one device": ({}, {}),
     "TP2 x EP2 x FSDP2": ({"tensor": 2, "expert": 2, "fsdp": 2}, {"sequence_parallel": True}),
@@ -46,6 +47,14 @@ def run_of(axes, settings, capacity_factor=1.25):
     return RunConfig(model, data, OptimizerConfig(1e-3), train, MeshConfig(axes, **settings))
 
 
+def with_model(run, **settings):
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **settings))
+
+
+def one_microbatch(run):
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, batch_tokens=ROWS * LENGTH))
+
+
 @functools.cache
 def document_of(name):
     return compiling.examine(run_of(*LAYOUTS[name]), EIGHT)
@@ -64,6 +73,19 @@ def test_one_chip_holds_parameters_and_moments():
     assert document["argument_bytes"] == pytest.approx(12 * counted, rel=0.02)
     assert document["fits"] and document["missing_bytes"] == 0
     assert document["collectives"] == []
+
+
+def test_what_is_there_at_once_must_fit():
+    """Of the output 4 bytes lie where arguments were."""
+    memory = compiling.Memory(argument=100, temporary=30, output=7, aliased=4, generated_code=1)
+    assert memory.total == 100 + 30 + (7 - 4) + 1
+
+
+def test_sequence_parallelism_divides_what_lies_between_layers():
+    """The backward pass keeps the residual stream before every layer, [rows, T, D] in float32: a quarter of it here."""
+    runs = [one_microbatch(run_of({"tensor": 4}, {"sequence_parallel": flag})) for flag in (False, True)]
+    whole, parted = (compiling.examine(run, FOUR)["temporary_bytes"] for run in runs)
+    assert whole - parted >= 3 / 4 * LAYERS * ROWS * LENGTH * runs[0].model.model_dim * 4
 
 
 @pytest.mark.parametrize(
@@ -88,8 +110,8 @@ def test_a_stage_hands_on_at_every_tick():
 
 def test_a_model_too_large_is_said_to_be_and_by_how_much():
     run = run_of({}, {})
-    large = dataclasses.replace(run.model, moe=dataclasses.replace(run.model.moe, num_experts=2**22))
-    document = compiling.examine(dataclasses.replace(run, model=large), EIGHT)
+    large = with_model(run, moe=dataclasses.replace(run.model.moe, num_experts=2**22))
+    document = compiling.examine(large, EIGHT)
     assert not document["fits"]
     assert document["missing_bytes"] == document["total_bytes"] - document["memory_bytes"] > 10**12
     assert f"does NOT fit, by {document['missing_bytes'] / 1e9:.1f} GB" in compiling.format_document(document)

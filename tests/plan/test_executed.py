@@ -28,6 +28,34 @@ def test_every_component_by_hand():
     assert counted.total == sum(dataclasses.astuple(counted))
 
 
+def mixed_run():
+    """Six layers with two of four experts and a shared one of 96, between six dense ones of 192."""
+    run = run_of({}, {})
+    moe = dataclasses.replace(run.model.moe, shared_hidden_dim=96)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, moe_every=2, dense_hidden_dim=192, moe=moe))
+
+
+def test_dense_layers_and_the_shared_expert_by_hand():
+    counted, plain = executed.train_step(mixed_run(), ONE, KERNEL), executed.train_step(run_of({}, {}), ONE, KERNEL)
+    assert counted.dense == 4 * 6 * TOKENS * 2 * (2 * 64 * 192)
+    assert counted.shared_expert == 4 * 6 * TOKENS * 2 * (2 * 64 * 96)
+    assert (counted.attention, counted.experts) == (plain.attention, plain.experts / 2)
+
+
+def test_a_decode_step_by_hand():
+    """Eight rows with caches of 40 slots; an expert block of 20 rows."""
+    counted = executed.decode_step(mixed_run(), ONE, 8, 40, 20)
+    assert dataclasses.asdict(counted) == {
+        "attention": 12 * 8 * 2 * 64 * (2 * 4 * 32 + 2 * 32),
+        "attention_core": 12 * 8 * 2 * 2 * 4 * 32 * 40,
+        "experts": 6 * 20 * 2 * 2 * 64 * 256,
+        "shared_expert": 6 * 8 * 2 * 2 * 64 * 96,
+        "dense": 6 * 8 * 2 * 2 * 64 * 192,
+        "router": 6 * 8 * 2 * 64 * 4,
+        "head": 8 * 2 * 64 * 320,
+    }
+
+
 def test_each_axis_takes_its_part():
     whole = executed.train_step(run_of({}, {}), ONE, KERNEL)
     data = executed.train_step(run_of({"data": 4}, {}), ONE | {"data": 4}, KERNEL)

@@ -1,5 +1,6 @@
 """FLOPs, loops and collectives read from compiled programs, against what small programs are known to do."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -12,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.compile import CompileConfig
 from gpt4moe.plan import groups, hlo, topology, work
-from gpt4moe.plan.compile import compile_lowered
+from gpt4moe.plan.compile import compile_lowered, examine
+from tests.plan.test_compile import EIGHT, run_of
 
 LAYERS, ROWS, DIM = 12, 256, 512
 ONE_PRODUCT = 2 * ROWS * DIM * DIM
@@ -117,6 +119,56 @@ def test_collectives_are_known_by_axis_count_and_bytes(machine):
     assert {item.count for item in found.collectives} == {3}
 
 
+def test_bytes_that_a_ring_of_four_sends():
+    """All of it passed on three times, a quarter sent to each of three others, and an all-reduce is both."""
+    text = """
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0} parameter(0)
+  %gathered = f32[4096]{0} all-gather(%x), GROUPS, dimensions={0}
+  %summed = f32[1024]{0} all-reduce(%x), GROUPS, to_apply=%add
+  %scattered = f32[256]{0} reduce-scatter(%x), GROUPS, dimensions={0}, to_apply=%add
+  %exchanged = f32[1024]{0} all-to-all(%x), GROUPS, dimensions={0}
+  ROOT %passed = f32[1024]{0} collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+}
+""".replace("GROUPS", "replica_groups={{0,1,2,3}}")
+    found = work.count(hlo.parse(text), {"tensor": 4})
+    assert {item.kind: item.bytes_sent / 4096 for item in found.collectives} == {
+        "all-gather": 3,
+        "all-reduce": 2 * 3 / 4,
+        "reduce-scatter": 3 / 4,
+        "all-to-all": 3 / 4,
+        "collective-permute": 1,
+    }
+
+
+def test_cycles_and_rounds_of_a_loop_that_counts_by_twos():
+    """From 0 to 9 by 2 is five rounds, each of 100 cycles, after 7 outside."""
+    text = """
+%body (at: (s32[])) -> (s32[]) {
+  %at = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%at), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two), backend_config={"estimated_cycles":"100"}
+  ROOT %out = (s32[]) tuple(%next)
+}
+
+%condition (at: (s32[])) -> pred[] {
+  %at = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%at), index=0
+  %limit = s32[] constant(9)
+  ROOT %below = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main () -> (s32[]) {
+  %zero = s32[] constant(0), backend_config={"estimated_cycles":"7"}
+  %begin = (s32[]) tuple(%zero)
+  ROOT %loop = (s32[]) while(%begin), condition=%condition, body=%body
+}
+"""
+    found = work.count(hlo.parse(text), {"tensor": 1})
+    assert (found.cycles, found.unknown_loops) == (7 + 5 * 100, ())
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -188,6 +240,36 @@ ENTRY %main (x: bf16[8,128]) -> token[] {
 """
     found = work.count(hlo.parse(text), {"tensor": 4}, slow=("stage",))
     assert found.collectives == (work.Collective("send between slices", ("stage",), 1, 8 * 128 * 2),)
+
+
+def test_axes_within_a_slice_are_known_from_its_program():
+    """Of three axes of two, fsdp lies between two slices: groups of a slice's program number its four chips."""
+    run = run_of({"data": 2, "fsdp": 2, "tensor": 2}, {"dcn": {"fsdp": 2}})
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=1))
+    config = dataclasses.replace(EIGHT, topology="v5p:2x2x1", slices=2)
+    jax.devices()  # emulated ones are made while XLA_FLAGS, hidden from the TPU's compiler, still says how many
+    if "tpu" not in machines():
+        with pytest.raises(CallerError, match="needs the TPU compiler"):
+            examine(run, config, "decode")
+        return
+    found = {(item["kind"], *item["axes"]) for item in examine(run, config, "decode")["collectives"]}
+    assert {("send between slices", "fsdp"), ("all-reduce", "tensor"), ("all-reduce", "data")} <= found
+    assert [axes for kind, *axes in found if "fsdp" in axes] == [["fsdp"]]
+
+
+@pytest.mark.parametrize("machine", machines())
+def test_temporaries_are_known_where_they_do_not_fit(machine):
+    """A matrix that fills more than a chip even in bfloat16: the TPU's compiler refuses it and says what it needs."""
+    rows = 250_000
+
+    def large(x_ND):
+        y_NN = jnp.tanh(x_ND @ x_ND.T)
+        return jnp.tanh(y_NN @ y_NN) @ x_ND
+
+    x = jax.ShapeDtypeStruct((rows, 128), jnp.float32, sharding=NamedSharding(mesh_of(machine), PartitionSpec()))
+    memory = compile_lowered(jax.jit(large).lower(x)).memory
+    assert memory.temporary > 2 * rows**2 > 95e9
+    assert memory.argument == 4 * rows * 128
 
 
 def test_a_topology_that_cannot_be_is_refused_in_one_line():

@@ -14,10 +14,12 @@ import pytest
 from etils import epath
 
 from gpt4moe import checkpoint
-from gpt4moe.accounting import chips, flops
+from gpt4moe.accounting import chips, flops, pipeline
 from gpt4moe.config.check import CallerError
-from gpt4moe.model import router
-from gpt4moe.train import loop, metrics, state
+from gpt4moe.config.mesh import MeshConfig
+from gpt4moe.infer import trained
+from gpt4moe.model import layout, router
+from gpt4moe.train import evaluate, loop, metrics, schedule, state
 from tests.train import tiny
 from tests.train.kill_campaign import CLOCK_KEYS
 
@@ -145,6 +147,33 @@ def test_another_layout_goes_on_from_the_same_checkpoint(finished, corpus, tmp_p
     assert rows(tmp_path)[-1]["tokens"] == rows(reference)[-1]["tokens"]
     resumed, uninterrupted = ([row["loss"] for row in rows(at) if "loss" in row] for at in (tmp_path, reference))
     np.testing.assert_allclose(resumed[4:], uninterrupted[4:], rtol=1e-4)
+
+
+def test_interleaved_stages_go_on_as_more_uneven_ones_and_are_evaluated(corpus, tmp_path, monkeypatch):
+    """Six layers in six chunks on two stages, then on four stages of one and two: losses are those of one device."""
+    monkeypatch.setattr(layout, "MOST_UNROLLED", 0)  # a loop compiles faster
+    run = tiny.run_config(
+        corpus, model=dataclasses.replace(tiny.MODEL, num_layers=6), steps=4, batch_tokens=8 * tiny.LENGTH
+    )
+    # A rate that does not depend on the length of the run, which is first made shorter.
+    steady = dataclasses.replace(run.optimizer.schedule, shape=schedule.constant)
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, schedule=steady))
+    first = MeshConfig({"stage": 2, "data": 4}, virtual_stages=3)
+    then = MeshConfig({"stage": 4, "data": 2}, stage_layers=(1, 2, 1, 2))
+    alone, staged = tmp_path / "alone", tmp_path / "staged"
+    want = train(run, alone)
+    train(tiny.with_train(dataclasses.replace(run, mesh=first), steps=2), staged)
+    run = dataclasses.replace(run, mesh=then)
+    got = train(run, staged)
+    steps, wanted = ([row for row in rows(workdir) if "loss" in row] for workdir in (staged, alone))
+    np.testing.assert_allclose([row["loss"] for row in steps], [row["loss"] for row in wanted], rtol=1e-4)
+    equal_stages = float(pipeline.idle_fraction(num_stages=2, num_microbatches=2, virtual_stages=3))
+    for row in steps[:2]:
+        assert row["pipeline/idle_fraction"] == pytest.approx(row["pipeline/idle_formula"]) == equal_stages
+    model = trained.restore(run, staged, mesh=then).model
+    again = evaluate.evaluate_trained(model, dataclasses.replace(run, mesh=then.for_generation()), staged, step=4)
+    for held_out in (got.evaluation, again):
+        assert held_out.mean_loss == pytest.approx(want.evaluation.mean_loss, rel=1e-4)
 
 
 def test_utilization_is_the_rate_times_the_flops_of_a_token_over_the_peak_of_all_devices(corpus, tmp_path, monkeypatch):

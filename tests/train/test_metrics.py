@@ -1,8 +1,12 @@
 """The files a run writes about itself."""
 
+import itertools
 import json
 import math
+import time
+import types
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -89,3 +93,11 @@ def test_goodput_counts_only_steps():
     before = watch.goodput()
     watch.resume()
     assert watch.goodput() <= before
+
+
+def test_the_peak_of_cpus_is_one_rate_for_every_machine(monkeypatch):
+    """A product takes one second here: eight emulated devices are one machine, a second process is another."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    one_machine, elsewhere = 2 * clock.GEMM_SIZE**3, types.SimpleNamespace(device_kind="cpu", process_index=1)
+    assert clock.peak_flops_per_second(jax.devices(), "float32") == one_machine
+    assert clock.peak_flops_per_second([*jax.devices(), elsewhere], "float32") == 2 * one_machine

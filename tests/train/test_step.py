@@ -1,5 +1,6 @@
 """The training step: accumulation, the batch ramp, skipping, layouts."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -75,6 +76,20 @@ def test_a_batch_in_pieces_trains_like_the_whole(microbatch_rows):
 def test_layouts_train_like_one_device(mesh):
     batches = [tiny.random_batch(ROWS, seed=seed) for seed in range(2)]
     assert_same_training(take(batches, 8, mesh), take(batches, ROWS), 1e-5)
+
+
+def test_zero1_divides_the_moments_and_gives_every_gradient_its_place():
+    """Each of eight replicas holds an eighth of what divides by 8, and XLA is told where every gradient goes."""
+    run = tiny.run_config(pathlib.Path("unused"), batch_tokens=ROWS * tiny.LENGTH, mesh=(("data", 8),))
+    divided = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, zero1=True))
+    mesh = make_mesh(run.mesh)
+    abstract = state.abstract_state(divided, mesh)
+    moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(abstract.params))
+    assert {leaf.size / np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in moments} == {8}
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(abstract.params))
+    plain, told = (step.lower_step(each, mesh, 2).as_text().count("sharding_constraint") for each in (run, divided))
+    assert told - plain == len(jax.tree.leaves(abstract.params))
 
 
 def test_a_growing_batch_compiles_once():
