@@ -19,6 +19,7 @@ NOT_ON_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilers at once share no device
 }
 
 
@@ -65,6 +66,7 @@ def _torus(config: CompileConfig) -> list[jax.Device]:
     require(installed, "topology", config.topology, "needs the TPU compiler, libtpu, which is not installed", mend)
     for name, value in NOT_ON_A_TPU.items():
         os.environ.setdefault(name, value)
+    jax.devices("cpu")  # as many as flags say, before `without_flags` hides them
     try:
         slices = {"num_slices": config.slices} if config.slices > 1 else {}
         return topologies.get_topology_desc(platform="tpu", topology_name=config.topology, **slices).devices
