@@ -5,6 +5,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -115,6 +117,15 @@ def test_a_run_that_is_asked_to_stop_exits_with_3_and_the_same_command_finishes_
     assert main(words) == 0
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, 41))
+
+
+def test_a_profile_is_written(corpus, tmp_path):
+    """In a process of its own: the profiler loads libtpu where it is installed, which ends a process over flags of
+    XLA:CPU, and where its interface is newer than jaxlib's, a process that has also used it as a compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    words = [sys.executable, "-m", "gpt4moe.launch", *train_words(corpus, tmp_path / "run", "--profile=1")]
+    subprocess.run(words, cwd=ROOT, env=environment, check=True, timeout=300)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def test_evaluate_repeats_what_training_found(workdir, capsys):
