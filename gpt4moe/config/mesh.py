@@ -46,7 +46,13 @@ class MeshConfig:
         for field, setting in (("axes", "MESH"), ("dcn", "dcn")):
             object.__setattr__(self, field, _sizes_by_axis(setting, getattr(self, field)))
         given = dict(self.axes)
-        require(sum(size == -1 for size in given.values()) <= 1, "MESH", given, "may infer (-1) at most one axis")
+        require(
+            sum(size == -1 for size in given.values()) <= 1,
+            "MESH",
+            given,
+            "may infer (-1) at most one axis",
+            "give sizes",
+        )
         require_count("virtual_stages", self.virtual_stages)
         if self.stage_microbatches is not None:
             require_count("stage_microbatches", self.stage_microbatches)
@@ -73,7 +79,7 @@ class MeshConfig:
             "MESH",
             given,
             f"spans {math.prod(sizes.values())} devices but there are {num_devices}",
-            "change the axis sizes, use -1 for one of them, or pass --cpu_devices",
+            "change the axis sizes, use -1 for one of them, or give other devices (--cpu_devices, --topology)",
         )
         self._check_against(sizes)
         return sizes
@@ -177,5 +183,7 @@ def _sizes_by_axis(setting: str, given: object) -> tuple[tuple[str, int], ...]:
     for name, size in axes:
         require(name in MESH_AXES, setting, dict(axes), f"has unknown axis {name!r}", f"use one of {MESH_AXES}")
         valid = type(size) is int and (size >= 1 or size == -1)
-        require(valid, setting, dict(axes), f"needs {name} >= 1 or -1")
+        require(valid, setting, dict(axes), f"needs an integer {name} >= 1, or -1 for the rest")
+    twice = sorted({name for name, _ in axes if sum(name == other for other, _ in axes) > 1})
+    require(not twice, setting, axes, f"gives {', '.join(twice)} more than once", "give each axis one size")
     return axes

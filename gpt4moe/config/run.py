@@ -53,6 +53,7 @@ class RunConfig:
                 "batch_tokens",
                 batch_tokens,
                 f"must be a multiple of sequence_length * microbatch_rows ({length} * {self.microbatch_rows})",
+                "change BATCH_TOKENS, SEQUENCE_LENGTH or MICROBATCH_ROWS",
             )
         held_out = self.data.held_out_fraction
         require(held_out < 1, "held_out_fraction", held_out, "must leave text to train on")
@@ -81,6 +82,7 @@ class RunConfig:
         Configurations without an inferred axis have been checked; one with -1 is checked when the mesh is made.
         """
         self.mesh.chunk_sizes(self.model.num_moe_layers, sizes["stage"])
+        self.check_dims(sizes)
         self._check_rows(sizes)
         span = sizes["context"] * (sizes["tensor"] if self.mesh.sequence_parallel else 1)
         axes = "context * tensor axes" if self.mesh.sequence_parallel else "context axis"
@@ -92,11 +94,30 @@ class RunConfig:
             "change SEQUENCE_LENGTH or MESH",
         )
 
+    def check_dims(self, sizes: Mapping[str, int]) -> None:
+        """Raises where a width of the model does not divide over the axes that its dim lies on."""
+        model, moe = self.model, self.model.moe
+        widths = (
+            ("num_heads", "heads", model.attention.num_heads),
+            ("num_kv_heads", "kv_heads", model.attention.num_kv_heads),
+            ("vocab_size", "vocab", model.vocab_size),
+            ("model_dim", "embed", model.model_dim),
+            ("num_experts", "experts", moe.num_experts),
+            ("hidden_dim", "mlp", moe.hidden_dim),
+            ("shared_hidden_dim", "mlp", moe.shared_hidden_dim),
+            ("dense_hidden_dim", "mlp", model.dense_hidden_dim or 0),
+        )
+        for setting, dim, width in widths:
+            axes = self.rules.axes_of(dim)
+            span = math.prod(sizes[axis] for axis in axes)
+            constraint = f"must be divisible by the {'*'.join(axes)} axis of the mesh ({span})"
+            require(width % span == 0, setting, width, constraint, f"change {setting} or the mesh")
+
     def _check_rows(self, sizes: Mapping[str, int]) -> None:
         rows, span, pieces = self.microbatch_rows, self._batch_span(sizes), self.mesh.stage_microbatches or 1
         axes = f"{'*'.join(self.rules.batch_axes)} axes ({span})"
         times = f" times stage_microbatches ({pieces})" if pieces > 1 else ""
-        mend = "change MICROBATCH_ROWS, the batch or MESH"
+        mend = f"change MICROBATCH_ROWS, the batch, MESH{' or stage_microbatches' if times else ''}"
         require(rows % (span * pieces) == 0, "microbatch_rows", rows, f"must be divisible by the {axes}{times}", mend)
         virtual, stages, pieces = self.mesh.virtual_stages, sizes["stage"], self.stage_microbatches(sizes)
         constraint = f"needs at least as many microbatches in a pass ({pieces}) as stages ({stages})"

@@ -44,6 +44,7 @@ def restore(
     require(step in saved, "--step", step, f"is not saved in {workdir}", f"choose one of {saved}")
     over = mesh.for_generation() if mesh else MeshConfig()
     devices = make_mesh(over)
+    config.check_dims(dict(devices.shape))
     layout = make_layout(config.model, over, config.rules, devices)
     blank = nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0), layout=layout))
     definition, shapes = nnx.split(blank)

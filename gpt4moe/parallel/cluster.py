@@ -37,7 +37,8 @@ class Cluster:
         require(is_address, "--coordinator", self.coordinator, "must be HOST:PORT")
         require(self.num_processes > 1, "--num_processes", self.num_processes, "must be at least 2 with --coordinator")
         is_one = 0 <= self.process_id < self.num_processes
-        require(is_one, "--process_id", self.process_id, f"must be from 0 to {self.num_processes - 1}")
+        constraint = f"must be from 0 to {self.num_processes - 1}, of --num_processes={self.num_processes}"
+        require(is_one, "--process_id", self.process_id, constraint, "change one of them")
 
 
 def find_cluster(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Cluster | None:

@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,13 +21,13 @@ from typing import Any
 import jax
 from jax._src import distributed
 
-from gpt4moe.config.check import CallerError, RunError, one_line, require
+from gpt4moe.config.check import CallerError, one_line, require
 from gpt4moe.parallel.cluster import Cluster
+from gpt4moe.parallel.muster import JOIN_SECONDS, muster
 from gpt4moe.parallel.watch import FAULT, Watch
 
 # The watch of the job that this process is part of.
 _WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watch", default=None)
-JOIN_SECONDS = 300
 GOES_ON = "the same command goes on from the last checkpoint"
 # A barrier has no time limit of its own: whoever waits in it is freed or ended by the watch.
 BARRIER_MS = 7 * 24 * 3600 * 1000
@@ -55,7 +54,7 @@ def job(
     _keep_stdout_ours()
     joined: list[int] = []
     with _explained_abort(cluster, prefix, joined):
-        _join(cluster, heartbeat_seconds)
+        _join(cluster, heartbeat_seconds, prefix)
         joined.append(cluster.process_id)
         client = distributed.global_state.client
         limits = {"silence": heartbeat_seconds, "stall": stall_seconds}
@@ -151,12 +150,9 @@ _SPREAD = 'give a MESH over the devices of all processes, e.g. {"fsdp": -1}'
 _WHOLE = "let the devices of a process divide, or be divided by, tensor * context and what follows the row axes"
 
 
-def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
-    """Raises `RunError` where the coordinator cannot be had; JAX itself would end the process with a stack trace."""
-    if cluster.process_id == 0:
-        _require_free(cluster.coordinator)
-    else:
-        _await_coordinator(cluster.coordinator)
+def _join(cluster: Cluster, heartbeat_seconds: int, prefix: str) -> None:
+    """Raises as `muster` does; JAX itself would end the process with a stack trace."""
+    muster(cluster, lambda line: print(f"{prefix}{line}", file=sys.stderr, flush=True))
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         # A CPU program from the cache has the communicators of the process that compiled it: another one that runs it
@@ -171,24 +167,6 @@ def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
         initialization_timeout=JOIN_SECONDS,
         heartbeat_timeout_seconds=max(100, 3 * heartbeat_seconds),  # ours comes first, and says more
     )
-
-
-def _require_free(coordinator: str) -> None:
-    port = int(coordinator.rpartition(":")[2])
-    try:
-        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("", port))
-    except OSError as error:
-        raise RunError(f"--coordinator={coordinator}: port {port} cannot be listened on ({error.strerror})") from error
-
-
-def _await_coordinator(coordinator: str) -> None:
-    deadline = time.monotonic() + JOIN_SECONDS
-    while not _answers(coordinator):
-        if time.monotonic() > deadline:
-            raise RunError(f"--coordinator={coordinator} has not answered for {JOIN_SECONDS} s: process 0 is not there")
-        time.sleep(0.2)
 
 
 def _answers(coordinator: str) -> bool:
@@ -234,16 +212,13 @@ def _keep_stdout_ours() -> None:
 def _explained_abort(cluster: Cluster, prefix: str, joined: list[int]) -> Iterator[None]:
     """JAX aborts, from a thread of its own, the moment that the coordinator is gone: the last word is then ours.
 
-    It also does where not all processes come to join; `joined` is empty until then. A handler of Python's would wait
+    It also does where one goes while all join; `joined` is empty until then. A handler of Python's would wait
     for the main thread, which waits for a collective; this one runs in C's place.
     """
 
     def on_abort(_: int) -> None:
         gone = f"process 0, which coordinates the job at {cluster.coordinator}, is gone"
-        few = (
-            f"not all of the {cluster.num_processes} processes have joined the job at {cluster.coordinator} within "
-            f"{JOIN_SECONDS} s; start each --process_id from 0 to {cluster.num_processes - 1} once"
-        )
+        few = f"a process of the job at {cluster.coordinator} has gone while all were joining"
         other = f"JAX gave up on the job of {cluster.num_processes} processes, for the reason above"
         line = (other if _answers(cluster.coordinator) else gone) if joined else few
         print(f"{prefix}{line}{'; ' + GOES_ON if joined else ''}", file=sys.stderr, flush=True)

@@ -27,8 +27,10 @@ def partition_spec(
     for dim, size in zip(dims, shape, strict=True):
         axes = split_axes(mesh, rules.axes_of(dim) if dim else ())
         span = math.prod(mesh.shape[axis] for axis in axes)
-        require(not used & set(axes), name, tuple(dims), f"puts two dims on mesh axis {sorted(used & set(axes))}")
-        require(size % span == 0, f"{name}.{dim}", size, f"must be divisible by the {'*'.join(axes)} axis ({span})")
+        twice = f"puts two dims on mesh axis {sorted(used & set(axes))}"
+        require(not used & set(axes), name, tuple(dims), twice, "change ShardingRules.overrides or MESH")
+        constraint = f"must be divisible by the {'*'.join(axes)} axis ({span})"
+        require(size % span == 0, f"{name}.{dim}", size, constraint, "change the model, ShardingRules or MESH")
         used |= set(axes)
         entries.append(axes if len(axes) > 1 else (axes[0] if axes else None))
     return PartitionSpec(*entries)

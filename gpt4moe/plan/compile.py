@@ -74,7 +74,8 @@ def examine(
     require(config.topology is not None, "topology", None, "must be given", mend)
     if program == "decode":
         run = dataclasses.replace(run, mesh=run.mesh.for_generation())
-    mesh = make_mesh(run.mesh, topology.devices(config))
+    devices = topology.devices(config)
+    mesh = make_mesh(run.mesh, devices)
     _check_sizes(run, config, program, mesh)
     say(f"compiling {program} for {mesh.size} x {config.topology.partition(':')[0]}: up to some minutes")
     started = time.perf_counter()
@@ -87,6 +88,7 @@ def examine(
         "topology": config.topology,
         "slices": config.slices,
         "chips": mesh.size,
+        "topology_chips": len(devices),
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         **_memory_report(compiled.memory, mesh),
         **expected.beside(run, config, mesh, program, counted),
@@ -139,10 +141,12 @@ def format_document(document: dict) -> str:
     verdict = f"fits, {have - need:.1f} GB to spare" if document["fits"] else f"does NOT fit, by {need - have:.1f} GB"
     mesh = ", ".join(f"{axis} {size}" for axis, size in document["mesh"].items())
     machine = f"{document['slices']} x {document['topology']}"
+    chips, there = document["chips"], document["topology_chips"]
+    count = f"{chips} chip{'s' if chips > 1 else ''}" if chips == there else f"{chips} of {there} chips"
     ratio, of_model = document["compiled_over_executed"], document["compiled_over_model_flops"]
     useful, without = document["useful_fraction"], document["useful_fraction_without_recomputation"]
     lines = [
-        f"{document['program']} on {document['chips']} chips ({machine}): {mesh}",
+        f"{document['program']} on {count} ({machine}): {mesh}",
         f"memory      {verdict}: {need:.1f} of {have:.1f} GB a chip ({document['memory_note']})",
         f"            {gigabytes}; {document['aliased_bytes'] / 1e9:.2f} of the output lies in the arguments",
         f"FLOPs       {document['flops_per_chip']:.4g} a chip: {ratio:.4f} of the analytic count, {of_model:.3f} of 6N",

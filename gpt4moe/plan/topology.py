@@ -62,7 +62,7 @@ def _emulated(number: int) -> list[jax.Device]:
 
 def _torus(config: CompileConfig) -> list[jax.Device]:
     installed = importlib.util.find_spec("libtpu") is not None
-    mend = "pip install 'gpt4moe[tpu-compile]'"
+    mend = "pip install -e '.[tpu-compile]'"
     require(installed, "topology", config.topology, "needs the TPU compiler, libtpu, which is not installed", mend)
     for name, value in NOT_ON_A_TPU.items():
         os.environ.setdefault(name, value)

@@ -107,6 +107,8 @@ def say_what_begins(start: Beginning) -> None:
             f"the sources end after {there:,} tokens, before the {planned:,} that the learning rate is planned for: "
             "raise max_epochs or lower TOKEN_BUDGET"
         )
+    if start.progress:
+        say(f"going on from step {start.progress['step']} of {start.workdir}")
     say("compiling the training step")
 
 

@@ -13,10 +13,11 @@ from tests.config.test_config import MODEL, RUN
 STAGE2, STAGE4 = {"stage": 2}, {"stage": 4}
 MESHES = [
     ({"dcn": {"rows": 2}}, "dcn={'rows': 2} has unknown axis 'rows'"),
-    ({"dcn": {"data": 0}}, "dcn={'data': 0} needs data >= 1 or -1"),
+    ({"dcn": {"data": 0}}, "dcn={'data': 0} needs an integer data >= 1, or -1 for the rest"),
     ({"dcn": 2}, "dcn=2 must be a dict of axis sizes"),
     ({"axes": {"data": 6}, "dcn": {"data": 4}}, "dcn['data']=4 must divide MESH's data axis (6); change MESH['data']"),
     ({"axes": {"data": 2}, "dcn": {"stage": 2}}, "dcn['stage']=2 must divide MESH's stage axis (1)"),
+    ({"axes": (("data", 2), ("data", 2))}, "MESH=(('data', 2), ('data', 2)) gives data more than once"),
     ({"virtual_stages": 0}, "virtual_stages=0 must be an integer of at least 1"),
     ({"virtual_stages": 2}, "virtual_stages=2 needs a stage axis above 1; set MESH's stage or drop virtual_stages"),
     ({"stage_layers": [1, 1]}, "stage_layers=(1, 1) needs a stage axis above 1"),
@@ -51,10 +52,13 @@ RUNS = [
     ),
     ({"axes": {"context": 3}}, {}, "sequence_length=64 must be divisible by the context axis (3)"),
     (
-        {"axes": {"tensor": 3}, "sequence_parallel": True},
+        {"axes": {"tensor": 4, "context": 3}, "sequence_parallel": True},
         {},
-        "sequence_length=64 must be divisible by the context * tensor axes (3)",
+        "sequence_length=64 must be divisible by the context * tensor axes (12)",
     ),
+    ({"axes": {"tensor": 3}}, {}, "num_heads=4 must be divisible by the tensor axis of the mesh (3); change num_heads"),
+    ({"axes": {"expert": 3}}, {}, "num_experts=4 must be divisible by the expert axis of the mesh (3)"),
+    ({"axes": {"tensor": 4}}, {"vocab_size": 514}, "vocab_size=514 must be divisible by the tensor axis of the mesh"),
 ]
 RULES = [
     ({"overrides": {"head": ["tensor"]}}, "has unknown dim 'head'"),

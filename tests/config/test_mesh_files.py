@@ -20,7 +20,15 @@ DEVICES = {
     "v5p_pod": (2048, 2048),
     "v6e_pod": (256, 256),
 }
-EVERY_REFERENCE_DIM = ["NUM_LAYERS = 120", "NUM_EXPERTS = 16", "SEQUENCE_LENGTH = 64"]
+EVERY_REFERENCE_DIM = [
+    "NUM_LAYERS = 120",
+    "NUM_EXPERTS = 16",
+    "VOCAB_SIZE = 100352",
+    "SEQUENCE_LENGTH = 64",
+    "model.ModelConfig.model_dim = 12288",
+    "attention.AttentionConfig.num_heads = 96",
+    "moe.MoeConfig.hidden_dim = 24576",
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -41,7 +49,7 @@ def test_every_mesh_file_spans_its_devices(path, tmp_path):
 
 
 def test_the_reference_layout_keeps_tensors_in_a_node_and_spreads_the_rest():
-    run, _ = build_run(["gin_configs/run/tiny.gin", "gin_configs/mesh/gpu_tp8_pp15_zero1.gin"], ["NUM_LAYERS = 120"])
+    run, _ = build_run(["gin_configs/run/tiny.gin", "gin_configs/mesh/gpu_tp8_pp15_zero1.gin"], EVERY_REFERENCE_DIM)
     sizes = run.mesh.sizes(24_960)
     assert (sizes["data"], sizes["stage"], sizes["tensor"]) == (208, 15, 8)
     across = run.mesh.dcn_sizes(sizes)
@@ -52,7 +60,7 @@ def test_the_reference_layout_keeps_tensors_in_a_node_and_spreads_the_rest():
 
 def test_pods_are_joined_by_a_degree_given_on_the_command_line():
     """Four v6e pods: the torus keeps fsdp 2 of each, the slow network has 4."""
-    overrides = ['mesh.MeshConfig.dcn={"fsdp": 4}', "NUM_EXPERTS=16"]
+    overrides = ['mesh.MeshConfig.dcn={"fsdp": 4}', *EVERY_REFERENCE_DIM]
     run, _ = build_run(["gin_configs/run/tiny.gin", "gin_configs/mesh/v6e_pod.gin"], overrides)
     sizes = run.mesh.sizes(1024)
     assert sizes["fsdp"] == 8

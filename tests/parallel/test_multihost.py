@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt4moe.config.check import CallerError
+from gpt4moe.config.check import CallerError, RunError
 from gpt4moe.launch import main
+from gpt4moe.parallel import muster
 from gpt4moe.parallel.cluster import Cluster, find_cluster
 from gpt4moe.parallel.multihost import RowGroup, row_group
 
@@ -165,11 +166,15 @@ def test_processes_with_different_work_directories_are_refused(corpus, tmp_path,
 
 
 @pytest.fixture
-def members(tmp_path, started):
+def address():
+    return free_address()
+
+
+@pytest.fixture
+def members(tmp_path, started, address):
     """Three processes that have joined and wait."""
-    started += spawn(
-        ["-c", MEMBER.replace("{", "{{").replace("}", "}}"), free_address(), "3", "{index}", str(tmp_path)], 3
-    )
+    program = MEMBER.replace("{", "{{").replace("}", "}}")
+    started += spawn(["-c", program, address, "3", "{index}", str(tmp_path)], 3)
     wait_until(lambda: all((tmp_path / f"joined{index}").exists() for index in range(3)), started)
     return started
 
@@ -207,6 +212,16 @@ def test_the_end_of_the_coordinator_is_explained(members):
         assert code == 1
         assert line.startswith("gpt4moe train: process 0, which coordinates the job at localhost:")
         assert line.endswith("is gone; the same command goes on from the last checkpoint")
+
+
+def test_a_stranger_that_comes_to_a_running_job_leaves_it_alone(members, address, monkeypatch, tmp_path):
+    monkeypatch.setattr(muster, "JOIN_SECONDS", 3)
+    with pytest.raises(RunError, match="a job that runs already, or another program, listens there"):
+        muster.muster(Cluster(address, 3, 1), print)
+    for index in range(3):
+        (tmp_path / f"answer{index}").write_text("yes" if index else "no")
+    (tmp_path / "asked").touch()
+    assert "answer='yes' of process" in last_words(members[0])[1]
 
 
 def test_what_one_process_sees_differently_ends_all_with_the_code_of_a_mistake(members, tmp_path):
