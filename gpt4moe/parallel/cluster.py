@@ -40,6 +40,12 @@ class Cluster:
         constraint = f"must be from 0 to {self.num_processes - 1}, of --num_processes={self.num_processes}"
         require(is_one, "--process_id", self.process_id, constraint, "change one of them")
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the coordinator, as sockets take them."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port)
+
 
 def find_cluster(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Cluster | None:
     """The cluster that the flags name, else the one that the environment shows; None for a process on its own.

@@ -169,10 +169,9 @@ def _join(cluster: Cluster, heartbeat_seconds: int, prefix: str) -> None:
     )
 
 
-def _answers(coordinator: str) -> bool:
-    host, _, port = coordinator.rpartition(":")
+def _answers(cluster: Cluster) -> bool:
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+        with socket.create_connection(cluster.address, timeout=2):
             return True
     except OSError:
         return False
@@ -220,7 +219,7 @@ def _explained_abort(cluster: Cluster, prefix: str, joined: list[int]) -> Iterat
         gone = f"process 0, which coordinates the job at {cluster.coordinator}, is gone"
         few = f"a process of the job at {cluster.coordinator} has gone while all were joining"
         other = f"JAX gave up on the job of {cluster.num_processes} processes, for the reason above"
-        line = (other if _answers(cluster.coordinator) else gone) if joined else few
+        line = (other if _answers(cluster) else gone) if joined else few
         print(f"{prefix}{line}{'; ' + GOES_ON if joined else ''}", file=sys.stderr, flush=True)
         os._exit(FAULT)
 

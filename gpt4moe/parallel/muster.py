@@ -58,7 +58,7 @@ class _Patience:
 
 def _gather(cluster: Cluster, patience: _Patience) -> None:
     present: dict[int, socket.socket] = {}
-    with _listening(cluster.coordinator) as listener, contextlib.ExitStack() as connections:
+    with _listening(cluster) as listener, contextlib.ExitStack() as connections:
         while missing := _missing(cluster, present):
             if not patience.lasts(f"{missing} of {cluster.num_processes} at {cluster.coordinator}"):
                 start = f"start each --process_id from 0 to {cluster.num_processes - 1} once"
@@ -72,16 +72,14 @@ def _gather(cluster: Cluster, patience: _Patience) -> None:
 
 
 @contextlib.contextmanager
-def _listening(coordinator: str) -> Iterator[socket.socket]:
-    port = int(coordinator.rpartition(":")[2])
-    both = socket.has_dualstack_ipv6()
+def _listening(cluster: Cluster) -> Iterator[socket.socket]:
+    (_, port), both = cluster.address, socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        listener = socket.create_server(
-            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-        )
+        listener = socket.create_server(("", port), family=family, dualstack_ipv6=both)
     except OSError as error:
         line = f"port {port} cannot be listened on ({error.strerror}); another job may use it: choose another port"
-        raise RunError(f"--coordinator={coordinator}: {line}") from error
+        raise RunError(f"--coordinator={cluster.coordinator}: {line}") from error
     with listener:
         listener.settimeout(LOOK_SECONDS)
         yield listener
@@ -147,11 +145,10 @@ def _come(cluster: Cluster, patience: _Patience) -> None:
 
 def _ask(cluster: Cluster, patience: _Patience) -> str:
     """Tells process 0 that this one is there; "" when all are, else what stands in the way."""
-    host, _, port = cluster.coordinator.rpartition(":")
     try:
-        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=GREETING_SECONDS)
+        connection = socket.create_connection(cluster.address, timeout=GREETING_SECONDS)
     except socket.gaierror:
-        return f"no host is known by the name {host}"
+        return f"no host is known by the name {cluster.address[0]}"
     except OSError:
         return "process 0 is not there"
     with connection:
