@@ -176,6 +176,7 @@ def _check_sizes(run: RunConfig, config: CompileConfig, program: str, mesh: Mesh
     if program == "train":
         run.check_sizes(dict(mesh.shape))
         return
+    run.check_dims(dict(mesh.shape))
     run.mesh.chunk_sizes(run.model.num_moe_layers, mesh.shape["stage"])
     span = math.prod(mesh.shape[axis] for axis in run.rules.batch_axes)
     constraint = f"must be divisible by the {'*'.join(run.rules.batch_axes)} axes ({span})"

@@ -71,17 +71,15 @@ def test_a_process_of_a_job_of_another_size_is_refused(address):
 
 
 def test_a_process_that_has_gone_may_come_again(address):
-    """The connection of one that died while others were awaited does not count, and its number is free."""
-    host, _, port = address.rpartition(":")
+    """A connection that broke while others were awaited leaves its number free; other words are no hello."""
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        first = threads.submit(muster.muster, Cluster(address, 2, 0), print)
-        time.sleep(0.3)
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b'{"process_id": 1, "num_processes": 3}\n{')
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"GET / HTTP/1.1\n")
-        muster.muster(Cluster(address, 2, 1), print)
-        first.result()
+        first = threads.submit(outcomes, address, (0, 3))
+        for words in (b'{"process_id": 1, "num_processes": 3}\n', b"GET / HTTP/1.1\n"):
+            time.sleep(0.3)
+            with socket.create_connection(Cluster(address, 3, 1).address) as connection:
+                connection.sendall(words)
+        assert outcomes(address, (2, 3), (1, 3), apart=0.3)[0] == [None, None]
+        assert first.result()[0] == [None]
 
 
 def test_nobody_and_strangers_are_told_apart(address):

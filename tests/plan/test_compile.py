@@ -73,6 +73,7 @@ def test_one_chip_holds_parameters_and_moments():
     assert document["argument_bytes"] == pytest.approx(12 * counted, rel=0.02)
     assert document["fits"] and document["missing_bytes"] == 0
     assert document["collectives"] == []
+    assert compiling.format_document(document).startswith("train on 1 of 8 chips (1 x cpu:8)")
 
 
 def test_what_is_there_at_once_must_fit():
@@ -138,3 +139,5 @@ def test_what_cannot_be_compiled_is_refused_in_one_line():
         compiling.examine(run, EIGHT, "serve")
     with pytest.raises(CallerError, match="spans 2 devices but there are 8"):
         compiling.examine(run, EIGHT)
+    with pytest.raises(CallerError, match="num_heads=4 must be divisible by the tensor axis of the mesh"):
+        compiling.examine(run_of({"tensor": -1}, {}), EIGHT, "decode")
