@@ -34,8 +34,13 @@ def abstract_microbatches(run: RunConfig, rows: NamedSharding) -> Batch:
     """Shapes, dtypes and layout of what `draw` gives; `rows` is the layout of [B, T]."""
     shape = (microbatch_room(run), run.microbatch_rows, run.data.sequence_length)
     where = NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec))
-    dtypes = {field.name: np.int32 for field in dataclasses.fields(Batch)} | {"loss_weights": np.float32}
-    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()})
+    names = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "source_ids")
+    dtypes = dict.fromkeys(names, np.int32) | {"loss_weights": np.float32}
+    leaves = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()}
+    if run.train.replay_routing:
+        choices = (*shape, run.model.num_moe_layers, run.model.moe.experts_per_token)
+        leaves["replay_ids"] = jax.ShapeDtypeStruct(choices, np.int32, sharding=where)
+    return Batch(**leaves)
 
 
 def draw(rows: TrainRows, batch_tokens: int, abstract: Batch) -> Drawn | None:

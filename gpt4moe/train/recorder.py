@@ -110,17 +110,18 @@ def step_row(metrics: StepMetrics, facts: StepFacts, source_names: Sequence[str]
     row |= {f"loss/{name}": float(total / weight) for name, total, weight in weights if weight > 0}
     if sums.idle_slots is not None:
         row["pipeline/idle_fraction"] = float(sums.idle_slots[0] / sums.idle_slots[1])
-    row["load_balance_loss"] = float(np.mean(sums.moe.load_balance) / max(counts.rows, 1))
+    row["load_balance_loss"] = float(np.mean(sums.load_balance))
     row["router_z_loss"] = float(np.mean(sums.moe.router_z) / max(counts.tokens, 1))
     row["grad_norm"] = float(metrics.grad_norm)
     row["learning_rate"] = float(metrics.learning_rate)
     row["batch_tokens"] = facts.batch_tokens
     row["skipped_steps"] = int(metrics.skipped_steps)
+    row["moe/expert_grad_norm"] = metrics.expert_grad_norm_LE.tolist()
     return row | _routing(sums.moe, float(counts.tokens))
 
 
 def _routing(moe: MoeOut, tokens: float) -> dict[str, Any]:
-    """Load as fractions [L][E], and per layer: busiest over mean, entropy of the load over ln E, drops, router nats."""
+    """Load as fractions [L][E], and per layer: busiest over mean, entropy of the load over ln E, drops, router."""
     assignments_L1 = np.maximum(moe.load_E.sum(-1, keepdims=True), 1)
     load_LE = moe.load_E / assignments_L1
     num_experts = load_LE.shape[-1]
@@ -131,6 +132,7 @@ def _routing(moe: MoeOut, tokens: float) -> dict[str, Any]:
         "moe/load_entropy": entropy_L.tolist(),
         "moe/dropped_fraction": (moe.dropped / assignments_L1[:, 0]).tolist(),
         "moe/router_entropy": (moe.router_entropy / max(tokens, 1)).tolist(),
+        "moe/router_largest_logit": (moe.largest_logit / max(tokens, 1)).tolist(),
     }
 
 
