@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 from jax.sharding import Mesh
 
 from gpt4moe.accounting import flops, pipeline
 from gpt4moe.config.run import RunConfig
 from gpt4moe.model.moe import MoeOut
+from gpt4moe.train import trace
 from gpt4moe.train.clock import StepClock, peak_flops_per_second
 from gpt4moe.train.metrics import MetricsLog
 from gpt4moe.train.step import StepMetrics
@@ -23,12 +25,17 @@ TINY = 1e-30
 
 @dataclasses.dataclass(frozen=True)
 class StepFacts:
-    """What the host knows of a step: its number, tokens seen after it, its own tokens, epochs of each source."""
+    """What the host knows of a step: its number, tokens seen after it, its own tokens, epochs of each source.
+
+    num_microbatches, tokens_crc: as in `feed.Drawn`.
+    """
 
     step: int
     tokens: int
     batch_tokens: int
     epochs: Mapping[str, float]
+    num_microbatches: int = 1
+    tokens_crc: int = 0
 
 
 class Recorder:
@@ -40,6 +47,7 @@ class Recorder:
     def __init__(
         self,
         run: RunConfig,
+        workdir: epath.Path,
         source_names: Sequence[str],
         log: MetricsLog,
         bar: tqdm.tqdm,
@@ -47,6 +55,7 @@ class Recorder:
     ) -> None:
         self.skipped_in_row = 0
         self.clock = StepClock()
+        self._workdir = workdir
         self._sources = source_names
         self._log = log
         self._bar = bar
@@ -71,6 +80,9 @@ class Recorder:
         speed = self._speed(facts)
         self.skipped_in_row = int(metrics.skipped_in_row)
         row = step_row(metrics, facts, self._sources) | self._bubble | speed
+        choices = metrics.sums.moe.choices
+        if choices is not None:
+            trace.write(self._workdir, facts.step, choices.expert_ids_BTK, facts.num_microbatches, facts.tokens_crc)
         if facts.step % self._log_every == 0:
             self._log.write(row)
         self._bar.set_postfix_str(_summary(row), refresh=False)
