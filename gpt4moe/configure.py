@@ -21,6 +21,7 @@ from typing import Any
 from gpt4moe.config.check import CallerError, one_line, require
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 
 
 def build_run(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()) -> tuple:
@@ -102,12 +103,22 @@ def _parse_override(gin, override: str) -> None:
     name, equals, value = override.partition("=")
     require(bool(equals and name), "--gin", override, "must have the form --gin.NAME=VALUE")
     try:
-        gin.parse_config(f"{name} = {value}")
+        gin.parse_config(f"{_imports(gin) if '@' in value else ''}{name} = {value}")
     except SyntaxError as error:
         mend = f"quote strings: --gin.{name}=\"'{value}'\""
         raise CallerError(f"--gin.{name}={value} is not a Python literal; {mend}") from error
     except Exception as error:
         raise CallerError(f"--gin.{override}: {one_line(error)}{_near(name)}") from error
+
+
+def _imports(gin) -> str:
+    """What the files import, and the library's routers: an override names functions as files do.
+
+    Only where it names one: routers import JAX, and `inspect` answers at once without it.
+    """
+    imported = [statement.format() for statement in gin.config._IMPORTS]
+    others = sorted({*imported, "from gpt4moe.model import routers"} - {DYNAMIC_REGISTRATION})
+    return "\n".join((DYNAMIC_REGISTRATION, *others, ""))
 
 
 def _construct(config_type: type, gin_files: Sequence[str]) -> Any:
