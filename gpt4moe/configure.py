@@ -94,9 +94,28 @@ def _parse(gin_files: Sequence[str], overrides: Sequence[str], search_paths: Seq
             gin.parse_config_file(gin_file)
         except Exception as error:
             raise CallerError(f"--gin_file={gin_file}: {one_line(error)}") from error
-    _refuse_unread(_macros(), _is_referenced)
+    referenced = _referenced(gin_files)
+    _refuse_unread(_macros(), lambda name: name in referenced)
     for override in overrides:
         _parse_override(gin, override)
+
+
+def _referenced(gin_files: Sequence[str]) -> set[str]:
+    """Macros that these files or what they include refer to, also where a later binding took the reference's place."""
+    import gin
+
+    names, waiting, seen = set(), list(gin_files), set()
+    while waiting:
+        name = waiting.pop()
+        paths = (pathlib.Path(folder) / name for folder in gin.config._LOCATION_PREFIXES)
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None or path in seen:
+            continue
+        seen.add(path)
+        text = path.read_text()
+        names.update(re.findall(r"%(\w+)", text))
+        waiting += re.findall(r"""^\s*include\s+["']([^"']+)["']""", text, re.MULTILINE)
+    return names
 
 
 def _parse_override(gin, override: str) -> None:
