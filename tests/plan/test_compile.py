@@ -70,6 +70,12 @@ def test_compiled_flops_are_those_the_analysis_expects(name):
     assert document["unknown_loops"] == []
 
 
+def test_layers_before_a_pipeline_are_recomputed_too():
+    products = document_of("PP2 interleaved x2 x EP2 x TP2")["products"]
+    flops = {item["pass_name"]: item["flops"] for item in products if item["source"].startswith("attention.py")}
+    assert flops["recomputed"] == flops["forward"]
+
+
 def test_one_chip_holds_parameters_and_moments():
     document = document_of("one device")
     counted = parameters.count(run_of({}, {}).model).total
