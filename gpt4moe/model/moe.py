@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, Key
 
 from gpt4moe.config.moe import MoeConfig
+from gpt4moe.model import routers
 from gpt4moe.model.experts import Experts, apply_single_expert
 from gpt4moe.model.layers import FeedForward, Slots, normal_parameter
 from gpt4moe.model.layout import Layout
@@ -71,6 +72,7 @@ class Moe(nnx.Module):
     """
 
     def __init__(self, layers: Slots, dim: int, config: MoeConfig, layout: Layout, out_scale: float, rngs: nnx.Rngs):
+        routers.check(config)
         router_std = ROUTER_INIT_SCALE * dim**-0.5
         router_axes = ("embed", "router_experts")
         self.router = normal_parameter(rngs, layers, (dim, config.num_experts), router_axes, router_std)

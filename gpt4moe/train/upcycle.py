@@ -24,10 +24,15 @@ from gpt4moe.config.check import require
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
+from gpt4moe.model import routers
+from gpt4moe.model.router import top_k
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel import sharding
 from gpt4moe.parallel.layout import make_layout
 from gpt4moe.types import Array
+
+# They choose by each expert's own score and nothing else, so that equal scores are chosen together.
+CHOOSE_WHOLE_REPLICAS = (top_k, routers.softmax_of_chosen, routers.sigmoid_top_k)
 
 
 def dense_source(run: RunConfig, step: int) -> ModelConfig | None:
@@ -93,5 +98,8 @@ def _check(moe: MoeConfig, width: int) -> None:
     constraint = "gives gates that do not sum to 1, so that experts of a dense model would not give its output"
     for name, wanted in (("normalize_gates", True), ("gate_scale", 1.0)):
         require(getattr(moe, name) == wanted, name, getattr(moe, name), constraint, f"set {name}={wanted}")
+    mend, name = "take top_k", getattr(moe.router, "__name__", None)
+    require(not routers.is_among(moe.router, (routers.expert_choice,)), "router", name, constraint, mend)
     constraint = f"need not choose whole replicas of the {slices} slices"
-    require(slices == 1 or moe.router is None, "router", moe.router, constraint, "leave it out (top-k), or use copies")
+    whole = routers.is_among(moe.router, CHOOSE_WHOLE_REPLICAS)
+    require(slices == 1 or whole, "router", name, constraint, f"{mend}, or experts as wide as the dense model's")

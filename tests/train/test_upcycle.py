@@ -13,7 +13,7 @@ from gpt4moe.config.check import CallerError
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.variants import variant
 from gpt4moe.infer import trained
-from gpt4moe.model.router import top_k
+from gpt4moe.model import routers
 from gpt4moe.train import beginning, loop
 from gpt4moe.train.state import model_definition, run_layout
 from tests.model.slow import relative_difference
@@ -58,6 +58,7 @@ def begin(run, workdir):
         ({"hidden_dim": 64}, ()),  # copies
         ({"hidden_dim": 64, "experts_per_token": 3, "num_experts": 5}, ()),
         ({}, ()),  # two halves, each twice
+        ({"router": routers.sigmoid_top_k}, ()),
         ({}, (("stage", 2), ("expert", 2), ("data", 2))),
         ({"hidden_dim": 16, "num_experts": 12, "experts_per_token": 8}, ()),  # four quarters, each three times
     ],
@@ -98,7 +99,11 @@ def test_upcycled_experts_train_apart(corpus, dense, tmp_path, capsys):
         ({"experts_per_token": 3}, "experts_per_token=3 must be a multiple"),
         ({"normalize_gates": False}, "normalize_gates=False gives gates that do not sum to 1"),
         ({"gate_scale": 2.5}, "gate_scale=2.5 gives gates that do not sum to 1"),
-        ({"router": top_k}, "need not choose whole replicas of the 2 slices"),
+        ({"router": routers.noisy_top_k}, "router='noisy_top_k' need not choose whole replicas of the 2 slices"),
+        (
+            {"router": routers.expert_choice, "hidden_dim": 64, "load_balance_weight": 0.0},
+            "router='expert_choice' gives gates that do not sum to 1",
+        ),
         ({"shared_hidden_dim": 8}, "shared_expert.down is missing"),
     ],
 )
