@@ -13,7 +13,7 @@ from gpt4moe.config.moe import MoeConfig
 from gpt4moe.model import dispatch
 from gpt4moe.model.dispatch import Dispatched
 from gpt4moe.model.grouped_matmul import block_matmul, expert_matmul
-from gpt4moe.model.layers import Slots, activate, normal_parameter
+from gpt4moe.model.layers import Slots, activate, matmul, normal_parameter
 from gpt4moe.model.router import Routing
 from gpt4moe.types import Array
 
@@ -69,3 +69,13 @@ def apply_experts(
     dispatched = (dispatch.capacity if drops else dispatch.dropless)(x_BTD, routing, config)
     y_BTD = dispatch.combine(feed_forward(weights, dispatched), dispatched.plan, len(x_BTD))
     return y_BTD, jnp.sum(dispatched.stats.dropped_G)
+
+
+def apply_single_expert(
+    weights: ExpertWeights, x_BTD: Float[Array, "B T D"], routing: Routing
+) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
+    """Returns what `apply_experts` does where there is one expert and no capacity: a dense product, nothing carried."""
+    gate_BTF = None if weights.gate_EDF is None else matmul(x_BTD, weights.gate_EDF[0])
+    y_BTD = matmul(activate(matmul(x_BTD, weights.up_EDF[0]), gate_BTF), weights.down_EFD[0])
+    weight_BT1 = jnp.where(routing.used_UK, routing.gates_UK, 0.0)[..., :1]
+    return (y_BTD * weight_BT1).astype(x_BTD.dtype), jnp.int32(0)

@@ -36,11 +36,12 @@ CAPACITY = {"capacity": 0.8, "dropless": None}
 MODELS = {
     "plain": {},
     "bfloat16": {"compute_dtype": "bfloat16"},
+    "dense": {"moe": MoeConfig(1, 1, 16, normalize_gates=False, load_balance_weight=0.0, router_z_weight=0.0)},
     # The first and then every second layer dense, a shared expert, a head of its own, a key and value head for every
     # query head.
     "mixed": {"leading_dense_layers": 1, "moe_every": 2, "dense_hidden_dim": 16, "tie_embeddings": False},
 }
-TOLERANCE = {"plain": 1e-5, "mixed": 1e-5, "bfloat16": 2e-2}
+TOLERANCE = {"plain": 1e-5, "mixed": 1e-5, "bfloat16": 2e-2, "dense": 1e-5}
 EXPERTS_ON_TENSOR = {"experts": ["expert", "tensor"], "mlp": []}
 
 
@@ -98,6 +99,7 @@ LAYOUTS = {
     "TP2 x EP2, mixed layers, keys and values split": Row(
         {"tensor": 2, "expert": 2}, rules={"kv_heads": ["tensor"]}, model="mixed", layers=5, dispatchers=("capacity",)
     ),
+    "EP2 x TP2, dense": Row({"expert": 2, "tensor": 2}, model="dense", dispatchers=("dropless",)),
     "CP2 x TP2": Row({"context": 2, "tensor": 2}),
     "CP2 x EP2 x TP2": Row({"context": 2, "expert": 2, "tensor": 2}, {"sequence_parallel": True}),
     "PP2 x CP2 x EP2": Row({"stage": 2, "context": 2, "expert": 2}, {"virtual_stages": 2}),
@@ -123,8 +125,12 @@ def run_of(dispatch, row):
         vocab_size=VOCAB,
         context_length=LENGTH,
         attention=AttentionConfig(4, 4 if mixed else 2, qk_norm=True, query_chunk=row.query_chunk),
-        moe=MoeConfig(8, 2, hidden_dim=8, shared_hidden_dim=8 if mixed else 0, **moe),
-        **{"compute_dtype": "float32", "remat": "full"} | MODELS[row.model],
+        **{
+            "moe": MoeConfig(8, 2, hidden_dim=8, shared_hidden_dim=8 if mixed else 0, **moe),
+            "compute_dtype": "float32",
+            "remat": "full",
+        }
+        | MODELS[row.model],
     )
     data = DataConfig((SourceConfig("text", paths=("unused",)),), LENGTH, TokenizerConfig(VOCAB, byte_level_only=True))
     train = TrainConfig(STEPS, 10**9, ROWS * LENGTH, seed=0, checkpoint_every=100, microbatch_rows=row.microbatch_rows)
