@@ -203,6 +203,19 @@ def test_a_bias_moves_the_selection_and_not_the_gates():
         np.testing.assert_array_equal(gradient_E, 0.0)
 
 
+def test_story_of_three_groups():
+    """Experts 0 1 | 2 3 | 4 5, two groups a token: the best expert lies in the last, the best pair in the first."""
+    logits = jnp.log(jnp.array([[0.20, 0.19, 0.11, 0.10, 0.36, 0.04], [0.1, 0.1, 0.3, 0.3, 0.1, 0.1]]))
+    config = MoeConfig(6, 3, hidden_dim=1, num_groups=3, groups_per_token=2)
+    valid = RouterInputs(jnp.zeros(2, jnp.int32), jnp.ones(2, bool))
+    by_best = routers.group_limited(logits, valid, config)  # groups 2 and 0
+    assert by_best.expert_ids_UK.tolist() == [[4, 0, 1], [2, 3, 0]]
+    one_group = dataclasses.replace(config, groups_per_token=1, experts_per_token=2)
+    by_pair = routers.sigmoid_group_limited(logits, valid, one_group)  # sigmoids 0.17 + 0.16, not 0.26 + 0.04
+    assert by_pair.expert_ids_UK.tolist() == [[0, 1], [2, 3]]
+    assert routers.group_limited(logits, valid, one_group).expert_ids_UK.tolist() == [[4, 5], [2, 3]]
+
+
 def test_noise_is_for_training_and_of_the_row():
     config = config_of(routers.noisy_top_k)
     quiet = top_k(logits_at(), inputs_of(), config_of(top_k))
