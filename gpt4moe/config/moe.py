@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 from gpt4moe.config.check import require, require_count, require_flag, require_not_negative, require_positive
 
+# Implementations of `gpt4moe.model.grouped_matmul.block_matmul`, the product of dropless tokens with their experts.
+GROUPED_PRODUCTS = ("plain", "loop", "ragged", "triton", "mosaic")
+
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
@@ -17,6 +20,8 @@ class MoeConfig:
     always dropless. `load_balance_weight` multiplies E * sum_e f_e P_e, which is 1 at uniform routing;
     `router_z_weight` multiplies the mean squared log-partition of the router logits (ST-MoE, eq. 5).
     `router` is a function of the user's own behind the contract of `gpt4moe.model.router`; None is top-k softmax.
+    `grouped_product` names the implementation that multiplies dropless tokens; None is the fastest for backend and
+    shapes.
     """
 
     num_experts: int
@@ -29,6 +34,7 @@ class MoeConfig:
     load_balance_weight: float = 0.01
     router_z_weight: float = 0.001
     router: Callable | None = None
+    grouped_product: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "experts_per_token", "hidden_dim"):
@@ -55,3 +61,5 @@ class MoeConfig:
         for name in ("load_balance_weight", "router_z_weight"):
             require_not_negative(name, getattr(self, name))
         require(self.router is None or callable(self.router), "router", self.router, "must be a function or None")
+        names = f"must be one of {list(GROUPED_PRODUCTS)} or None"
+        require(self.grouped_product in (None, *GROUPED_PRODUCTS), "grouped_product", self.grouped_product, names)
