@@ -19,10 +19,9 @@ from jaxtyping import Float, Float32, Int
 
 from gpt4moe.config.check import CallerError, require
 from gpt4moe.model import grouped_loop, grouped_ragged, grouped_tpu, grouped_triton
+from gpt4moe.model.blocks import Blocks, Shaped
 from gpt4moe.model.product import products, products_nt, products_tn
 from gpt4moe.types import Array
-
-Shaped = Array | jax.ShapeDtypeStruct
 
 
 @jax.custom_vjp
@@ -44,48 +43,32 @@ def _expert_backward(residuals: tuple[Array, Array], dy_ECF: Array) -> tuple[Arr
 expert_matmul.defvjp(_expert_forward, _expert_backward)
 
 
-def plain(
-    rows_XCD: Float[Array, "X C D"],
-    matrices_EDF: Float[Array, "E D F"],
-    block_expert_X: Int[Array, " X"],
-    num_blocks: Int[Array, ""],
-) -> Float[Array, "X C F"]:
-    """Returns each of the first `num_blocks` blocks times its expert's matrix, 0 beyond: the definition."""
-    y_XCF = products(rows_XCD, matrices_EDF[block_expert_X])
-    return jnp.where(_in_use(rows_XCD, num_blocks), y_XCF, 0).astype(rows_XCD.dtype)
+def plain(x_XCD: Float[Array, "X C D"], w_EDF: Float[Array, "E D F"], blocks: Blocks) -> Float[Array, "X C F"]:
+    """Returns each block in use times its expert's matrix, 0 beyond: the definition."""
+    y_XCF = products(x_XCD, w_EDF[blocks.expert_X])
+    return jnp.where(blocks.used_X()[:, None, None], y_XCF, 0).astype(x_XCD.dtype)
 
 
 def plain_rows_gradient(
-    dy_XCF: Float[Array, "X C F"],
-    matrices_EDF: Float[Array, "E D F"],
-    block_expert_X: Int[Array, " X"],
-    num_blocks: Int[Array, ""],
+    dy_XCF: Float[Array, "X C F"], w_EDF: Float[Array, "E D F"], blocks: Blocks
 ) -> Float[Array, "X C D"]:
     """Returns each block in use times the transpose of its expert's matrix, 0 beyond."""
-    return plain(dy_XCF, matrices_EDF.swapaxes(1, 2), block_expert_X, num_blocks)
+    return plain(dy_XCF, w_EDF.swapaxes(1, 2), blocks)
 
 
 def plain_matrices_gradient(
-    rows_XCD: Float[Array, "X C D"],
-    dy_XCF: Float[Array, "X C F"],
-    block_expert_X: Int[Array, " X"],
-    num_blocks: Int[Array, ""],
-    num_experts: int,
+    x_XCD: Float[Array, "X C D"], dy_XCF: Float[Array, "X C F"], blocks: Blocks, num_experts: int
 ) -> Float32[Array, "E D F"]:
     """Returns, for each expert, the sum over its blocks in use of rows^T dy."""
-    dw_XDF = jnp.where(_in_use(rows_XCD, num_blocks), products_tn(rows_XCD, dy_XCF), 0)
-    return jax.ops.segment_sum(dw_XDF, block_expert_X, num_experts)
-
-
-def _in_use(rows_XCD: Array, num_blocks: Array) -> Array:
-    return (jnp.arange(len(rows_XCD)) < num_blocks)[:, None, None]
+    dw_XDF = jnp.where(blocks.used_X()[:, None, None], products_tn(x_XCD, dy_XCF), 0)
+    return jax.ops.segment_sum(dw_XDF, blocks.expert_X, num_experts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """Three functions that give what `plain` and its two gradients give; blocks may be relied on to go up by expert.
 
-    platforms: where it runs, None for everywhere. lacks(rows_XCD, w_EDF): what shapes and dtype it would need, None
+    platforms: where it runs, None for everywhere. lacks(x_XCD, w_EDF): what shapes and dtype it would need, None
     where it takes them. A forward pass from integers is a fourth function here, without gradients.
     """
 
@@ -130,22 +113,22 @@ def block_matmul(
     Blocks go up by expert. `chosen` is the implementation or its name, None for the fastest on the platform that the
     program is lowered for. Raises `CallerError` where shapes, dtype or platform are not for the one that is named.
     """
-    operands = (rows_XCD, w_EDF.astype(rows_XCD.dtype), block_expert_X, num_blocks)
+    operands = (rows_XCD, w_EDF.astype(rows_XCD.dtype), Blocks(block_expert_X, num_blocks))
     return _call(chosen, rows_XCD, w_EDF, lambda implementation: implementation.forward, operands)
 
 
 def _block_forward(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_blocks: Array, chosen: object) -> tuple:
     y_XCF = block_matmul(rows_XCD, w_EDF, block_expert_X, num_blocks, chosen)
-    return y_XCF, (rows_XCD, w_EDF, block_expert_X, num_blocks)
+    return y_XCF, (rows_XCD, w_EDF, Blocks(block_expert_X, num_blocks))
 
 
 def _block_backward(chosen: str | Implementation | None, residuals: tuple, dy_XCF: Array) -> tuple:
-    rows_XCD, w_EDF, *blocks = residuals
+    rows_XCD, w_EDF, blocks = residuals
     call = functools.partial(_call, chosen, rows_XCD, w_EDF)
-    drows_XCD = call(lambda implementation: implementation.rows_gradient, (dy_XCF, w_EDF.astype(dy_XCF.dtype), *blocks))
+    drows_XCD = call(lambda implementation: implementation.rows_gradient, (dy_XCF, w_EDF.astype(dy_XCF.dtype), blocks))
     dw_EDF = call(
         lambda implementation: functools.partial(implementation.matrices_gradient, num_experts=len(w_EDF)),
-        (rows_XCD, dy_XCF, *blocks),
+        (rows_XCD, dy_XCF, blocks),
     )
     return drows_XCD, dw_EDF.astype(w_EDF.dtype), None, None
 
@@ -153,9 +136,7 @@ def _block_backward(chosen: str | Implementation | None, residuals: tuple, dy_XC
 block_matmul.defvjp(_block_forward, _block_backward)
 
 
-def _call(
-    chosen: str | Implementation | None, rows_XCD: Array, w_EDF: Array, part: Callable, operands: tuple[Array, ...]
-) -> Array:
+def _call(chosen: str | Implementation | None, rows_XCD: Array, w_EDF: Array, part: Callable, operands: tuple) -> Array:
     """One function of the chosen implementation, or of each platform's fastest one, left to lowering to choose."""
     if isinstance(chosen, Implementation):
         return part(chosen)(*operands)
@@ -176,7 +157,7 @@ def _call(
     return jax.lax.platform_dependent(*operands, **branches, default=refuse)
 
 
-def _refuse(name: str, function: Callable, *operands: Array) -> Array:
+def _refuse(name: str, function: Callable, *operands: object) -> Array:
     """Stands for `function` where a program is lowered for a platform without it: raises then, not while tracing."""
     result = jax.eval_shape(function, *operands)
     return _refused.bind(jnp.zeros(result.shape, result.dtype), name=name)

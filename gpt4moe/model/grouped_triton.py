@@ -1,7 +1,8 @@
 """The grouped product as Pallas kernels for a GPU (Triton): behind the contract of `grouped_matmul.Implementation`.
 
 One program of the kernel makes one tile of the result: it reads which expert its block belongs to and goes over the
-summed dim in a loop, which for a block that is not in use has no rounds. float32 operands are multiplied in float32.
+summed dim in a loop, which for a block that is not in use has no rounds. float32 operands are multiplied as
+`jax_default_matmul_precision` says: by default as XLA's own products are, in TF32.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32
 
+from gpt4moe.model.blocks import Blocks, Shaped
+from gpt4moe.model.product import product_over
 from gpt4moe.types import Array
-
-Shaped = Array | jax.ShapeDtypeStruct
 
 # A tensor core multiplies at least this many rows and columns.
 LEAST = 16
@@ -27,60 +28,56 @@ NEIGHBOURS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Largest tile of result columns and of the summed dim, both powers of two, and how many tiles are under way."""
+    """Bounds of the tiles, powers of two: columns of a result, rows or columns summed over at once, rows of a gradient.
 
-    kept: int
+    stages: how many rounds' tiles are under way.
+    """
+
+    columns: int
     summed: int
+    gradient_rows: int
     stages: int
 
 
-# The tiles of `stages` rounds lie in shared memory at once: under 99 KiB, which every GPU since Ampere has.
-HALF_TILES, FULL_TILES = Tiles(128, 64, 3), Tiles(64, 32, 3)
+# The tiles of all rounds under way lie in shared memory: 96 KiB on a Hopper, 64 KiB on an Ampere.
+HALF_TILES, FULL_TILES = Tiles(128, 64, 128, stages=3), Tiles(64, 32, 64, stages=3)
 
 
 def forward(
-    rows_XCD: Float[Array, "X C D"],
-    matrices_EDF: Float[Array, "E D F"],
-    block_expert_X: Int[Array, " X"],
-    num_blocks: Int[Array, ""],
-    *,
+    x_XCD: Float[Array, "X C D"],
+    w_EDF: Float[Array, "E D F"],
+    blocks: Blocks,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "X C F"]:
     """Returns each block in use times its expert's matrix."""
-    return _product(rows_XCD, matrices_EDF, block_expert_X, num_blocks, tiles, interpret, transposed=False)
+    return _product(x_XCD, w_EDF, blocks, tiles, interpret, transposed=False)
 
 
 def rows_gradient(
     dy_XCF: Float[Array, "X C F"],
-    matrices_EDF: Float[Array, "E D F"],
-    block_expert_X: Int[Array, " X"],
-    num_blocks: Int[Array, ""],
-    *,
+    w_EDF: Float[Array, "E D F"],
+    blocks: Blocks,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "X C D"]:
     """Returns each block in use times the transpose of its expert's matrix, which is read as it lies."""
-    return _product(dy_XCF, matrices_EDF, block_expert_X, num_blocks, tiles, interpret, transposed=True)
+    return _product(dy_XCF, w_EDF, blocks, tiles, interpret, transposed=True)
 
 
 def matrices_gradient(
-    rows_XCD: Float[Array, "X C D"],
+    x_XCD: Float[Array, "X C D"],
     dy_XCF: Float[Array, "X C F"],
-    block_expert_X: Int[Array, " X"],
-    num_blocks: Int[Array, ""],
+    blocks: Blocks,
     num_experts: int,
-    *,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float32[Array, "E D F"]:
     """Returns, for each expert, the sum over its blocks of rows^T dy; its blocks' rows lie side by side."""
-    tiles = tiles or _tiles(rows_XCD.dtype)
-    length, dim, hidden = *rows_XCD.shape[1:], dy_XCF.shape[-1]
-    tile_D, tile_F = _tile(dim, tiles.kept), _tile(hidden, tiles.kept)
-    in_use_X = jnp.arange(len(rows_XCD)) < num_blocks
-    own_EX = (block_expert_X == jnp.arange(num_experts)[:, None]) & in_use_X
-    ends_E = length * jnp.cumsum(jnp.sum(own_EX, axis=1, dtype=jnp.int32))
+    tiles = tiles or _tiles(x_XCD.dtype)
+    length, dim, hidden = *x_XCD.shape[1:], dy_XCF.shape[-1]
+    tile_D, tile_F = _tile(dim, tiles.gradient_rows), _tile(hidden, tiles.columns)
+    ends_E = length * jnp.cumsum(blocks.counts_E(num_experts))
     chunk = max(min(length, tiles.summed), LEAST)
     kernel = functools.partial(_gradient_kernel, chunk=chunk, masked=length % chunk > 0, tile_D=tile_D, tile_F=tile_F)
     return pl.pallas_call(
@@ -90,14 +87,14 @@ def matrices_gradient(
         compiler_params=_compiler_params(tile_D * tile_F, tiles),
         interpret=interpret,
         name="grouped_matrices_gradient",
-    )(jnp.append(jnp.int32(0), ends_E), rows_XCD.reshape(-1, dim), dy_XCF.reshape(-1, hidden))
+    )(jnp.append(jnp.int32(0), ends_E), x_XCD.reshape(-1, dim), dy_XCF.reshape(-1, hidden))
 
 
-def lacks(rows_XCD: Shaped, w_EDF: Shaped) -> str | None:
+def lacks(x_XCD: Shaped, w_EDF: Shaped) -> str | None:
     """What these operands would need for the kernels to take them, None where they do."""
-    if rows_XCD.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    if x_XCD.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return "float32, bfloat16 or float16 rows"
-    if rows_XCD.shape[1] & (rows_XCD.shape[1] - 1):
+    if x_XCD.shape[1] & (x_XCD.shape[1] - 1):
         return "blocks whose number of rows is a power of two"
     if any(size % LEAST for size in w_EDF.shape[1:]):
         return f"model and hidden dims, per shard, in multiples of {LEAST}"
@@ -105,29 +102,26 @@ def lacks(rows_XCD: Shaped, w_EDF: Shaped) -> str | None:
 
 
 def _product(
-    rows_XCI: Array, matrices: Array, block_expert_X: Array, num_blocks: Array, tiles: Tiles | None, interpret: bool, *,
-    transposed: bool,
-) -> Array:  # fmt: skip
+    x_XCI: Array, w: Array, blocks: Blocks, tiles: Tiles | None, interpret: bool, *, transposed: bool
+) -> Array:
     """Blocks [X, C, I] times matrices [E, I, J], or the transposes of matrices [E, J, I]."""
-    tiles = tiles or _tiles(rows_XCI.dtype)
-    num, length, summed = rows_XCI.shape
-    kept = matrices.shape[1 if transposed else 2]
-    tile_I, tile_J = _tile(summed, tiles.summed), _tile(kept, tiles.kept)
+    tiles = tiles or _tiles(x_XCI.dtype)
+    num, length, summed = x_XCI.shape
+    kept = w.shape[1 if transposed else 2]
+    tile_I, tile_J = _tile(summed, tiles.summed), _tile(kept, tiles.columns)
     kernel = functools.partial(_product_kernel, length=length, tile_I=tile_I, tile_J=tile_J, transposed=transposed)
     y_SJ = pl.pallas_call(
         kernel,
-        jax.ShapeDtypeStruct((num * length, kept), rows_XCI.dtype),
+        jax.ShapeDtypeStruct((num * length, kept), x_XCI.dtype),
         grid=(num * (kept // tile_J),),
         compiler_params=_compiler_params(length * tile_J, tiles),
         interpret=interpret,
         name="grouped_rows_gradient" if transposed else "grouped_product",
-    )(num_blocks.reshape(1), block_expert_X, rows_XCI.reshape(-1, summed), matrices)
+    )(blocks.in_use.reshape(1), blocks.expert_X, x_XCI.reshape(-1, summed), w)
     return y_SJ.reshape(num, length, kept)
 
 
-def _product_kernel(
-    in_use, expert, rows_SI, matrices, y_SJ, *, length: int, tile_I: int, tile_J: int, transposed: bool
-) -> None:
+def _product_kernel(in_use, expert, x_SI, w, y_SJ, *, length: int, tile_I: int, tile_J: int, transposed: bool) -> None:
     num = expert.shape[0]
     block, column = _place(pl.program_id(0), num, y_SJ.shape[1] // tile_J)
     matrix = expert[block]
@@ -137,11 +131,11 @@ def _product_kernel(
 
     def add(part: Array, sum_CJ: Array) -> Array:
         summed = pl.ds(part * tile_I, tile_I)
-        rows_CI = plgpu.load(rows_SI.at[rows, summed], mask=own, other=None if own is None else 0.0)
-        tile = plgpu.load(matrices.at[matrix, columns, summed] if transposed else matrices.at[matrix, summed, columns])
-        return sum_CJ + _dot(rows_CI, tile, 1, 1 if transposed else 0)
+        x_CI = plgpu.load(x_SI.at[rows, summed], mask=own, other=None if own is None else 0.0)
+        tile = plgpu.load(w.at[matrix, columns, summed] if transposed else w.at[matrix, summed, columns])
+        return sum_CJ + product_over(x_CI, tile, 1, 1 if transposed else 0)
 
-    rounds = jnp.where(block < in_use[0], rows_SI.shape[1] // tile_I, 0)
+    rounds = (block < in_use[0]).astype(jnp.int32) * (x_SI.shape[1] // tile_I)
     sum_CJ = jax.lax.fori_loop(0, rounds, add, jnp.zeros((max(length, LEAST), tile_J), jnp.float32))
     plgpu.store(y_SJ.at[rows, columns], sum_CJ.astype(y_SJ.dtype), mask=own)
 
@@ -154,7 +148,7 @@ def _place(program: Array, num_blocks: int, num_columns: int) -> tuple[Array, Ar
     return first + program % whole % neighbours, program % whole // neighbours
 
 
-def _gradient_kernel(bounds, rows_SD, dy_SF, dw_EDF, *, chunk: int, masked: bool, tile_D: int, tile_F: int) -> None:
+def _gradient_kernel(bounds, x_SD, dy_SF, dw_EDF, *, chunk: int, masked: bool, tile_D: int, tile_F: int) -> None:
     parts_D, parts_F = dw_EDF.shape[1] // tile_D, dw_EDF.shape[2] // tile_F
     program = pl.program_id(0)
     expert, part = program // (parts_D * parts_F), program % (parts_D * parts_F)
@@ -166,14 +160,10 @@ def _gradient_kernel(bounds, rows_SD, dy_SF, dw_EDF, *, chunk: int, masked: bool
         rows = pl.ds(first, chunk)
         own = (first + jnp.arange(chunk) < end)[:, None] if masked else None
         load = functools.partial(plgpu.load, mask=own, other=0.0 if masked else None)
-        return sum_DF + _dot(load(rows_SD.at[rows, own_D]), load(dy_SF.at[rows, own_F]), 0, 0)
+        return sum_DF + product_over(load(x_SD.at[rows, own_D]), load(dy_SF.at[rows, own_F]), 0, 0)
 
     sum_DF = jax.lax.fori_loop(0, pl.cdiv(end - start, chunk), add, jnp.zeros((tile_D, tile_F), jnp.float32))
     plgpu.store(dw_EDF.at[expert, own_D, own_F], sum_DF)
-
-
-def _dot(a: Array, b: Array, a_dim: int, b_dim: int) -> Array:
-    return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _tile(size: int, most: int) -> int:

@@ -39,7 +39,7 @@ def interpreted(module, **settings):
 
 
 TESTED = IMPLEMENTATIONS | {
-    "triton": interpreted(grouped_triton, tiles=grouped_triton.Tiles(TILE, TILE, stages=1)),
+    "triton": interpreted(grouped_triton, tiles=grouped_triton.Tiles(TILE, TILE, TILE, stages=1)),
     "mosaic": interpreted(grouped_tpu, tile=TILE),
 }
 
