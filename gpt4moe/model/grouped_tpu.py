@@ -32,7 +32,7 @@ def forward(
     w_EDF: Float[Array, "E D F"],
     blocks: Blocks,
     tile: int | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "X C F"]:
     """Returns each block in use times its expert's matrix; `tile`, in tests, bounds both dims of a matrix's tile."""
     return _product(x_XCD, w_EDF, blocks, tile, interpret, transposed=False)
@@ -43,7 +43,7 @@ def rows_gradient(
     w_EDF: Float[Array, "E D F"],
     blocks: Blocks,
     tile: int | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "X C D"]:
     """Returns each block in use times the transpose of its expert's matrix, which is read as it lies."""
     return _product(dy_XCF, w_EDF, blocks, tile, interpret, transposed=True)
@@ -55,7 +55,7 @@ def matrices_gradient(
     blocks: Blocks,
     num_experts: int,
     tile: int | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float32[Array, "E D F"]:
     """Returns, for each expert, the sum over its blocks of rows^T dy, in steps: a block, or zeros where it has none."""
     (length, dim), hidden = x_XCD.shape[1:], dy_XCF.shape[-1]
@@ -89,7 +89,15 @@ def lacks(x_XCD: Shaped, w_EDF: Shaped) -> str | None:
     return None
 
 
-def _product(x_XCI: Array, w: Array, blocks: Blocks, tile: int | None, interpret: bool, *, transposed: bool) -> Array:
+def _product(
+    x_XCI: Array,
+    w: Array,
+    blocks: Blocks,
+    tile: int | None,
+    interpret: bool | pltpu.InterpretParams,
+    *,
+    transposed: bool,
+) -> Array:
     """Blocks [X, C, I] times matrices [E, I, J], or the transposes of matrices [E, J, I]."""
     num, length, summed = x_XCI.shape
     kept = w.shape[1 if transposed else 2]
