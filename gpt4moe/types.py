@@ -25,7 +25,8 @@ class Batch:
     """Packed rows. Segment 0 is padding; segments count from 1 in every row and positions restart in each.
 
     tokens, targets, positions, segment_ids, source_ids: [B, T] int32; loss_weights: [B, T] float32, 0 where the
-    target is not to be learned (padding).
+    target is not to be learned (padding). replay_ids: [B, T, L, K] int32, expert choices to force on the layers with
+    experts, -1 for none; None where the router chooses.
     """
 
     tokens: Int[Array, "... B T"]
@@ -34,3 +35,4 @@ class Batch:
     positions: Int[Array, "... B T"]
     segment_ids: Int[Array, "... B T"]
     source_ids: Int[Array, "... B T"]
+    replay_ids: Int[Array, "... B T L K"] | None = None

@@ -82,6 +82,9 @@ class RunConfig:
         Configurations without an inferred axis have been checked; one with -1 is checked when the mesh is made.
         """
         self.mesh.chunk_sizes(self.model.num_moe_layers, sizes["stage"])
+        recorded = self.train.record_routing
+        constraint = f"needs a mesh without stages; this one has {sizes['stage']}"
+        require(not recorded or sizes["stage"] == 1, "record_routing", recorded, constraint, "change MESH")
         self.check_dims(sizes)
         self._check_rows(sizes)
         span = sizes["context"] * (sizes["tensor"] if self.mesh.sequence_parallel else 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from gpt4moe.config.check import require, require_count, require_seed, require_text, require_texts
+from gpt4moe.config.check import require, require_count, require_flag, require_seed, require_text, require_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,8 @@ class TrainConfig:
     `microbatch_rows` rows (None: the smallest batch of the ramp in one piece); the step compiles once for all
     batch sizes. `checkpoint_every`, `evaluate_every` and `log_every` count steps. `keep_last` and `keep_best`
     count checkpoints. `max_skipped_steps` in a row with a non-finite loss or gradient stop the run.
-    `init_from` is a work directory or imported weights to start from.
+    `init_from` is a work directory or imported weights to start from. `record_routing` keeps where every token went
+    in every step under `routing/`; `replay_routing` is a work directory whose records are forced on this run.
     """
 
     steps: int
@@ -34,6 +35,8 @@ class TrainConfig:
     init_from: str | None = None
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: int = 64
+    record_routing: bool = False
+    replay_routing: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "token_budget", "checkpoint_every", "log_every", "keep_last", "max_skipped_steps"):
@@ -45,7 +48,9 @@ class TrainConfig:
         require_seed("seed", self.seed)
         require_count("sample_tokens", self.sample_tokens)
         object.__setattr__(self, "sample_prompts", require_texts("sample_prompts", self.sample_prompts))
-        require_text("init_from", self.init_from)
+        for name in ("init_from", "replay_routing"):
+            require_text(name, getattr(self, name))
+        require_flag("record_routing", self.record_routing)
         self._check_ramp()
 
     def _check_ramp(self) -> None:

@@ -145,7 +145,7 @@ def _call(chosen: str | Implementation | None, rows_XCD: Array, w_EDF: Array, pa
         return jax.lax.platform_dependent(
             *operands, **{platform: part(IMPLEMENTATIONS[name]) for platform, name in by_platform.items()}
         )
-    require(chosen in IMPLEMENTATIONS, "grouped_product", chosen, f"must be one of {list(IMPLEMENTATIONS)}")
+    require(chosen in IMPLEMENTATIONS, "grouped_product", chosen, f"must be in {tuple(IMPLEMENTATIONS)}")
     named = IMPLEMENTATIONS[chosen]
     lacks = named.lacks(rows_XCD, w_EDF)
     shapes = f"rows {rows_XCD.shape} in {rows_XCD.dtype}, matrices {w_EDF.shape}"

@@ -59,5 +59,10 @@ class Layout:
     slots: tuple[int, ...] | None = None
     row_multiple: int = 1
 
+    def order(self, num_superblocks: int) -> list[int]:
+        """The slot of every superblock."""
+        slots = self.slots or range(num_superblocks)
+        return sorted((slot for slot in range(len(slots)) if slots[slot] >= 0), key=lambda slot: slots[slot])
+
 
 ONE_DEVICE = Layout()

@@ -9,14 +9,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, UInt32
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.attention import Attention
 from gpt4moe.model.cache import KVCache, init_cache
 from gpt4moe.model.layers import MATMUL_NAME, FeedForward, RMSNorm, Slots, depth_scale, normal_parameter
 from gpt4moe.model.layout import ONE_DEVICE, Layout
-from gpt4moe.model.moe import Moe, MoeOut
+from gpt4moe.model.moe import Moe, MoeOut, RoutedTokens
 from gpt4moe.model.rope import Rotation, rotation
 from gpt4moe.types import Array
 
@@ -29,6 +29,7 @@ INITIAL_SELF_LOGIT = 4.0
 class TransformerOut:
     """moe: sums of every layer with experts, leading L; cache: with the new keys and values (None without one).
 
+    With choices, `moe.choices` has those of every token, [L, B, T, K].
     idle_slots: of a pipeline, how many superblock slots its stages had no work for, and how many there were in all.
     """
 
@@ -40,12 +41,33 @@ class TransformerOut:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What every layer needs to know of the tokens: token_ids, positions, segment_ids [B, T] and their rotation."""
+    """What every layer needs to know of the tokens: token_ids, positions, segment_ids [B, T] and their rotation.
+
+    keys_B2: data of a random key for every row; replay_ids_BTLK: expert choices of every layer; None without them.
+    """
 
     token_ids_BT: Int[Array, "B T"]
     positions_BT: Int[Array, "B T"]
     segment_ids_BT: Int[Array, "B T"]
     turn: Rotation
+    keys_B2: UInt32[Array, "B 2"] | None
+    replay_ids_BTLK: Int[Array, "B T L K"] | None
+
+    def routed(self, layer: Array) -> RoutedTokens:
+        """What the router of the `layer`-th layer with experts needs of them."""
+        keys_B = None
+        if self.keys_B2 is not None:
+            keys_B = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(self.keys_B2), layer)
+        replay_BTK = None if self.replay_ids_BTLK is None else self.replay_ids_BTLK[:, :, layer]
+        return RoutedTokens(self.token_ids_BT, self.segment_ids_BT > 0, keys_B, replay_BTK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """dropless: as evaluation and decoding must be (see `Moe`); with_choices: report those of every token."""
+
+    dropless: bool
+    with_choices: bool
 
 
 class Block(nnx.Module):
@@ -64,9 +86,12 @@ class Block(nnx.Module):
         self.has_experts, self.residual = has_experts, layout.residual
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None, dropless: bool
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None, mode: Mode, layer: Array
     ) -> tuple[Float[Array, "B T D"], KVCache | None, MoeOut | None]:
-        """Returns the residual stream after the layer, the layer's cache and, with experts, its sums."""
+        """Returns the residual stream after the layer, the layer's cache and, with experts, its sums.
+
+        `layer` counts the layers with experts, int32 [].
+        """
         attended, cache = self.attention(
             self.attention_norm(x_BTD), tokens.turn, tokens.positions_BT, tokens.segment_ids_BT, cache
         )
@@ -74,7 +99,7 @@ class Block(nnx.Module):
         normed = self.feed_forward_norm(x_BTD)
         if not self.has_experts:
             return self.residual(x_BTD + self.dense(normed)), cache, None
-        y_BTD, out = self.moe(normed, tokens.token_ids_BT, tokens.segment_ids_BT > 0, dropless)
+        y_BTD, out = self.moe(normed, tokens.routed(layer), **vars(mode))
         return self.residual(x_BTD + y_BTD), cache, out
 
 
@@ -107,22 +132,27 @@ class Transformer(nnx.Module):
         *,
         dropless: bool = False,
         cache: KVCache | None = None,
+        keys_B2: UInt32[Array, "B 2"] | None = None,
+        replay_ids_BTLK: Int[Array, "B T L K"] | None = None,
+        with_choices: bool = False,
     ) -> tuple[Float[Array, "B T D"], TransformerOut]:
         """Returns x_BTD after the final norm, in the compute dtype, and what the layers report.
 
         Tokens see their own segment up to themselves; segment 0 is padding, routed nowhere. With `cache`, valid
         tokens are written at their positions and see every slot up to them: prefill and decode are the same call.
-        `dropless` overrides the capacity factor, as evaluation and decoding must.
+        `dropless` overrides the capacity factor, as evaluation and decoding must. `keys_B2` are for routers that draw
+        at random in training; `replay_ids_BTLK` forces expert choices (-1: none); `with_choices` reports them.
         """
         config = self.config
         turn = rotation(positions_BT, config.head_dim, config.attention.rope_theta)
-        tokens = Tokens(tokens_BT, positions_BT, segment_ids_BT, turn)
+        tokens = Tokens(tokens_BT, positions_BT, segment_ids_BT, turn, keys_B2, replay_ids_BTLK)
         graph, parameters = nnx.split(nnx.List([*self.dense_blocks, self.blocks]))
-        superblock = functools.partial(_superblock, graph=graph, dropless=dropless)
+        superblock = functools.partial(_superblock, graph=graph, mode=Mode(dropless, with_choices))
         step = _rematerialised(superblock, config.remat)
         stacked = _stack_superblocks(cache, config.moe_every)
+        numbers = jnp.array(self.layout.slots or range(config.num_moe_layers), jnp.int32)
         x_BTD = self.layout.residual(self._embed(tokens_BT))
-        x_BTD, stacked, moe, idle = self.layout.run_layers(step, parameters, stacked, x_BTD, tokens)
+        x_BTD, stacked, moe, idle = self.layout.run_layers(step, (parameters, numbers), stacked, x_BTD, tokens)
         return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked), idle)
 
     def init_cache(self, batch_rows: int, max_length: int) -> KVCache:
@@ -154,20 +184,20 @@ def _rematerialised(function: Callable, remat: str) -> Callable:
 
 def _superblock(
     x_BTD: Array,
-    parameters: nnx.State,
+    layers: tuple[nnx.State, Array],
     cache: KVCache | None,
     tokens: Tokens,
     at: tuple = (),
     *,
     graph: nnx.GraphDef,
-    dropless: bool,
+    mode: Mode,
 ) -> tuple[Array, KVCache | None, MoeOut]:
     # Taken from their stack in here, so that a backward pass that recomputes the layer keeps no copy of its parameters.
-    parameters = jax.tree.map(lambda leaf: leaf[at], parameters)
+    parameters, number = jax.tree.map(lambda leaf: leaf[at], layers)
     caches = []
     for index, block in enumerate(nnx.merge(graph, parameters)):
         layer_cache = jax.tree.map(lambda leaf, i=index: leaf[i], cache)
-        x_BTD, layer_cache, moe = block(x_BTD, tokens, layer_cache, dropless)
+        x_BTD, layer_cache, moe = block(x_BTD, tokens, layer_cache, mode, number)
         caches.append(layer_cache)
     return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), moe
 

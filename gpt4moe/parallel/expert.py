@@ -123,7 +123,7 @@ _gather_rounded.defvjp(_gather_forward, _gather_backward)
 def _routing(ids: Array, gates: Array, used: Array) -> Routing:
     """The choices alone: losses and counts have been taken outside."""
     none = jnp.zeros(len(ids))
-    return Routing(ids, gates, used, RouterLosses(none, none), RouterStats(none[:, None], none))
+    return Routing(ids, gates, used, RouterLosses(none, none, none[:, None]), RouterStats(none[:, None], none, none))
 
 
 def _capacity_shard(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BTD: Array, routing: Routing):
@@ -170,7 +170,7 @@ def _to_shards(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BUD: Arr
     held = config.num_experts // num_shards
     pool = jax.tree.map(lambda leaf: leaf.reshape(1, rows * tokens, *leaf.shape[2:]), (x_BUD, _choices(routing)))
     x_1UD, (ids, gates, used) = pool
-    room = _bucket_room(rows * tokens, config.experts_per_token, held, num_shards, fold.bucket_factor)
+    room = _bucket_room(rows * tokens, ids.shape[-1], held, num_shards, fold.bucket_factor)
     serve = functools.partial(_serve_arrived, fold, weights, config, held)
     if fold.ragged:
         routing = _routing(ids, gates, used)

@@ -59,7 +59,7 @@ def _run(spread: Spread, schedule: Schedule, superblock: Callable, parameters, c
         out_specs=(everywhere, on_stage, on_stage, everywhere),
         axes=("stage",),
     )
-    cut = functools.partial(_cut, count=count, spread=spread)
+    cut = functools.partial(_cut, count=count, length=x_BTD.shape[1], spread=spread)
     cut_cache = jax.tree.map(lambda leaf: _cut_cache(leaf, count), cache)
     y_WBTD, cut_cache, reports, idle_slots = run(parameters, cut_cache, cut(x_BTD), jax.tree.map(cut, tokens))
     in_order = jax.tree.map(lambda leaf: leaf[schedule.order], reports)
@@ -126,12 +126,12 @@ def _zeros_of_reports(superblock: Callable, by_chunk: tuple, x_WBTD: Array, toke
     return jax.tree.map(lambda leaf: jnp.zeros((chunks, slots, *leaf.shape), leaf.dtype), report)
 
 
-def _cut(x_B: Array, *, count: int, spread: Spread) -> Array:
+def _cut(x_B: Array, *, count: int, length: int, spread: Spread) -> Array:
     """[B, ...] to [m, B/m, ...], every device's rows cut in place: no row moves."""
     cut = x_B.reshape(-1, count, *x_B.shape[1:]).swapaxes(0, 1)
     is_stream = x_B.ndim == 3 and jnp.issubdtype(x_B.dtype, jnp.floating)
-    length = spread.residual if is_stream else spread.context
-    return laid_out(cut, spread.mesh, PartitionSpec(None, spread.rows, length))
+    sequence = spread.residual if is_stream else spread.context if x_B.shape[1] == length else ()
+    return laid_out(cut, spread.mesh, PartitionSpec(None, spread.rows, sequence))
 
 
 def _cut_cache(leaf: Array, count: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,19 +11,26 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt4moe.config.run import RunConfig
+from gpt4moe.train import trace
 from gpt4moe.types import Batch
 
 if TYPE_CHECKING:
     from gpt4moe.data.pipeline import TrainRows
 
+Replay = Callable[[list[np.ndarray]], np.ndarray | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """One batch on the devices: microbatches [microbatches, B, T] of which the first `num_microbatches` are filled."""
+    """One batch on the devices: microbatches [microbatches, B, T] of which the first `num_microbatches` are filled.
+
+    tokens: how many; tokens_crc: checksum of those of this process.
+    """
 
     microbatches: Batch
     num_microbatches: int
     tokens: int
+    tokens_crc: int
 
 
 def microbatch_room(run: RunConfig) -> int:
@@ -34,21 +42,36 @@ def abstract_microbatches(run: RunConfig, rows: NamedSharding) -> Batch:
     """Shapes, dtypes and layout of what `draw` gives; `rows` is the layout of [B, T]."""
     shape = (microbatch_room(run), run.microbatch_rows, run.data.sequence_length)
     where = NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec))
-    dtypes = {field.name: np.int32 for field in dataclasses.fields(Batch)} | {"loss_weights": np.float32}
-    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()})
+    names = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "source_ids")
+    dtypes = dict.fromkeys(names, np.int32) | {"loss_weights": np.float32}
+    leaves = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()}
+    if run.train.replay_routing:
+        choices = (*shape, run.model.num_moe_layers, trace.recorded_width(run))
+        leaves["replay_ids"] = jax.ShapeDtypeStruct(choices, np.int32, sharding=where)
+    return Batch(**leaves)
 
 
-def draw(rows: TrainRows, batch_tokens: int, abstract: Batch) -> Drawn | None:
-    """The next batch of `batch_tokens`, or what the data still has of it; None where the data is exhausted."""
+def draw(rows: TrainRows, batch_tokens: int, abstract: Batch, replay: Replay | None = None) -> Drawn | None:
+    """The next batch of `batch_tokens`, or what the data still has of it; None where the data is exhausted.
+
+    `replay` gives the expert choices to force on its microbatches' tokens; None where it knows of none.
+    """
     room, microbatch_rows, length = abstract.tokens.shape
     wanted = batch_tokens // (microbatch_rows * length)
     drawn = [microbatch for _, microbatch in zip(range(wanted), rows, strict=False)]
     if not drawn:
         return None
+    tokens_BT = [microbatch.tokens for microbatch in drawn]
+    if replay is not None:
+        forced = replay(tokens_BT)
+        if forced is None:
+            return None
+        drawn = [dataclasses.replace(part, replay_ids=ids) for part, ids in zip(drawn, forced, strict=True)]
 
     def place(leaf: jax.ShapeDtypeStruct, *parts: np.ndarray) -> jax.Array:
         buffer = np.zeros((room, *parts[0].shape), leaf.dtype)
         np.stack(parts, out=buffer[: len(parts)])
         return jax.make_array_from_process_local_data(leaf.sharding, buffer, leaf.shape)
 
-    return Drawn(jax.tree.map(place, abstract, *drawn), len(drawn), len(drawn) * microbatch_rows * length)
+    num_tokens = len(drawn) * microbatch_rows * length
+    return Drawn(jax.tree.map(place, abstract, *drawn), len(drawn), num_tokens, trace.checksum(tokens_BT))

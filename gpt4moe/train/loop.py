@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from typing import NoReturn
 
@@ -20,7 +21,7 @@ from gpt4moe import checkpoint
 from gpt4moe.config.check import RunError
 from gpt4moe.config.run import RunConfig
 from gpt4moe.parallel import multihost
-from gpt4moe.train import beginning, evaluate, feed, metrics, resume, schedule
+from gpt4moe.train import beginning, evaluate, feed, metrics, resume, schedule, trace
 from gpt4moe.train.beginning import Beginning, Position
 from gpt4moe.train.console import progress_bar, say
 from gpt4moe.train.profile import Profile
@@ -104,7 +105,7 @@ def train(
             step=step,
             checkpoints=stack.enter_context(_checkpoints(run, workdir)),
             log=log,
-            recorder=Recorder(run, store.source_names, log, bar, start.mesh),
+            recorder=Recorder(run, workdir, store.source_names, log, bar, start.mesh),
             stop=stop,
             profile=stack.enter_context(Profile(workdir / "profile", profile_steps)),
         )
@@ -133,14 +134,15 @@ def _steps(parts: Parts, at: Position) -> TrainResult:
 
 def _draw(parts: Parts, at: Position) -> feed.Drawn | None:
     """The next batch, with a word about sources that leave the mixture in it; None where the data has ended."""
-    before = parts.start.rows.exhausted()
-    drawn = feed.draw(
-        parts.start.rows, schedule.batch_tokens_at(parts.start.run.train.ramp, at.tokens), parts.start.batch
-    )
+    before, run = parts.start.rows.exhausted(), parts.start.run
+    replay = functools.partial(trace.replayed, run, at.step + 1) if run.train.replay_routing else None
+    batch_tokens = schedule.batch_tokens_at(run.train.ramp, at.tokens)
+    drawn = feed.draw(parts.start.rows, batch_tokens, parts.start.batch, replay)
     for name in sorted(set(parts.start.rows.exhausted()) - set(before)):
         say(f"source {name!r} has been seen max_epochs times and leaves the mixture at step {at.step + 1:,}")
     if drawn is None:
-        say(f"all sources are used up: the run ends at step {at.step:,}, {at.tokens:,} tokens")
+        why = "all sources are used up, or no further step was recorded" if replay else "all sources are used up"
+        say(f"{why}: the run ends at step {at.step:,}, {at.tokens:,} tokens")
     return drawn
 
 
@@ -150,7 +152,9 @@ def _step(parts: Parts, at: Position, drawn: feed.Drawn) -> Position:
     count, tokens = np.int32(drawn.num_microbatches), np.float32(at.tokens)
     state, step_metrics = parts.step(at.state, drawn.microbatches, count, tokens)
     at = Position(state, at.step + 1, at.tokens + drawn.tokens)
-    parts.recorder.record(step_metrics, StepFacts(at.step, at.tokens, drawn.tokens, parts.start.rows.epochs()))
+    epochs = parts.start.rows.epochs()
+    facts = StepFacts(at.step, at.tokens, drawn.tokens, epochs, drawn.num_microbatches, drawn.tokens_crc)
+    parts.recorder.record(step_metrics, facts)
     parts.checkpoints.check()
     if parts.recorder.skipped_in_row >= parts.start.run.train.max_skipped_steps:
         _give_up(parts, at)

@@ -11,10 +11,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Key
 
 from gpt4moe.model.moe import MoeOut
 from gpt4moe.model.transformer import Transformer
+from gpt4moe.train import balance
 from gpt4moe.types import Array, Batch
 
 
@@ -37,13 +38,14 @@ class LossOut:
     """Sums over a microbatch; adding those of all microbatches gives the batch's.
 
     cross_entropy: weighted nats; source_cross_entropy, source_weight: [num_sources] weighted nats and weights;
-    load_balance (per row, summed over rows and layers), router_z (summed over tokens and layers); moe: per layer.
+    load_balance: [L], the batch's loss by layer as `train.balance` has it, no sum but a share; moe: sums per layer.
     idle_slots: as in `TransformerOut`.
     """
 
     cross_entropy: Float[Array, ""]
     source_cross_entropy: Float[Array, " num_sources"]
     source_weight: Float[Array, " num_sources"]
+    load_balance: Float[Array, " L"]
     moe: MoeOut
     idle_slots: Int[Array, 2] | None = None
 
@@ -59,22 +61,34 @@ def normalizers(batch: Batch) -> LossNormalizers:
 
 
 def batch_loss(
-    model: Transformer, batch: Batch, weights: LossNormalizers, *, num_sources: int, dropless: bool = False
+    model: Transformer,
+    batch: Batch,
+    weights: LossNormalizers,
+    *,
+    num_sources: int,
+    key: Key[Array, ""] | None = None,
+    load_so_far_LE: Int[Array, "L E"] | None = None,
+    with_choices: bool = False,
 ) -> tuple[Float32[Array, ""], LossOut]:
     """Returns this microbatch's share of the objective, to be differentiated, and its sums.
 
     objective = weighted cross-entropy in nats per unit of target weight
-              + load_balance_weight * sum over layers of the mean over rows of E sum_e f_e P_e
+              + load_balance_weight * sum over layers of E sum_e f_e P_e, taken over what `load_balance_scope` says
               + router_z_weight * sum over layers of the mean over tokens of the squared log-partition.
+    `key` is for routers that draw at random; `load_so_far_LE` has the assignments of the batch's earlier microbatches;
+    `with_choices` reports those of every token in `moe`.
     """
-    x_BTD, out = model(batch.tokens, batch.positions, batch.segment_ids, dropless=dropless)
+    keys_B2 = None if key is None else jax.random.key_data(jax.random.split(key, len(batch.tokens)))
+    given = {"keys_B2": keys_B2, "replay_ids_BTLK": batch.replay_ids, "with_choices": with_choices}
+    x_BTD, out = model(batch.tokens, batch.positions, batch.segment_ids, **given)
     nll_BT = model.layout.cross_entropy(x_BTD, model.unembedding(), batch.targets)
     weighted_BT = nll_BT * batch.loss_weights
     total = jnp.sum(weighted_BT)
     moe = model.config.moe
+    balance_L = balance.load_balance(out.moe, moe, weights.rows, weights.tokens, load_so_far_LE)
     objective = (
         total / jnp.maximum(weights.target_weight, 1.0)
-        + moe.load_balance_weight * jnp.sum(out.moe.load_balance) / jnp.maximum(weights.rows, 1.0)
+        + moe.load_balance_weight * jnp.sum(balance_L)
         + moe.router_z_weight * jnp.sum(out.moe.router_z) / jnp.maximum(weights.tokens, 1.0)
     )
     by_source = functools.partial(jax.ops.segment_sum, segment_ids=batch.source_ids.ravel(), num_segments=num_sources)
@@ -82,6 +96,7 @@ def batch_loss(
         cross_entropy=total,
         source_cross_entropy=by_source(weighted_BT.ravel()),
         source_weight=by_source(batch.loss_weights.ravel()),
+        load_balance=balance_L,
         moe=out.moe,
         idle_slots=out.idle_slots,
     )

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 from jax.sharding import Mesh
 
 from gpt4moe.accounting import flops, pipeline
 from gpt4moe.config.run import RunConfig
 from gpt4moe.model.moe import MoeOut
+from gpt4moe.train import trace
 from gpt4moe.train.clock import StepClock, peak_flops_per_second
 from gpt4moe.train.metrics import MetricsLog
 from gpt4moe.train.step import StepMetrics
@@ -23,12 +25,17 @@ TINY = 1e-30
 
 @dataclasses.dataclass(frozen=True)
 class StepFacts:
-    """What the host knows of a step: its number, tokens seen after it, its own tokens, epochs of each source."""
+    """What the host knows of a step: its number, tokens seen after it, its own tokens, epochs of each source.
+
+    num_microbatches, tokens_crc: as in `feed.Drawn`.
+    """
 
     step: int
     tokens: int
     batch_tokens: int
     epochs: Mapping[str, float]
+    num_microbatches: int = 1
+    tokens_crc: int = 0
 
 
 class Recorder:
@@ -40,6 +47,7 @@ class Recorder:
     def __init__(
         self,
         run: RunConfig,
+        workdir: epath.Path,
         source_names: Sequence[str],
         log: MetricsLog,
         bar: tqdm.tqdm,
@@ -47,6 +55,7 @@ class Recorder:
     ) -> None:
         self.skipped_in_row = 0
         self.clock = StepClock()
+        self._workdir = workdir
         self._sources = source_names
         self._log = log
         self._bar = bar
@@ -71,6 +80,9 @@ class Recorder:
         speed = self._speed(facts)
         self.skipped_in_row = int(metrics.skipped_in_row)
         row = step_row(metrics, facts, self._sources) | self._bubble | speed
+        choices = metrics.sums.moe.choices
+        if choices is not None:
+            trace.write(self._workdir, facts.step, choices.expert_ids_BTK, facts.num_microbatches, facts.tokens_crc)
         if facts.step % self._log_every == 0:
             self._log.write(row)
         self._bar.set_postfix_str(_summary(row), refresh=False)
@@ -110,17 +122,18 @@ def step_row(metrics: StepMetrics, facts: StepFacts, source_names: Sequence[str]
     row |= {f"loss/{name}": float(total / weight) for name, total, weight in weights if weight > 0}
     if sums.idle_slots is not None:
         row["pipeline/idle_fraction"] = float(sums.idle_slots[0] / sums.idle_slots[1])
-    row["load_balance_loss"] = float(np.mean(sums.moe.load_balance) / max(counts.rows, 1))
+    row["load_balance_loss"] = float(np.mean(sums.load_balance))
     row["router_z_loss"] = float(np.mean(sums.moe.router_z) / max(counts.tokens, 1))
     row["grad_norm"] = float(metrics.grad_norm)
     row["learning_rate"] = float(metrics.learning_rate)
     row["batch_tokens"] = facts.batch_tokens
     row["skipped_steps"] = int(metrics.skipped_steps)
+    row["moe/expert_grad_norm"] = metrics.expert_grad_norm_LE.tolist()
     return row | _routing(sums.moe, float(counts.tokens))
 
 
 def _routing(moe: MoeOut, tokens: float) -> dict[str, Any]:
-    """Load as fractions [L][E], and per layer: busiest over mean, entropy of the load over ln E, drops, router nats."""
+    """Load as fractions [L][E], and per layer: busiest over mean, entropy of the load over ln E, drops, router."""
     assignments_L1 = np.maximum(moe.load_E.sum(-1, keepdims=True), 1)
     load_LE = moe.load_E / assignments_L1
     num_experts = load_LE.shape[-1]
@@ -131,6 +144,7 @@ def _routing(moe: MoeOut, tokens: float) -> dict[str, Any]:
         "moe/load_entropy": entropy_L.tolist(),
         "moe/dropped_fraction": (moe.dropped / assignments_L1[:, 0]).tolist(),
         "moe/router_entropy": (moe.router_entropy / max(tokens, 1)).tolist(),
+        "moe/router_largest_logit": (moe.largest_logit / max(tokens, 1)).tolist(),
     }
 
 

@@ -35,6 +35,7 @@ FREE_SETTINGS = (
     "train.init_from",
     "train.sample_prompts",
     "train.sample_tokens",
+    "train.record_routing",
     "data.store",
     "mesh.",
     "rules.",

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt4moe.config.run import RunConfig
 from gpt4moe.parallel import sharding
-from gpt4moe.train import feed, loss, optimizer, schedule, state
+from gpt4moe.train import balance, feed, loss, optimizer, schedule, state
 from gpt4moe.train.state import TrainState
 from gpt4moe.types import Array, Batch
 
@@ -26,12 +26,14 @@ class StepMetrics:
     """What one step measured, on the device, over its whole batch.
 
     sums: what the loss gave, added over microbatches; counts: what to divide them by. grad_norm: before clipping.
+    expert_grad_norm_LE: of every expert. `sums.moe.choices`: where every token went, a leading dim over microbatches.
     learning_rate: of this step. skipped_steps, skipped_in_row: the state's counters after it.
     """
 
     sums: loss.LossOut
     counts: loss.LossNormalizers
     grad_norm: Array
+    expert_grad_norm_LE: Array
     learning_rate: Array
     skipped_steps: Array
     skipped_in_row: Array
@@ -58,15 +60,7 @@ def train_step(
     gradients lie as they meet the optimizer state.
     """
     counts = loss.normalizers(microbatches)
-
-    def gradient(index: Array) -> tuple[nnx.State, loss.LossOut]:
-        batch = jax.tree.map(lambda x: x[index], microbatches)
-
-        def objective(params: nnx.State) -> tuple[Array, loss.LossOut]:
-            return loss.batch_loss(nnx.merge(definition, params), batch, counts, num_sources=num_sources)
-
-        return jax.grad(objective, has_aux=True)(at.params)
-
+    gradient = functools.partial(_gradient, at, microbatches, counts, run, definition, num_sources)
     grads, sums = _sum_over(gradient, num_microbatches, room=microbatches.tokens.shape[0])
     grads = lay_out_gradients(grads)
     grad_norm = optax.tree.norm(grads)
@@ -76,15 +70,45 @@ def train_step(
     learning_rate = run.optimizer.learning_rate * fraction
     update = optimizer.make_optimizer(learning_rate, run.optimizer).update
     updates, opt_state = update(grads, at.opt_state, at.params)
+    params = optax.apply_updates(at.params, updates)
+    layout, moe = nnx.merge(definition, at.params).layout, run.model.moe
+    if moe.bias_rate:
+        slots = layout.slots or tuple(range(run.model.num_moe_layers))
+        params = balance.move_biases(params, at.params, sums.moe.load_E, slots, moe.bias_rate)
     params, opt_state = jax.tree.map(
-        functools.partial(jnp.where, finite),
-        (optax.apply_updates(at.params, updates), opt_state),
-        (at.params, at.opt_state),
+        functools.partial(jnp.where, finite), (params, opt_state), (at.params, at.opt_state)
     )
     skipped_steps = at.skipped_steps + jnp.where(finite, 0, 1)
     skipped_in_row = jnp.where(finite, 0, at.skipped_in_row + 1)
     new = TrainState(params, opt_state, at.step + 1, at.key, skipped_steps, skipped_in_row)
-    return new, StepMetrics(sums, counts, grad_norm, learning_rate, skipped_steps, skipped_in_row)
+    expert_norms_LE = balance.expert_grad_norms(grads, layout.order(run.model.num_moe_layers))
+    return new, StepMetrics(sums, counts, grad_norm, expert_norms_LE, learning_rate, skipped_steps, skipped_in_row)
+
+
+def _gradient(
+    at: TrainState,
+    microbatches: Batch,
+    counts: loss.LossNormalizers,
+    run: RunConfig,
+    definition: nnx.GraphDef,
+    num_sources: int,
+    index: Array,
+    total: tuple[nnx.State, loss.LossOut] | None,
+) -> tuple[nnx.State, loss.LossOut]:
+    """Gradient and sums of one microbatch; `total` is what its predecessors gave."""
+    batch = jax.tree.map(lambda x: x[index], microbatches)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(at.key), at.step), index)
+    load_so_far_LE = None if total is None else total[1].moe.load_E
+    given = {"key": key, "load_so_far_LE": load_so_far_LE, "with_choices": run.train.record_routing}
+
+    def objective(params: nnx.State) -> tuple[Array, loss.LossOut]:
+        model = nnx.merge(definition, params)
+        return loss.batch_loss(model, batch, counts, num_sources=num_sources, **given)
+
+    grads, sums = jax.grad(objective, has_aux=True)(at.params)
+    room = len(microbatches.tokens)
+    placed = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape), leaf.dtype).at[index].set(leaf), sums.moe.choices)
+    return grads, dataclasses.replace(sums, moe=dataclasses.replace(sums.moe, choices=placed))
 
 
 def make_step(run: RunConfig, num_sources: int, abstract: TrainState) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -110,9 +134,10 @@ def lower_step(run: RunConfig, num_sources: int, abstract: TrainState) -> jax.st
     return make_step(run, num_sources, abstract).lower(abstract, batch, count, tokens)
 
 
-def _sum_over(function: Callable[[Array], Any], count: Array, *, room: int) -> Any:
-    """Sum of `function(i)` for i < count <= room; a single call, without a loop, where room is 1."""
+def _sum_over(function: Callable[[Array, Any], Any], count: Array, *, room: int) -> Any:
+    """Sum of `function(i, sum so far)` for i < count <= room; a single call, of 0 and None, where room is 1."""
     if room == 1:
-        return function(0)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, jnp.int32(0)))
-    return jax.lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, function(i)), zeros)
+        return function(0, None)
+    shapes = jax.eval_shape(lambda i: function(i, None), jnp.int32(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, count, lambda i, total: jax.tree.map(jnp.add, total, function(i, total)), zeros)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import export
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.mlir import ir
@@ -19,9 +20,11 @@ from gpt4moe.config.compile import CompileConfig
 from gpt4moe.config.moe import GROUPED_PRODUCTS, MoeConfig
 from gpt4moe.model import grouped_tpu, grouped_triton
 from gpt4moe.model.grouped_matmul import IMPLEMENTATIONS, Implementation, block_matmul, fastest
+from gpt4moe.model.layout import ONE_DEVICE
+from gpt4moe.model.moe import Moe, RoutedTokens
 from gpt4moe.plan import expected, hlo, topology, work
 from gpt4moe.plan.compile import compile_lowered
-from tests.model.slow import relative_difference
+from tests.model import slow
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 # Rows of a block: fewer than a tensor core takes, and two of its tiles. Two tiles of D, three of F.
@@ -89,7 +92,7 @@ def one_by_one(rows_XCD, w_EDF, dy_XCF, block_expert_X, num_blocks):
 def test_every_implementation_equals_a_loop(name, dtype, case):
     operands, (block_expert_X, num_blocks) = problem(dtype), CASES[case]
     got = multiplied(name)(*operands, jnp.array(block_expert_X), jnp.int32(num_blocks))
-    assert relative_difference(got, one_by_one(*operands, block_expert_X, num_blocks)) < TOLERANCE[dtype]
+    assert slow.relative_difference(got, one_by_one(*operands, block_expert_X, num_blocks)) < TOLERANCE[dtype]
     assert [x.dtype for x in got] == [jnp.dtype(dtype), jnp.dtype(dtype), jnp.float32]
 
 
@@ -111,7 +114,7 @@ def test_the_default_differentiates_inside_a_recomputed_scan():
         return jnp.sum(x_XCD * rows_XCD)
 
     w_LEDF = 0.1 * jnp.stack([w_EDF, w_EDF[::-1]])
-    assert relative_difference(jax.jit(jax.grad(loss))(w_LEDF), jax.grad(reference)(w_LEDF)) < TOLERANCE["float32"]
+    assert slow.relative_difference(jax.jit(jax.grad(loss))(w_LEDF), jax.grad(reference)(w_LEDF)) < TOLERANCE["float32"]
 
 
 def shapes(length, dim, hidden, dtype, experts=4, blocks=8):
@@ -148,11 +151,26 @@ def test_a_name_that_cannot_be_is_refused_in_one_line():
         lower("mosaic", 8, 128, 96, "float32")
     with pytest.raises(CallerError, match=r"needs blocks whose number of rows is a power of two"):
         lower("triton", 24, 128, 128, "float32")
-    with pytest.raises(CallerError, match="must be one of"):
+    with pytest.raises(CallerError, match="must be in"):
         lower("fast", 8, 128, 128, "float32")
-    with pytest.raises(CallerError, match="grouped_product='fast' must be one of"):
+    with pytest.raises(CallerError, match="grouped_product='fast' must be in"):
         MoeConfig(4, 2, 8, grouped_product="fast")
     assert tuple(IMPLEMENTATIONS) == GROUPED_PRODUCTS
+
+
+def test_a_layer_multiplies_by_the_one_its_config_names():
+    """By the plain one it gives the same; by one that no CPU has it is refused."""
+
+    def applied(name):
+        config = MoeConfig(2, 1, 128, normalize_gates=False, grouped_product=name)
+        moe = slow.one_layer(Moe((0,), 128, config, ONE_DEVICE, 1.0, nnx.Rngs(0)))
+        x_BTD = jax.random.normal(jax.random.key(1), (1, 8, 128))
+        tokens = RoutedTokens(jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool))
+        return nnx.jit(lambda moe, x_BTD, tokens: moe(x_BTD, tokens, dropless=True)[0])(moe, x_BTD, tokens)
+
+    assert slow.relative_difference(applied("plain"), applied(None)) < TOLERANCE["float32"]
+    with pytest.raises(CallerError, match="grouped_product='mosaic' runs on tpu only"):
+        applied("mosaic")
 
 
 def gradients(rows_XCD, w_EDF, block_expert_X, num_blocks):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.model.layout import ONE_DEVICE
-from gpt4moe.model.moe import Moe
+from gpt4moe.model.moe import Moe, RoutedTokens
 from gpt4moe.model.router import assemble
 from tests.model import slow
 
@@ -27,13 +27,13 @@ def _inputs():
 
 @nnx.jit(static_argnames="dropless")
 def _apply(layer, x_BTD, token_ids_BT, valid_BT, dropless=False):
-    return layer(x_BTD, token_ids_BT, valid_BT, dropless)
+    return layer(x_BTD, RoutedTokens(token_ids_BT, valid_BT), dropless=dropless)
 
 
 @nnx.jit
 def _router_gradient(layer, x_BTD, token_ids_BT, valid_BT):
     def loss(layer):
-        return jnp.sum(jnp.square(layer(x_BTD, token_ids_BT, valid_BT, False)[0]))
+        return jnp.sum(jnp.square(layer(x_BTD, RoutedTokens(token_ids_BT, valid_BT), dropless=False)[0]))
 
     return nnx.grad(loss)(layer)["router"][...]
 

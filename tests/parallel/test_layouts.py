@@ -229,6 +229,7 @@ def test_a_layout_equals_one_device(row, dispatch, monkeypatch):
     compared = 1 if row.model == "bfloat16" else STEPS
     for mine, theirs in zip(got.metrics[:compared], want.metrics[:compared], strict=True):
         assert difference(mine.grad_norm, theirs.grad_norm) < tolerance
+        assert difference(mine.expert_grad_norm_LE, theirs.expert_grad_norm_LE) < tolerance
         for path, leaf in jax.tree_util.tree_leaves_with_path(theirs.sums):
             mine_leaf = functools.reduce(lambda tree, key: getattr(tree, key.name), path, mine.sums)
             assert difference(mine_leaf, leaf) < tolerance, path

@@ -45,6 +45,8 @@ STEP_KEYS = {
     "moe/load_entropy",
     "moe/dropped_fraction",
     "moe/router_entropy",
+    "moe/router_largest_logit",
+    "moe/expert_grad_norm",
 }
 
 

@@ -99,7 +99,8 @@ def test_the_objective_is_made_of_its_sums():
     batch = _batch()
     weight, tokens = float(batch.loss_weights.sum()), int((batch.segment_ids > 0).sum())
     moe = CONFIG.moe
-    auxiliary = moe.load_balance_weight * sums.moe.load_balance.sum() / 3  # three rows have tokens
+    np.testing.assert_allclose(sums.load_balance, sums.moe.load_balance / 3, rtol=1e-6)  # three rows have tokens
+    auxiliary = moe.load_balance_weight * sums.load_balance.sum()
     auxiliary += moe.router_z_weight * sums.moe.router_z.sum() / tokens
     np.testing.assert_allclose(objective, sums.cross_entropy / weight + auxiliary, rtol=1e-6)
     np.testing.assert_allclose(sums.source_cross_entropy.sum(), sums.cross_entropy, rtol=1e-6)

@@ -55,12 +55,14 @@ def test_a_row_by_hand():
         load_E=np.array([[18, 6], [12, 12]]),
         dropped=np.array([6, 0]),
         load_balance=np.array([10.0, 5.0]),
+        probability_E=np.array([[7.0, 5.0], [6.0, 6.0]]),
         router_z=np.array([24.0, 48.0]),
         router_entropy=np.array([6.0, 12.0]),
+        largest_logit=np.array([18.0, 3.0]),
     )
-    sums = LossOut(np.float32(30), np.array([30.0, 0.0]), np.array([10.0, 0.0]), moe)
+    sums = LossOut(np.float32(30), np.array([30.0, 0.0]), np.array([10.0, 0.0]), np.array([2.0, 1.0]), moe)
     counts = LossNormalizers(np.float32(10), np.float32(12), np.float32(5))
-    values = StepMetrics(sums, counts, np.float32(0.5), np.float32(0.25), np.int32(1), np.int32(0))
+    values = StepMetrics(sums, counts, np.float32(0.5), np.eye(2), np.float32(0.25), np.int32(1), np.int32(0))
     row = step_row(values, StepFacts(7, 700, 100, {"code": 0.5, "text": 0.0}), ["code", "text"])
     assert row == {
         "step": 7,
@@ -80,6 +82,8 @@ def test_a_row_by_hand():
         "moe/load_entropy": row["moe/load_entropy"],
         "moe/dropped_fraction": [0.25, 0.0],
         "moe/router_entropy": [0.5, 1.0],
+        "moe/router_largest_logit": [1.5, 0.25],
+        "moe/expert_grad_norm": [[1.0, 0.0], [0.0, 1.0]],
     }
     np.testing.assert_allclose(row["moe/load_entropy"], [0.8112781, 1.0], rtol=1e-6)
 
