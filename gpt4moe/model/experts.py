@@ -46,13 +46,15 @@ class Experts(nnx.Module):
         return ExpertWeights(None if self.gate is None else self.gate[...], self.up[...], self.down[...])
 
 
-def feed_forward(weights: ExpertWeights, dispatched: Dispatched) -> Float[Array, "X C D"]:
+def feed_forward(
+    weights: ExpertWeights, dispatched: Dispatched, grouped_product: str | None = None
+) -> Float[Array, "X C D"]:
     """Returns y_XCD, the rows of every block after its expert."""
 
     def multiply(rows: Array, w: Array) -> Array:
         if dispatched.block_expert_X is None:
             return expert_matmul(rows, w)
-        return block_matmul(rows, w, dispatched.block_expert_X, dispatched.num_blocks)
+        return block_matmul(rows, w, dispatched.block_expert_X, dispatched.num_blocks, grouped_product)
 
     rows_XCD = dispatched.rows_XCD
     gate_XCF = None if weights.gate_EDF is None else multiply(rows_XCD, weights.gate_EDF)
@@ -67,7 +69,7 @@ def apply_experts(
     `drops` holds each expert to the capacity of `config`; otherwise every choice is served.
     """
     dispatched = (dispatch.capacity if drops else dispatch.dropless)(x_BTD, routing, config)
-    y_BTD = dispatch.combine(feed_forward(weights, dispatched), dispatched.plan, len(x_BTD))
+    y_BTD = dispatch.combine(feed_forward(weights, dispatched, config.grouped_product), dispatched.plan, len(x_BTD))
     return y_BTD, jnp.sum(dispatched.stats.dropped_G)
 
 
