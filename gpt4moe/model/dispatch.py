@@ -209,7 +209,7 @@ def _no_gradient(plan: Plan) -> Plan:
 
 
 def _capacity_plan(ids_UK: Array, used_UK: Array, gates_UK: Array, num_experts: int, room: int, queue_U: Array) -> Plan:
-    queued, counts_E = _sort_by_expert(ids_UK[queue_U], used_UK[queue_U], num_experts)
+    queued, counts_E = sort_by_expert(ids_UK[queue_U], used_UK[queue_U], num_experts)
     num_choices = ids_UK.shape[1]
     order = queue_U[queued // num_choices] * num_choices + queued % num_choices
     starts_E = jnp.cumsum(counts_E) - counts_E
@@ -225,7 +225,7 @@ def _dropless_plan(
 ) -> tuple[Plan, Array, Array]:
     """Plan of one pool, the expert of each block, and how many blocks are in use."""
     num_entries = ids_UK.size
-    order, counts_E = _sort_by_expert(ids_UK, used_UK, num_experts)
+    order, counts_E = sort_by_expert(ids_UK, used_UK, num_experts)
     blocks_E = -(-counts_E // block)
     last_block_E = jnp.cumsum(blocks_E)
     # sum_e ceil(n_e / block) is largest when as many experts as can be hold one choice more than whole blocks.
@@ -240,7 +240,7 @@ def _dropless_plan(
     return plan_from_slots(choice_XC.reshape(-1), gates_UK), block_expert_X, last_block_E[-1]
 
 
-def _sort_by_expert(ids_UK: Array, used_UK: Array, num_experts: int) -> tuple[Array, Array]:
+def sort_by_expert(ids_UK: Array, used_UK: Array, num_experts: int) -> tuple[Array, Array]:
     """Choices in the order of expert, then k, then token (unused ones last), and how many each expert has."""
     tokens, num_choices = ids_UK.shape
     queue_KU = jnp.where(used_UK, ids_UK, num_experts).T

@@ -13,6 +13,7 @@ from flax import nnx
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.model import dispatch, routers
+from gpt4moe.model import experts as experts_module
 from gpt4moe.model.experts import Experts, apply_experts
 from gpt4moe.model.layout import ONE_DEVICE
 from gpt4moe.model.moe import Moe, RoutedTokens
@@ -330,7 +331,7 @@ def router_gradient(router, choices, normalized):
     return nnx.grad(lambda layer: jnp.sum(jnp.square(layer(x_BTD, tokens, dropless=False)[0])))(layer)["router"][...]
 
 
-@pytest.mark.parametrize(("router", "choices", "normalized"), LEARNING, ids=str)
+@pytest.mark.parametrize(("router", "choices", "normalized"), LEARNING, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_the_router_learns_from_the_output_alone_where_it_should(router, choices, normalized):
     gradient_DE = np.asarray(router_gradient(router, choices, normalized))
     learns = np.abs(gradient_DE).max() > 1e-6
@@ -359,43 +360,61 @@ def experts():
     return nnx.merge(graph, weights)()
 
 
-@functools.partial(jax.jit, static_argnames="drops")
-def through_experts(x_GUD, gates_GUK, weights, dy_GUD, ids_GUK, used_GUK, drops):
+@functools.partial(jax.jit, static_argnames=("config", "drops"))
+def through_experts(x_GUD, gates_GUK, weights, dy_GUD, ids_GUK, used_GUK, config, drops):
     """Values and all gradients of dispatch, experts and combine; the routing is data, so that routers share this."""
 
     def total(x_GUD, gates_GUK, weights):
         routing = Routing(ids_GUK, gates_GUK, used_GUK, None, None)
-        y_GUD, dropped = apply_experts(weights, x_GUD, routing, CAPACITY, drops)
+        y_GUD, dropped = apply_experts(weights, x_GUD, routing, config, drops)
         return jnp.sum(y_GUD * dy_GUD), (y_GUD, dropped)
 
     return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(x_GUD, gates_GUK, weights)
 
 
-@pytest.mark.parametrize("drops", [False, True], ids=["dropless", "capacity"])
-@pytest.mark.parametrize("situation", SITUATIONS)
-def test_every_router_with_every_dispatcher_equals_a_loop(situation, drops):
-    router, choices, preference_E = SITUATIONS[situation]
+@functools.cache
+def situation_of(name):
+    """(x, weights of the sum that is differentiated, routing) of two rows."""
+    router, choices, preference_E = SITUATIONS[name]
     x_GUD, dy_GUD = (jax.random.normal(jax.random.key(k), (2, TOKENS, DIM)) for k in (1, 2))
     logits = jnp.stack([logits_at(1), logits_at(2)]) + preference_E
-    routing = route_of(router, choices, logits, config_of(router, choices))
+    return x_GUD, dy_GUD, route_of(router, choices, logits, config_of(router, choices))
+
+
+@functools.cache
+def by_a_loop(name, room):
+    """((sum, y), gradients) token by token."""
+    x_GUD, dy_GUD, routing = situation_of(name)
     ids, used = np.asarray(routing.expert_ids_UK), np.asarray(routing.used_UK)
-    room = dispatch.expert_capacity(TOKENS, CAPACITY) if drops else None
-    assert room in (ROOM, None)
 
     def reference(x_GUD, gates_GUK, weights):
         matrices = (weights.gate_EDF, weights.up_EDF, weights.down_EFD)
         y_GUD = slow.mixture(x_GUD, gates_GUK, matrices, ids, used, room)
         return jnp.sum(y_GUD * dy_GUD), y_GUD
 
-    operands = (x_GUD, routing.gates_UK, experts())
-    (_, (got, dropped)), got_gradients = through_experts(
-        *operands, dy_GUD, routing.expert_ids_UK, routing.used_UK, drops
+    return jax.value_and_grad(reference, (0, 1, 2), has_aux=True)(x_GUD, routing.gates_UK, experts())
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["dropless", "capacity"])
+@pytest.mark.parametrize("product", [None, "loop", "plain"])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_every_router_with_every_dispatcher_and_product_equals_a_loop(situation, product, drops, monkeypatch):
+    """`product` None takes experts in turn here; kernels for accelerators are in test_grouped_matmul.py."""
+    monkeypatch.setattr(experts_module, "FEWEST_IN_TURN", 0)
+    x_GUD, dy_GUD, routing = situation_of(situation)
+    room = dispatch.expert_capacity(TOKENS, CAPACITY) if drops else None
+    assert room in (ROOM, None)
+    (_, want), want_gradients = by_a_loop(situation, room)
+    config = dataclasses.replace(CAPACITY, grouped_product=product)
+    choices = (routing.expert_ids_UK, routing.used_UK)
+    (_, (got, dropped)), gradients = through_experts(
+        x_GUD, routing.gates_UK, experts(), dy_GUD, *choices, config, drops
     )
-    (_, want), want_gradients = jax.value_and_grad(reference, (0, 1, 2), has_aux=True)(*operands)
-    kept = sum(slow.kept_choices(i, u, room).sum() for i, u in zip(ids, used, strict=True))
+    used = np.asarray(routing.used_UK)
+    kept = sum(slow.kept_choices(i, u, room).sum() for i, u in zip(np.asarray(choices[0]), used, strict=True))
     assert int(dropped) == used.sum() - kept
     assert slow.relative_difference(got, want) < 1e-5
-    assert slow.relative_difference(got_gradients, want_gradients) < 1e-5
+    assert slow.relative_difference(gradients, want_gradients) < 1e-5
 
 
 def test_identity_experts_give_back_the_sum_of_gates():
