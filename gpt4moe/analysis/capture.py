@@ -40,6 +40,11 @@ class Capture:
     gates_LUK: np.ndarray
     num_experts: int
 
+    @property
+    def choices_per_token(self) -> float:
+        """Experts of a token, the mean over tokens and layers."""
+        return float((self.expert_ids_LUK >= 0).sum() / (self.expert_ids_LUK[..., 0].size or 1))
+
     def part(self, chosen_U: np.ndarray) -> Capture:
         """The tokens that a mask [U] or a list of places chooses."""
         by_token = (self.token_ids_U[chosen_U], self.source_ids_U[chosen_U], self.positions_U[chosen_U])

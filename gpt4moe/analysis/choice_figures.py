@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def vocabulary(experts: Experts) -> str:
         head = "<thead><tr><th>expert</th><th>tokens</th></tr></thead>"
         table = f'<div class="scroll"><table class="vocabulary">{head}<tbody>{"".join(rows)}</tbody></table></div>'
         tables.append(f"<details><summary>layer {layer}</summary>{table}</details>")
-    uniform = seen.expert_ids_LUK.shape[-1] / seen.num_experts
+    uniform = seen.choices_per_token / seen.num_experts
     note = (
         f"The tokens of which the largest share goes to an expert, among those that occur {MIN_OCCURRENCES} times or "
         f"more in the captured text; {uniform:.0%} is uniform.{of_layers(len(layers))}"
@@ -78,7 +79,7 @@ def _saturation(experts: Experts) -> Chart:
         )
     tokens = np.array(sorted(experts.saturation))
     shares_NL = np.stack([experts.saturation[token][1] for token in tokens])
-    layers, chance = shown_layers(shares_NL.shape[1]), seen.expert_ids_LUK.shape[-1] / seen.num_experts
+    layers, chance = shown_layers(shares_NL.shape[1]), seen.choices_per_token / seen.num_experts
 
     def draw(axes) -> None:
         for layer, colour in zip(layers, depth_colours(len(layers)), strict=True):
@@ -97,14 +98,16 @@ def _saturation(experts: Experts) -> Chart:
 
 def _coactivation(experts: Experts) -> Chart | None:
     seen = experts.held_out
-    num_chosen = seen.expert_ids_LUK.shape[-1]
-    if num_chosen == 1:
-        return None
     share_LEE = routing.coactivation(seen.expert_ids_LUK, seen.num_experts)
-    drawn = heat_maps("coactivation", share_LEE, TOGETHER, labels=("also go to expert", "tokens of expert"), height=2.3)
+    if not np.nan_to_num(share_LEE).any():  # one expert a token
+        return None
+    most = math.ceil(np.nanmax(share_LEE) * 20) / 20
+    ticks = (0, most / 2, most)
+    scale = Scale("viridis", 0, most, ticks, tuple(f"{tick:.3g}" for tick in ticks), "share of the row's tokens")
+    drawn = heat_maps("coactivation", share_LEE, scale, labels=("also go to expert", "tokens of expert"), height=2.3)
     caption = (
         "Share of the tokens of the row's expert that also go to the column's. Experts that pair up by chance have "
-        f"{(num_chosen - 1) / (seen.num_experts - 1):.0%}.{of_layers(len(share_LEE))}"
+        f"{(seen.choices_per_token - 1) / (seen.num_experts - 1):.0%}.{of_layers(len(share_LEE))}"
     )
     return Chart("Co-activation", caption, drawn, wide=True)
 
@@ -117,12 +120,13 @@ def _specialization(experts: Experts, name: str, groups) -> Chart:
         log_ratio(ratios_LGE),
         relative_scale("share / uniform"),
         labels=("expert", name),
-        height=0.55 + 0.19 * len(groups.names),
+        height=max(0.55 + 0.19 * len(groups.names), 1.3),
         row_names=[n if len(n) < 20 else n[:19] + "…" for n in groups.names],
     )
-    tokens = ", ".join(f"{n} {count:,d}" for n, count in zip(groups.names, np.bincount(groups.groups_U), strict=True))
+    tokens = ", ".join(f"{n} ({count:,d})" for n, count in zip(groups.names, np.bincount(groups.groups_U), strict=True))
     caption = (
-        f"Share of a group's assignments at each expert over the uniform share. A grey row goes everywhere alike. "
+        "Share of a group's assignments at each expert over the uniform share. Where rows look alike, the group does "
+        "not matter. "
         f"Tokens: {tokens}.{of_layers(len(ratios_LGE))}"
     )
     return Chart(f"Specialisation by {name}", caption, drawn, wide=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 NUM_COLOURS = 64
 # Lightness in OKLCH of the rings of hues that more experts than fit one ring are spread over, and chroma.
-LIGHT, DARK = (0.86, 0.76, 0.92, 0.69), (0.44, 0.34, 0.52, 0.29)
+LIGHT, DARK = (0.86, 0.77, 0.93, 0.69), (0.44, 0.36, 0.52, 0.28)
 HUES_OF_A_RING = 16
 CHROMA = 0.11
 

@@ -38,14 +38,17 @@ def expert_page(name: str, experts: Experts) -> str:
     seen = [text.seen for text in experts.texts]
     first = np.cumsum([0, *(len(each.token_ids_U) for each in seen)])
     num_experts, num_layers = seen[0].num_experts, len(seen[0].expert_ids_LUK)
+    ids_LUK = np.concatenate([each.expert_ids_LUK for each in seen], axis=1)
+    gates_LUK = np.concatenate([each.gates_LUK for each in seen], axis=1)
+    most = max(int((ids_LUK >= 0).sum(-1).max()), 1)  # what no token uses is not carried
     sections = [
         _section(text, int(start), experts.tokenizer) for text, start in zip(experts.texts, first, strict=False)
     ]
     data = {
         "experts": num_experts,
-        "shape": [num_layers, int(first[-1]), seen[0].expert_ids_LUK.shape[2]],
-        "ids": _packed(np.concatenate([each.expert_ids_LUK for each in seen], axis=1) % (NO_EXPERT + 1)),
-        "gates": _packed((np.concatenate([each.gates_LUK for each in seen], axis=1) * GATE_UNIT).round()),
+        "shape": [num_layers, int(first[-1]), most],
+        "ids": _packed(ids_LUK[..., :most] % (NO_EXPERT + 1)),
+        "gates": _packed((gates_LUK[..., :most] * GATE_UNIT).round()),
         "unit": GATE_UNIT,
         "none": NO_EXPERT,
     }

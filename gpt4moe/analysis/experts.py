@@ -68,8 +68,9 @@ def examine(trained: Trained, given: Mapping[str, str], *, max_tokens: int, mesh
     store = trained_store(run, trained.workdir, trained.step)
     batches = list(held_out_text(store, run.data, rows=rows, max_tokens=max_tokens))
     held_out = capture(model, batches, run.rules) if batches else None
-    samples = _samples(store.source_names, held_out, _page_room(trained))
-    room = _page_room(trained) - sum(len(sample.seen.token_ids_U) for sample in samples)
+    page_room = _page_room(trained, held_out)
+    samples = _samples(store.source_names, held_out, page_room)
+    room = page_room - sum(len(sample.seen.token_ids_U) for sample in samples)
     return Experts(
         step=trained.step,
         source_names=store.source_names,
@@ -129,10 +130,11 @@ def _strongest_pairs(seen: Capture) -> list[dict | None]:
     return pairs
 
 
-def _page_room(trained: Trained) -> int:
-    """Tokens that the page of coloured text has room for."""
+def _page_room(trained: Trained, held_out: Capture | None) -> int:
+    """Tokens that the page of coloured text has room for, by how many experts a token has at most."""
     model = trained.config.model
-    return min(MAX_PAGE_CHOICES // (model.num_moe_layers * model.moe.experts_per_token), MAX_PAGE_TOKENS)
+    most = model.moe.experts_per_token if held_out is None else int((held_out.expert_ids_LUK >= 0).sum(-1).max())
+    return min(MAX_PAGE_CHOICES // (model.num_moe_layers * max(most, 1)), MAX_PAGE_TOKENS)
 
 
 def _samples(names: tuple[str, ...], held_out: Capture | None, room: int) -> list[Text]:

@@ -142,7 +142,7 @@ def _dead(history: History) -> Chart | None:
     if load.values.ndim != 3:
         return None
     caption = f"Experts of each layer with less than {DEAD_BELOW:.0%} of its mean load."
-    drawn = _lines_by_layer(load.tokens, dead_experts(load.values).sum(-1), "dead", "experts")
+    drawn = _lines_by_layer(load.tokens, dead_experts(load.values).sum(-1), "dead", "experts", whole=True)
     return Chart("Dead experts", caption + of_layers(load.values.shape[1]), drawn)
 
 
@@ -165,7 +165,9 @@ def _lines_by_layer(
     *,
     mark: float | None = None,
     from_zero: bool = True,
+    whole: bool = False,
 ) -> str:
+    """SVG of one line a layer; `mark`: a dotted line at this height; `whole`: of counts."""
     layers = shown_layers(values_NL.shape[1])
 
     def draw(axes) -> None:
@@ -175,6 +177,8 @@ def _lines_by_layer(
             axes.axhline(mark, color="#808080", linestyle=":", linewidth=1.2)
         if from_zero:
             axes.set_ylim(bottom=0)
+        if whole:
+            axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(unit)
         legend(axes, columns=min(len(layers), 4))
 

@@ -18,6 +18,7 @@ from etils import epath
 from gpt4moe.analysis.canvas import Chart
 from gpt4moe.analysis.figures import expert_figures, run_figures
 from gpt4moe.analysis.history import History, read_history, read_json, read_text
+from gpt4moe.analysis.routing import dead_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ def _tiles(history: History) -> str:
         "MFU, median": _number(history.median("model_flops_utilization"), ".1%"),
         "goodput": _number(history.last("goodput"), ".1%"),
         "expert load / mean": f"{relative_LE.min():.2f} to {relative_LE.max():.2f}" if load_LE.size else None,
+        "dead experts": f"{dead_experts(load_LE).sum():d}" if load_LE.size else None,
         "dropped assignments": _number(_mean(history.last("moe/dropped_fraction")), ".2%"),
         "skipped steps": _number(history.last("skipped_steps"), ",.0f"),
     }
