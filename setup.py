@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["gpt4moe", "gpt4moe.*"]),
+    package_data={"gpt4moe.analysis": ["*.html"]},
     install_requires=[
         "jax>=0.10.2,<0.12",
         "flax>=0.12.6",
