@@ -18,6 +18,7 @@ from gpt4moe.data.tokenizer import byte_tokenizer, train_tokenizer
 
 MALICE = '</script><script>alert(1)</script>"><img src=x onerror=alert(2)> & é'
 LAYERS, CHOICES, EXPERTS = 3, 2, 5
+GIVEN_TOKENS = 1 + len(MALICE.encode())  # bytes are tokens here
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_the_page_stands_alone_and_runs_only_its_own_script(source, page):
     assert page.tags.count("script") == 2 and "img" not in page.tags and "b" not in page.tags
     assert not re.findall(r"https?:|src=\"|@import|url\(", source)
     assert re.findall(r'href="([^"]*)"', source) == ["report.html"]
-    assert "the first 74 of 900 tokens" in source and "$" not in source
+    assert f"the first {GIVEN_TOKENS} of 900 tokens" in source and "$" not in source
     assert 'id="layer" type="range" min="0" max="2"' in source
 
 
@@ -112,7 +113,7 @@ def test_every_character_is_shown_once_with_its_expert(experts, page):
     assert (attributes["class"], attributes["data-i"], shown) == ("x1", "1", "<")
     assert attributes["aria-label"] == "<: expert 1" and attributes["role"] == "listitem"
     joined_up = [(a["data-i"], a["data-n"], text) for a, text in page.tokens if "data-n" in a]
-    assert joined_up == [("72", "2", "é")]  # two bytes, two tokens, one character
+    assert joined_up == [(str(GIVEN_TOKENS - 2), "2", "é")]  # two bytes, two tokens, one character
     number = len(experts.texts[0].seen.token_ids_U)
     assert page.tokens[number - 1][0]["data-i"] == str(number)  # the second text goes on counting
 
@@ -152,9 +153,9 @@ def test_the_report_has_a_chart_of_each_kind_and_the_tokens_of_each_expert(exper
     titles = ["Router saturation", "Co-activation", *(f"Specialisation by {name}" for name in experts.groups())]
     assert [chart.title for chart in shown.charts] == titles
     assert all("<svg" in chart.svg for chart in shown.charts)
-    assert "code (82), prose (137)" in shown.charts[2].caption
+    assert "code (82), prose (136)" in shown.charts[2].caption
     assert shown.tables.count("<details>") == LAYERS
-    assert "<code>␣</code>" in shown.tables and "<code>↵</code>" in shown.tables
+    assert "<code>␣</code>" in shown.tables
 
 
 def test_one_checkpoint_says_so_instead_of_a_line(experts):
@@ -175,10 +176,10 @@ def test_switch_routing_has_no_pairs(experts):
 
 def test_the_document_has_numbers_by_layer(experts):
     document = json.loads(json.dumps(to_document(experts), allow_nan=False))
-    assert document["tokens"] == 219 and document["step"] == 40
+    assert document["tokens"] == 82 + 136 and document["step"] == 40
     assert document["dead_experts"] == [[EXPERTS - 1]] * LAYERS
-    assert document["saturation"] == {"10": [0.2, 0.4, 0.6], "20": [0.5, 0.7, 0.9]}
-    assert document["texts"] == [{"name": "a <b>name</b>", "tokens": 900, "shown": 74}]
+    assert document["saturation"] == {"10": [0.2, 0.4, 0.6], "20": pytest.approx([0.5, 0.7, 0.9])}
+    assert document["texts"] == [{"name": "a <b>name</b>", "tokens": 900, "shown": GIVEN_TOKENS}]
     assert set(document["specialization"]) == {"source", "token class", "position"}
     assert all(0 <= number <= 1 for layers in document["specialization"].values() for number in layers)
     assert "dead experts 3" in format_document(document) and "step 20: 70.0%" in format_document(document)
@@ -188,7 +189,7 @@ def test_without_held_out_text_given_text_is_shown_all_the_same(experts):
     bare = Experts(40, experts.source_names, experts.tokenizer, None, experts.texts[:1], {})
     assert choices(bare, has_page=True).charts == ()
     assert "nothing to say" in format_document(to_document(bare))
-    assert "alert(1)" in expert_page("bare", bare)
+    assert MALICE in "".join(text for _, text in Page(expert_page("bare", bare)).tokens)
 
 
 def test_pieces_join_the_bytes_of_a_character_and_nothing_else(tokenizer):
