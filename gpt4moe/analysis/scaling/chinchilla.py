@@ -40,7 +40,7 @@ class Chinchilla(Law):
 
     def loss(self, active_parameters: Array, tokens: Array) -> Array:
         """Returns nats per token."""
-        return self.E + self.A * active_parameters**-self.alpha + self.B * tokens**-self.beta
+        return self.E + self.A / active_parameters**self.alpha + self.B / tokens**self.beta
 
     @property
     def G(self) -> float:
