@@ -20,6 +20,8 @@ setup(
     package_data={"gpt4moe.analysis": ["*.html"]},
     install_requires=[
         "jax>=0.10.2,<0.12",
+        "numpy>=2.0",
+        "scipy>=1.14",
         "flax>=0.12.6",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",

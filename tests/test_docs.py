@@ -42,6 +42,17 @@ def test_the_commands_about_experts_build():
         assert said == f"E {moe.num_experts}, K {moe.experts_per_token}, F {moe.hidden_dim}"
 
 
+def test_the_examples_of_the_laws_run_and_give_what_they_say(capsys):
+    """`print` lines end in a comment with what they print."""
+    text = (ROOT / "docs/laws.md").read_text()
+    names, said = {}, []
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(example, "docs/laws.md", "exec"), names)
+        said += re.findall(r"^print\(.*\)  # (.+)$", example, re.MULTILINE)
+    assert len(said) > 8
+    assert capsys.readouterr().out.splitlines() == said
+
+
 def test_every_file_the_readme_names_exists():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"(?:gin_configs|docs|benchmarks|experiments|gpt4moe)/[\w/.]+\.(?:gin|md|py)", text))
