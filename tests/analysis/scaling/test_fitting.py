@@ -128,6 +128,12 @@ def test_gradients_are_exact():
         step = 1e-6 * np.eye(len(point))
         differences = (problem.errors(point + step) - problem.errors(point - step)).T / 2e-6
         assert problem.jacobian(point) == pytest.approx(differences, rel=1e-5, abs=1e-7), name
+        # of the Huber loss too, at a point where some errors are beyond its turn and others are not
+        near = point * (1 + 2e-4)
+        turned = np.mean(np.abs(problem.errors(near[None])) > problem.delta)
+        assert 0.05 < turned < 0.95, name
+        rise = [problem.value_and_gradient(near + d)[0] - problem.value_and_gradient(near - d)[0] for d in step]
+        assert problem.value_and_gradient(near)[1] == pytest.approx(np.array(rise) / 2e-6, rel=1e-3, abs=1e-6), name
 
 
 def test_seeds_of_a_cell_are_resampled_together():
