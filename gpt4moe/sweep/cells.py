@@ -61,20 +61,24 @@ def make_cells(config: SweepConfig, build: Build, progress: Callable[[str], None
 def _cells_of(point: Mapping[str, Any], config: SweepConfig, build: Build, targets: Mapping[str, float]) -> list[Cell]:
     try:
         bound = derive(point, config, build, targets)
-        deviations = {}
-        for name, target in targets.items():
-            off = quantity(name, build(overrides_of(bound))[0]) / target - 1
-            deviations[name] = 0.0 if math.isclose(off, 0, abs_tol=1e-12) else off
+        derived = {name: value for name, value in bound.items() if name not in point}
+        return [_cell(point, derived, seed, config, build, targets) for seed in config.seeds]
     except CallerError as error:
-        bound, deviations = dict(point), {}
         return [_refused(point, config, seed, one_line(error)) for seed in config.seeds]
-    derived = {name: value for name, value in bound.items() if name not in point}
-    cells = []
-    for seed in config.seeds:
-        overrides = overrides_of(bound | dict.fromkeys(config.seed_names, seed))
-        run, _ = build(overrides)
-        cells.append(Cell(address(run), point, derived, seed, overrides, deviations))
-    return cells
+
+
+def _cell(
+    point: Mapping[str, Any],
+    derived: Mapping[str, Any],
+    seed: int,
+    config: SweepConfig,
+    build: Build,
+    targets: Mapping[str, float],
+) -> Cell:
+    overrides = overrides_of({**point, **derived, **dict.fromkeys(config.seed_names, seed)})
+    run, _ = build(overrides)
+    off = {name: quantity(name, run) / target - 1 for name, target in targets.items()}
+    return Cell(address(run), point, derived, seed, overrides, off)
 
 
 def overrides_of(bound: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from gpt4moe.config.run import RunConfig
 from gpt4moe.config.sweep import SweepConfig
 from gpt4moe.train.schedule import planned_tokens
 
-# Largest value a derived binding may take.
+# Largest multiple that a derived binding may take.
 LARGEST = 2**40
 FARTHEST_OFF = 0.1
 
@@ -58,22 +58,25 @@ def derive(
 
 def _nearest(reached: Callable[[int], float], target: float) -> int:
     """The count from 1 up whose rising `reached` is nearest the target; counts that cannot be built are passed over."""
+    attempts: dict[int, float | CallerError] = {}
+
+    def value(count: int) -> float | None:
+        if count not in attempts:
+            try:
+                attempts[count] = reached(count)
+            except CallerError as error:
+                attempts[count] = error
+        return None if isinstance(attempts[count], CallerError) else attempts[count]
+
     high = 1
-    while _or_none(reached, high) is None or _or_none(reached, high) < target:
+    while value(high) is None or value(high) < target:
         high *= 2
         if high > LARGEST:
-            raise CallerError(f"no value reaches {target:.4g}; change what hold derives")
+            raise next(error for error in attempts.values() if isinstance(error, CallerError))
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
-        value = _or_none(reached, middle)
-        low, high = (middle, high) if value is None or value < target else (low, middle)
-    fitting = [count for count in (low, high) if count >= 1 and _or_none(reached, count) is not None]
-    return min(fitting, key=lambda count: abs(reached(count) - target))
-
-
-def _or_none(reached: Callable[[int], float], count: int) -> float | None:
-    try:
-        return reached(count)
-    except CallerError:
-        return None
+        found = value(middle)
+        low, high = (middle, high) if found is None or found < target else (low, middle)
+    fitting = [count for count in (low, high) if count >= 1 and value(count) is not None]
+    return min(fitting, key=lambda count: abs(value(count) - target))
