@@ -193,9 +193,10 @@ def _near(name: str) -> str:
 
 
 def _library_type(selector: str) -> type | None:
-    """The configuration class behind a gin selector; None for a macro or a function of the user's."""
+    """The configuration class behind a gin selector; None for a macro or a function."""
     module, _, name = selector.rpartition(".")
-    return getattr(sys.modules[module], name) if module.startswith("gpt4moe.config.") else None
+    found = getattr(sys.modules[module], name) if module.startswith("gpt4moe.config.") else None
+    return found if isinstance(found, type) else None
 
 
 def _macros() -> list[str]:

@@ -121,8 +121,9 @@ def test_rows_over_two_axes_are_reordered_where_they_lie():
 
 
 def training_run(mesh: MeshConfig) -> RunConfig:
-    """A tiny run of six layers on `mesh`."""
-    run = tiny.run_config(pathlib.Path("unused"), model=dataclasses.replace(tiny.MODEL, num_layers=LAYERS))
+    """A tiny run of six layers on `mesh`, and a dense one before them that is in no stack."""
+    pattern = {"num_layers": LAYERS + 1, "leading_dense_layers": 1, "dense_hidden_dim": 32}
+    run = tiny.run_config(pathlib.Path("unused"), model=dataclasses.replace(tiny.MODEL, **pattern))
     return dataclasses.replace(run, mesh=mesh)
 
 

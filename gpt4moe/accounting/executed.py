@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 
 from gpt4moe.accounting import pipeline
+from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.run import RunConfig
 
 # Products of the backward pass for each of the forward: one for the input's gradient, one for the matrix'.
@@ -55,6 +56,7 @@ def train_step(run: RunConfig, sizes: Mapping[str, int], kernel: CoreKernel) -> 
     rows = run.train.ramp[-1][1] / length / _degree(sizes, *run.rules.batch_axes)
     tokens = rows * length / sizes["context"]
     layers = executed_layers(run, sizes)
+    all_layers = _all_layers(model, layers)
     saved, again = _passes(model.remat, saved=True), _passes(model.remat, saved=False)
     heads, hidden = (_degree(sizes, *run.rules.axes_of(dim)) for dim in ("heads", "mlp"))
     parted = sizes["tensor"] if run.mesh.sequence_parallel else 1
@@ -71,11 +73,11 @@ def train_step(run: RunConfig, sizes: Mapping[str, int], kernel: CoreKernel) -> 
     router = 2 * model.model_dim * model.moe.num_experts / parted
     head = 2 * model.model_dim * model.vocab_size / _degree(sizes, *run.rules.axes_of("vocab"))
     return Executed(
-        attention=layers * model.moe_every * tokens * attention * saved,
-        attention_core=layers * model.moe_every * core * core_products,
+        attention=all_layers * tokens * attention * saved,
+        attention_core=all_layers * core * core_products,
         experts=layers * places * experts * again,
         shared_expert=layers * tokens * shared * saved,
-        dense=layers * (model.moe_every - 1) * tokens * dense * saved,
+        dense=(all_layers - layers) * tokens * dense * saved,
         router=layers * tokens * router * again,
         head=tokens * head * HEAD_PRODUCTS,
     )
@@ -89,17 +91,18 @@ def decode_step(run: RunConfig, sizes: Mapping[str, int], num_rows: int, num_slo
     model = run.model
     rows = num_rows / _degree(sizes, *run.rules.batch_axes)
     layers = executed_layers(run, sizes)
+    all_layers = _all_layers(model, layers)
     heads, hidden = (_degree(sizes, *run.rules.axes_of(dim)) for dim in ("heads", "mlp"))
     matrices = 3 if model.moe.gated else 2
     matrix = 2 * model.model_dim * matrices / hidden
     vocabulary = _degree(sizes, *run.rules.axes_of("vocab"))
     core = 2 * CORE_PRODUCTS * model.attention.num_heads / heads * model.head_dim * num_slots
     return Executed(
-        attention=layers * model.moe_every * rows * _attention(run, sizes, heads, 1),
-        attention_core=layers * model.moe_every * rows * core,
+        attention=all_layers * rows * _attention(run, sizes, heads, 1),
+        attention_core=all_layers * rows * core,
         experts=layers * expert_rows * matrix * model.moe.hidden_dim,
         shared_expert=layers * rows * matrix * model.moe.shared_hidden_dim,
-        dense=layers * (model.moe_every - 1) * rows * matrix * (model.dense_hidden_dim or 0),
+        dense=(all_layers - layers) * rows * matrix * (model.dense_hidden_dim or 0),
         router=layers * rows * 2 * model.model_dim * model.moe.num_experts,
         head=rows * 2 * model.model_dim * model.vocab_size / vocabulary,
     )
@@ -117,6 +120,11 @@ def executed_layers(run: RunConfig, sizes: Mapping[str, int]) -> float:
     microbatches = run.stage_microbatches(sizes)
     ticks = pipeline.num_ticks(stages, microbatches, run.mesh.virtual_stages)
     return ticks * longest / microbatches
+
+
+def _all_layers(model: ModelConfig, superblocks: float) -> float:
+    """Layers of so many executed superblocks and, once, those before them: every stage runs these for all its rows."""
+    return superblocks * model.moe_every + model.leading_dense_layers
 
 
 def _attention(run: RunConfig, sizes: Mapping[str, int], heads: int, parted: int) -> float:

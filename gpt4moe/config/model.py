@@ -17,9 +17,10 @@ class ModelConfig:
     """A decoder-only transformer: pre-RMSNorm, rotary attention, a mixture of experts in every `moe_every`-th layer.
 
     With `moe_every` n > 1, layers n-1, 2n-1, ... (counted from 0) hold experts and the others a dense
-    feed-forward of `dense_hidden_dim`. `context_length` is the longest row the model is meant for; it sizes the
-    decode cache and the attention FLOPs, no parameter depends on it. Parameters are float32, matrix products run
-    in `compute_dtype`, router, softmax and loss in float32. `remat` says what the backward pass recomputes:
+    feed-forward of `dense_hidden_dim`. `leading_dense_layers` come before all of these, dense too and outside
+    the pattern (DeepSeek-V3, section 4.2, has three). `context_length` is the longest row the model is meant for; it
+    sizes the decode cache and the attention FLOPs, no parameter depends on it. Parameters are float32, matrix products
+    run in `compute_dtype`, router, softmax and loss in float32. `remat` says what the backward pass recomputes:
     nothing, everything but matrix products (`dots`), or whole layers (`full`).
     """
 
@@ -30,6 +31,7 @@ class ModelConfig:
     attention: AttentionConfig
     moe: MoeConfig
     moe_every: int = 1
+    leading_dense_layers: int = 0
     dense_hidden_dim: int | None = None
     tie_embeddings: bool = True
     norm_epsilon: float = 1e-6
@@ -62,13 +64,14 @@ class ModelConfig:
             )
 
     def _check_layers(self) -> None:
-        require(
-            self.num_layers % self.moe_every == 0,
-            "num_layers",
-            self.num_layers,
-            f"must be a multiple of moe_every ({self.moe_every})",
-        )
-        if self.moe_every > 1:
+        leading = self.leading_dense_layers
+        require_count("leading_dense_layers", leading, least=0)
+        constraint = f"must be less than num_layers ({self.num_layers})"
+        require(leading < self.num_layers, "leading_dense_layers", leading, constraint, "raise NUM_LAYERS")
+        less = f"less leading_dense_layers ({leading}) " if leading else ""
+        constraint = f"{less}must be a multiple of moe_every ({self.moe_every})"
+        require((self.num_layers - leading) % self.moe_every == 0, "num_layers", self.num_layers, constraint)
+        if self.moe_every > 1 or leading:
             require_count("dense_hidden_dim", self.dense_hidden_dim)
 
     @property
@@ -79,4 +82,4 @@ class ModelConfig:
     @property
     def num_moe_layers(self) -> int:
         """Layers that hold experts."""
-        return self.num_layers // self.moe_every
+        return (self.num_layers - self.leading_dense_layers) // self.moe_every

@@ -16,7 +16,7 @@ from gpt4moe.types import Array
 class Attention(nnx.Module):
     """query [D, N, H], key and value [D, M, H], output [N, H, D]; no biases; optional RMSNorm of queries and keys."""
 
-    def __init__(self, layers: Slots, config: ModelConfig, layout: Layout, out_scale: float, rngs: nnx.Rngs):
+    def __init__(self, layers: Slots | None, config: ModelConfig, layout: Layout, out_scale: float, rngs: nnx.Rngs):
         attention, dim, head_dim = config.attention, config.model_dim, config.head_dim
         heads, kv_heads = attention.num_heads, attention.num_kv_heads
         query_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")

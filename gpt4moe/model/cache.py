@@ -19,11 +19,13 @@ class KVCache:
     """Keys (rotated) and values, [L, B, S, M, H] each; slot s of a row holds the token at position s.
 
     There is no length: a query at position p attends to slots 0..p, so whoever writes positions in order needs no
-    other record, and a slot written again is simply replaced.
+    other record, and a slot written again is simply replaced. `leading` has a cache (L 1) for each layer before the
+    stack: apart, so that no step copies them to take them from a stack and put them back.
     """
 
     keys: Float[Array, "... B S M H"]
     values: Float[Array, "... B S M H"]
+    leading: tuple[KVCache, ...] = ()
 
 
 def init_cache(
@@ -35,12 +37,17 @@ def init_cache(
 ) -> KVCache:
     """Returns an empty cache for `max_length` tokens of `batch_rows` rows.
 
-    `dtype` None is the compute dtype; `num_layers` None those of the model, a layout may have empty slots besides.
+    `dtype` None is the compute dtype; `num_layers` of the stack, None those of the model: a layout may have empty slots
+    besides.
     """
-    layers = num_layers or config.num_layers
-    shape = (layers, batch_rows, max_length, config.attention.num_kv_heads, config.head_dim)
-    zeros = jnp.zeros(shape, dtype or config.compute_dtype)
-    return KVCache(zeros, zeros)
+
+    def of(layers: int) -> KVCache:
+        shape = (layers, batch_rows, max_length, config.attention.num_kv_heads, config.head_dim)
+        zeros = jnp.zeros(shape, dtype or config.compute_dtype)
+        return KVCache(zeros, zeros)
+
+    leading = tuple(of(1) for _ in range(config.leading_dense_layers))
+    return dataclasses.replace(of(num_layers or config.num_layers - len(leading)), leading=leading)
 
 
 def attend_through(

@@ -100,7 +100,7 @@ def activate(up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None) 
 class FeedForward(nnx.Module):
     """A dense feed-forward: SwiGLU where `gated` (three matrices), else plain GELU (two); no biases."""
 
-    def __init__(self, layers: Slots, dim: int, hidden: int, gated: bool, out_scale: float, rngs: nnx.Rngs):
+    def __init__(self, layers: Slots | None, dim: int, hidden: int, gated: bool, out_scale: float, rngs: nnx.Rngs):
         std = dim**-0.5
         self.gate = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std) if gated else None
         self.up = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std)

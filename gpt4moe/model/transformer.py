@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class Mode:
 class Block(nnx.Module):
     """Pre-norm attention and a feed-forward, each added to the residual stream: experts (`moe`) or `dense`."""
 
-    def __init__(self, layers: Slots, config: ModelConfig, layout: Layout, has_experts: bool, rngs: nnx.Rngs):
+    def __init__(self, layers: Slots | None, config: ModelConfig, layout: Layout, has_experts: bool, rngs: nnx.Rngs):
         out_scale = depth_scale(config.num_layers)
         self.attention_norm = RMSNorm(layers, config.model_dim, config.norm_epsilon)
         self.attention = Attention(layers, config, layout, out_scale, rngs)
@@ -106,7 +106,8 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Parameters of `blocks` (layers with experts) and of each of `dense_blocks` are stacked over superblocks.
 
-    A superblock is `moe_every` layers, the last of which has experts; the forward pass scans over superblocks.
+    A superblock is `moe_every` layers, the last of which has experts; the forward pass scans over superblocks. Before
+    them come the `leading_blocks`, dense and each with parameters of its own; on a pipeline every stage runs them.
     Initialisation: embeddings have deviation 0.02 and enter the residual stream at unit deviation (times 50), so
     that the first router tells tokens apart before it sees what attention made of their context; the final norm begins
     at the scale that gives a tied head a logit of 4 for the token just read, whatever the width. Matrices have
@@ -116,7 +117,8 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, layout: Layout = ONE_DEVICE):
         shape, axes, std = (config.vocab_size, config.model_dim), ("vocab", "embed"), EMBEDDING_STD
         self.embedding = normal_parameter(rngs, None, shape, axes, std)
-        slots = layout.slots or tuple(range(config.num_moe_layers))
+        slots, leading = layout.slots or tuple(range(config.num_moe_layers)), range(config.leading_dense_layers)
+        self.leading_blocks = nnx.List([Block(None, config, layout, False, rngs) for _ in leading])
         self.dense_blocks = nnx.List([Block(slots, config, layout, False, rngs) for _ in range(config.moe_every - 1)])
         self.blocks = Block(slots, config, layout, True, rngs)
         logit_scale = INITIAL_SELF_LOGIT / (config.model_dim * EMBEDDING_STD)
@@ -146,14 +148,14 @@ class Transformer(nnx.Module):
         config = self.config
         turn = rotation(positions_BT, config.head_dim, config.attention.rope_theta)
         tokens = Tokens(tokens_BT, positions_BT, segment_ids_BT, turn, keys_B2, replay_ids_BTLK)
-        graph, parameters = nnx.split(nnx.List([*self.dense_blocks, self.blocks]))
-        superblock = functools.partial(_superblock, graph=graph, mode=Mode(dropless, with_choices))
-        step = _rematerialised(superblock, config.remat)
+        mode = Mode(dropless, with_choices)
+        x_BTD = self.layout.residual(self._embed(tokens_BT))
+        x_BTD, leading = self._leading_layers(x_BTD, cache, tokens, mode)
+        step, parameters = self._layers([*self.dense_blocks, self.blocks], mode, in_loop=True)
         stacked = _stack_superblocks(cache, config.moe_every)
         numbers = jnp.array(self.layout.slots or range(config.num_moe_layers), jnp.int32)
-        x_BTD = self.layout.residual(self._embed(tokens_BT))
         x_BTD, stacked, moe, idle = self.layout.run_layers(step, (parameters, numbers), stacked, x_BTD, tokens)
-        return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked), idle)
+        return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked, leading), idle)
 
     def init_cache(self, batch_rows: int, max_length: int) -> KVCache:
         """Returns an empty cache for `max_length` tokens of `batch_rows` rows, in the compute dtype."""
@@ -169,17 +171,38 @@ class Transformer(nnx.Module):
         """Returns the matrix [V, D] that logits are products with: the embedding where they are tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
+    def _layers(self, blocks: Sequence[Block], mode: Mode, *, in_loop: bool) -> tuple[Callable, nnx.State]:
+        """A function of these layers, one after the other, under the remat policy, and their parameters."""
+        graph, parameters = nnx.split(nnx.List(blocks))
+        superblock = functools.partial(_superblock, graph=graph, mode=mode)
+        return _rematerialised(superblock, self.config.remat, in_loop=in_loop), parameters
+
+    def _leading_layers(self, x_BTD: Array, cache: KVCache | None, tokens: Tokens, mode: Mode) -> tuple[Array, tuple]:
+        """The residual stream after the layers before the stack, and their caches."""
+        caches = []
+        for index, block in enumerate(self.leading_blocks):
+            step, parameters = self._layers([block], mode, in_loop=False)
+            before = None if cache is None else cache.leading[index]
+            x_BTD, layer_cache, _ = step(
+                x_BTD, (parameters, jnp.int32(-1)), before, tokens
+            )  # no router asks which it is
+            caches.append(layer_cache)
+        return x_BTD, tuple(caches)
+
     def _embed(self, tokens_BT: Array) -> Array:
         x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0) / EMBEDDING_STD
         return x_BTD.astype(self.config.compute_dtype)
 
 
-def _rematerialised(function: Callable, remat: str) -> Callable:
-    """Returns `function` under the remat policy of `ModelConfig.remat`."""
+def _rematerialised(function: Callable, remat: str, *, in_loop: bool) -> Callable:
+    """Returns `function` under the remat policy of `ModelConfig.remat`.
+
+    Outside a loop XLA would find that recomputing is what was computed before, and keep that.
+    """
     if remat == "none":
         return function
     saved = jax.checkpoint_policies.save_only_these_names(MATMUL_NAME) if remat == "dots" else None
-    return jax.checkpoint(function, policy=saved, prevent_cse=False)
+    return jax.checkpoint(function, policy=saved, prevent_cse=not in_loop)
 
 
 def _superblock(
@@ -191,7 +214,7 @@ def _superblock(
     *,
     graph: nnx.GraphDef,
     mode: Mode,
-) -> tuple[Array, KVCache | None, MoeOut]:
+) -> tuple[Array, KVCache | None, MoeOut | None]:
     # Taken from their stack in here, so that a backward pass that recomputes the layer keeps no copy of its parameters.
     parameters, number = jax.tree.map(lambda leaf: leaf[at], layers)
     caches = []
@@ -203,8 +226,14 @@ def _superblock(
 
 
 def _stack_superblocks(cache: KVCache | None, size: int) -> KVCache | None:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), cache)
+    if cache is None:
+        return None
+    keys, values = (leaf.reshape(-1, size, *leaf.shape[1:]) for leaf in (cache.keys, cache.values))
+    return KVCache(keys, values)
 
 
-def _unstack_superblocks(cache: KVCache | None) -> KVCache | None:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cache)
+def _unstack_superblocks(cache: KVCache | None, leading: tuple) -> KVCache | None:
+    if cache is None:
+        return None
+    keys, values = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in (cache.keys, cache.values))
+    return KVCache(keys, values, leading)

@@ -26,7 +26,7 @@ END_OF_TEXT = 0
 def lower_decode(run: RunConfig, config: CompileConfig, mesh: Mesh) -> jax.stages.Lowered:
     """Returns the loop that draws token after token for `config.decode_rows` rows; its weights are `weight_dtype`.
 
-    Rows, and their caches, lie over the batch axes; layers of the cache over `stage`.
+    Rows, and their caches, lie over the batch axes; the cache's stack of layers over `stage`.
     """
     layout = run_layout(run, mesh)
     model = nnx.eval_shape(lambda: Transformer(run.model, rngs=nnx.Rngs(0), layout=layout))
@@ -52,7 +52,7 @@ def _request(run: RunConfig, config: CompileConfig) -> Request:
 
 
 def _over_rows(tree: Any, rows: int, run: RunConfig, mesh: Mesh) -> Any:
-    """`tree` with the dim of each array that is `rows` long over the batch axes, and a cache's layers over `stage`."""
+    """`tree` with the dim of each array that is `rows` long over the batch axes, and a cache's stack over `stage`."""
     batch = sharding.split_axes(mesh, run.rules.batch_axes)
 
     def lay_out(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
@@ -60,8 +60,9 @@ def _over_rows(tree: Any, rows: int, run: RunConfig, mesh: Mesh) -> Any:
 
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, KVCache):
-            cache = PartitionSpec(sharding.split_axes(mesh, ("stage",)), batch)
-            return jax.tree.map(lambda array: lay_out(array, cache), leaf)
+            stacked = PartitionSpec(sharding.split_axes(mesh, ("stage",)), batch)
+            leading = jax.tree.map(lambda array: lay_out(array, PartitionSpec(None, batch)), leaf.leading)
+            return KVCache(lay_out(leaf.keys, stacked), lay_out(leaf.values, stacked), leading)
         return lay_out(leaf, PartitionSpec(batch) if leaf.shape[:1] == (rows,) else PartitionSpec())
 
     return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, KVCache))

@@ -22,7 +22,7 @@ from gpt4moe.data import pipeline
 from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.parallel import multihost, sharding
 from gpt4moe.parallel.mesh import make_mesh
-from gpt4moe.train import feed, metrics, resume, schedule
+from gpt4moe.train import feed, metrics, resume, schedule, upcycle
 from gpt4moe.train import state as train_state
 from gpt4moe.train.console import say
 from gpt4moe.train.state import TrainState
@@ -90,9 +90,13 @@ def first_position(start: Beginning) -> Position:
     state = train_state.create_state(run, abstract)
     if run.train.init_from is None:
         return Position(state)
-    source, params = run.train.init_from, {"params": abstract.params}
-    restored = checkpoint.restore(source, checkpoint.latest_step(source), params, layer_order=slots)
-    return Position(dataclasses.replace(state, params=restored["params"]))
+    source, step = run.train.init_from, checkpoint.latest_step(run.train.init_from)
+    dense = upcycle.dense_source(run, step)
+    if dense:
+        params = upcycle.restore_upcycled(run, dense, step, state.params, start.mesh)
+    else:
+        params = checkpoint.restore(source, step, {"params": abstract.params}, layer_order=slots)["params"]
+    return Position(dataclasses.replace(state, params=params))
 
 
 def say_what_begins(start: Beginning) -> None:
@@ -107,6 +111,12 @@ def say_what_begins(start: Beginning) -> None:
             f"the sources end after {there:,} tokens, before the {planned:,} that the learning rate is planned for: "
             "raise max_epochs or lower TOKEN_BUDGET"
         )
+    source = run.train.init_from
+    if source and not start.progress:
+        step = checkpoint.latest_step(source)
+        dense, moe = upcycle.dense_source(run, step), run.model.moe
+        as_experts = f", its feed-forward of {dense.moe.hidden_dim:,} as {moe.num_experts} experts" if dense else ""
+        say(f"parameters are those of step {step:,} of {source}{as_experts}")
     if start.progress:
         say(f"going on from step {start.progress['step']} of {start.workdir}")
     say("compiling the training step")

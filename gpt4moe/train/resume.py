@@ -19,6 +19,7 @@ from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.data.tokenizer import build_tokenizer, load_tokenizer
+from gpt4moe.train import upcycle
 from gpt4moe.train.state import TrainState
 
 # A run may be prolonged, logged, saved and laid out differently. Its schedule follows its length (planned tokens), so
@@ -85,8 +86,10 @@ def saved_progress(
     source = run.train.init_from
     if not steps:
         if source is not None:
-            step, params = checkpoint.latest_step(source), {"params": abstract.params}
-            checkpoint.check_shapes(source, step, params, layer_order=layer_order)
+            step = checkpoint.latest_step(source)
+            dense = upcycle.dense_source(run, step)
+            params = upcycle.abstract_dense(run, dense, abstract.step.sharding.mesh)[0] if dense else abstract.params
+            checkpoint.check_shapes(source, step, {"params": params}, layer_order=layer_order)
         return None
     progress = checkpoint.restore_progress(workdir, steps[-1])
     changed = differences(progress["settings"], run)

@@ -77,6 +77,17 @@ def test_untied_head_dense_layers_shared_expert_and_qk_norm_are_counted():
     assert flops.forward_flops_per_token(config) == 2 * (576 + 2 * 48 + 112 + 80 + 32 + 80)
 
 
+def test_leading_dense_layers_are_counted():
+    config = small(num_layers=5, leading_dense_layers=3, moe_every=2, dense_hidden_dim=5)
+    counted = parameters.count(config)
+    assert counted.dense == (3 + 1) * 3 * 8 * 5
+    assert (counted.experts, counted.router) == (4 * 3 * 8 * 3, 8 * 4)
+    assert counted.attention == 5 * (8 * 12 + 2 * 8 * 6 + 12 * 8)
+    assert counted.norms == 11 * 8
+    assert flops.forward_flops_per_token(config) == 2 * (80 + 5 * 288 + 2 * 72 + 480 + 32)
+    assert memory.cache_bytes_per_token(config) == 2 * 5 * 6 * 2
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 8, 64])
 def test_active_parameters_do_not_depend_on_the_number_of_experts_but_for_the_router(num_experts):
     moe = MoeConfig(num_experts, 1, 3, normalize_gates=False)

@@ -31,6 +31,7 @@ TINY = ModelConfig(
 INTERLEAVED = dataclasses.replace(
     TINY, num_layers=4, moe_every=2, dense_hidden_dim=10, tie_embeddings=False, moe=MoeConfig(4, 2, 8, gated=False)
 )
+LEADING = dataclasses.replace(INTERLEAVED, num_layers=6, leading_dense_layers=2)
 FULL_SIZE = ModelConfig(
     num_layers=120,
     model_dim=10752,
@@ -57,7 +58,7 @@ def _tokens(rows, length, seed=1):
     return tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), jnp.ones(tokens.shape, jnp.int32)
 
 
-@pytest.mark.parametrize("config", [TINY, INTERLEAVED], ids=["every_layer", "every_other"])
+@pytest.mark.parametrize("config", [TINY, INTERLEAVED, LEADING], ids=["every_layer", "every_other", "leading"])
 def test_parameters_are_those_counted(config):
     shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))))
     assert sum(leaf.size for leaf in shapes) == parameters.count(config).total
@@ -140,7 +141,7 @@ def test_a_packed_row_is_its_segments_on_their_own():
     np.testing.assert_array_equal(out.moe.load_E.sum(axis=1), 2 * 9)
 
 
-@pytest.mark.parametrize("config", [TINY, INTERLEAVED], ids=["every_layer", "every_other"])
+@pytest.mark.parametrize("config", [TINY, LEADING], ids=["every_layer", "leading_and_every_other"])
 def test_prefill_and_decode_equal_the_full_forward(config):
     model, (tokens, positions, segments) = _model(config), _tokens(2, 9)
     _, want, _ = _forward(model, tokens, positions, segments)
@@ -181,6 +182,23 @@ def _loss_and_gradients(config, most_unrolled=layout.MOST_UNROLLED):
         return jnp.mean(jnp.square(x.astype(jnp.float32) - 1.0))
 
     return jax.jit(jax.value_and_grad(loss))(state)
+
+
+def test_leading_layers_come_first_and_report_nothing():
+    """A leading layer that adds nothing leaves the model that begins with the superblocks."""
+    model, (tokens, positions, segments) = _model(LEADING), _tokens(2, 8)
+    graph, state = nnx.split(model)
+    silent = jax.tree.map(jnp.zeros_like, state["leading_blocks"])
+    alone = _model(INTERLEAVED)
+    shared = {name: leaf for name, leaf in state.items() if name != "leading_blocks"}
+    _, want, want_out = _forward(nnx.merge(nnx.split(alone)[0], nnx.State(dict(shared))), tokens, positions, segments)
+    _, got, got_out = _forward(
+        nnx.merge(graph, nnx.State({**shared, "leading_blocks": silent})), tokens, positions, segments
+    )
+    assert relative_difference(got, want) < 1e-6
+    np.testing.assert_array_equal(got_out.moe.load_E, want_out.moe.load_E)
+    _, with_them, _ = _forward(model, tokens, positions, segments)
+    assert relative_difference(with_them, want) > 1e-2
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

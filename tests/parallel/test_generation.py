@@ -24,13 +24,14 @@ PROMPTS = ["tree", "0123", "The quick brown fox"]
 SAMPLING = SamplingConfig(temperature=0.0, max_new_tokens=8)
 TOKENIZER = byte_tokenizer()
 CONFIG = ModelConfig(
-    num_layers=6,
+    num_layers=7,
     model_dim=16,
     vocab_size=TOKENIZER.vocab_size + TOKENIZER.vocab_size % 2,
     context_length=40,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2),
     moe=MoeConfig(4, 2, hidden_dim=16, capacity_factor=1.0),
     moe_every=2,
+    leading_dense_layers=1,
     dense_hidden_dim=16,
     compute_dtype="float32",
 )

@@ -36,8 +36,9 @@ CAPACITY = {"capacity": 0.8, "dropless": None}
 MODELS = {
     "plain": {},
     "bfloat16": {"compute_dtype": "bfloat16"},
-    # Every second layer dense, a shared expert, a head of its own, a key and value head for every query head.
-    "mixed": {"moe_every": 2, "dense_hidden_dim": 16, "tie_embeddings": False},
+    # The first and then every second layer dense, a shared expert, a head of its own, a key and value head for every
+    # query head.
+    "mixed": {"leading_dense_layers": 1, "moe_every": 2, "dense_hidden_dim": 16, "tie_embeddings": False},
 }
 TOLERANCE = {"plain": 1e-5, "mixed": 1e-5, "bfloat16": 2e-2}
 EXPERTS_ON_TENSOR = {"experts": ["expert", "tensor"], "mlp": []}
@@ -88,10 +89,14 @@ LAYOUTS = {
     "PP2 x TP2 x EP2": Row({"stage": 2, "tensor": 2, "expert": 2}),
     "PP2 x TP2 x ZeRO-1": Row({"stage": 2, "tensor": 2, "data": 2}, {"zero1": True, "sequence_parallel": True}),
     "PP2 x TP2, mixed layers, vocabulary over both": Row(
-        {"stage": 2, "tensor": 2}, rules={"vocab": ["tensor", "stage"]}, model="mixed", dispatchers=("capacity",)
+        {"stage": 2, "tensor": 2},
+        rules={"vocab": ["tensor", "stage"]},
+        model="mixed",
+        layers=5,
+        dispatchers=("capacity",),
     ),
     "TP2 x EP2, mixed layers, keys and values split": Row(
-        {"tensor": 2, "expert": 2}, rules={"kv_heads": ["tensor"]}, model="mixed", dispatchers=("capacity",)
+        {"tensor": 2, "expert": 2}, rules={"kv_heads": ["tensor"]}, model="mixed", layers=5, dispatchers=("capacity",)
     ),
     "CP2 x TP2": Row({"context": 2, "tensor": 2}),
     "CP2 x EP2 x TP2": Row({"context": 2, "expert": 2, "tensor": 2}, {"sequence_parallel": True}),

@@ -29,17 +29,18 @@ def test_every_component_by_hand():
 
 
 def mixed_run():
-    """Six layers with two of four experts and a shared one of 96, between six dense ones of 192."""
+    """Four dense layers of 192, then four with two of four experts and a shared one of 96 between four dense ones."""
     run = run_of({}, {})
     moe = dataclasses.replace(run.model.moe, shared_hidden_dim=96)
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, moe_every=2, dense_hidden_dim=192, moe=moe))
+    pattern = {"leading_dense_layers": 4, "moe_every": 2, "dense_hidden_dim": 192}
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **pattern, moe=moe))
 
 
 def test_dense_layers_and_the_shared_expert_by_hand():
     counted, plain = executed.train_step(mixed_run(), ONE, KERNEL), executed.train_step(run_of({}, {}), ONE, KERNEL)
-    assert counted.dense == 4 * 6 * TOKENS * 2 * (2 * 64 * 192)
-    assert counted.shared_expert == 4 * 6 * TOKENS * 2 * (2 * 64 * 96)
-    assert (counted.attention, counted.experts) == (plain.attention, plain.experts / 2)
+    assert counted.dense == 4 * 8 * TOKENS * 2 * (2 * 64 * 192)
+    assert counted.shared_expert == 4 * 4 * TOKENS * 2 * (2 * 64 * 96)
+    assert (counted.attention, counted.experts) == (plain.attention, plain.experts / 3)
 
 
 def test_a_decode_step_by_hand():
@@ -48,10 +49,10 @@ def test_a_decode_step_by_hand():
     assert dataclasses.asdict(counted) == {
         "attention": 12 * 8 * 2 * 64 * (2 * 4 * 32 + 2 * 32),
         "attention_core": 12 * 8 * 2 * 2 * 4 * 32 * 40,
-        "experts": 6 * 20 * 2 * 2 * 64 * 256,
-        "shared_expert": 6 * 8 * 2 * 2 * 64 * 96,
-        "dense": 6 * 8 * 2 * 2 * 64 * 192,
-        "router": 6 * 8 * 2 * 64 * 4,
+        "experts": 4 * 20 * 2 * 2 * 64 * 256,
+        "shared_expert": 4 * 8 * 2 * 2 * 64 * 96,
+        "dense": 8 * 8 * 2 * 2 * 64 * 192,
+        "router": 4 * 8 * 2 * 64 * 4,
         "head": 8 * 2 * 64 * 320,
     }
 
@@ -75,6 +76,14 @@ def test_a_chip_with_part_of_the_queries_goes_over_all_keys():
 def test_ticks_without_work_cost_as_much_as_others(settings, layers):
     run = run_of({"stage": 4}, settings)
     assert executed.executed_layers(run, ONE | {"stage": 4}) == layers
+
+
+def test_layers_before_a_pipeline_are_run_by_every_stage_for_all_its_rows():
+    run = run_of({"stage": 4}, {})
+    model = dataclasses.replace(run.model, num_layers=14, leading_dense_layers=2, dense_hidden_dim=192)
+    counted = executed.train_step(dataclasses.replace(run, model=model), ONE | {"stage": 4}, KERNEL)
+    assert counted.dense == 4 * 2 * TOKENS * 2 * (2 * 64 * 192)
+    assert counted.attention == 4 * ((16 + 3) * 3 / 16 + 2) * TOKENS * 2 * 64 * (2 * 4 * 32 + 2 * 32)
 
 
 @pytest.mark.parametrize(("remat", "attention", "experts"), [("none", 3, 3), ("dots", 3, 4), ("full", 4, 4)])
