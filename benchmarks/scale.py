@@ -21,6 +21,8 @@ COMPONENTS = {
     "attention_kernel.py": "attention_core",
     "splash_attention_kernel.py": "attention_core",
     "experts.py": "experts",
+    "grouped_tpu.py": "experts",
+    "grouped_loop.py": "experts",
     "grouped_matmul.py": "experts",
     "ragged-dot-none": "experts",
     "moe.py": "router",

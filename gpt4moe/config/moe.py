@@ -9,6 +9,8 @@ from gpt4moe.config.check import require, require_count, require_flag, require_n
 
 LOAD_BALANCE_SCOPES = ("row", "microbatch", "batch")
 DROP_PRIORITIES = ("position", "gate")
+# Implementations of `gpt4moe.model.grouped_matmul.block_matmul`, the product of dropless tokens with their experts.
+GROUPED_PRODUCTS = ("plain", "loop", "ragged", "triton", "mosaic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,8 @@ class MoeConfig:
     `groups_per_token` limit a token to experts of so many groups. `bias_rate` > 0 balances loads without a loss: a
     bias on what experts are selected by moves by this much, once a step (Wang et al. 2024). `drop_priority` says who
     finds a place where capacity is short: the earlier token (`position`) or the one of the larger gate (`gate`).
+    `grouped_product` names the implementation that multiplies dropless tokens; None is the fastest for backend and
+    shapes.
     """
 
     num_experts: int
@@ -45,6 +49,7 @@ class MoeConfig:
     groups_per_token: int = 1
     bias_rate: float = 0.0
     drop_priority: str = "position"
+    grouped_product: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "experts_per_token", "hidden_dim"):
@@ -71,7 +76,8 @@ class MoeConfig:
         for name in ("load_balance_weight", "router_z_weight", "router_noise", "bias_rate"):
             require_not_negative(name, getattr(self, name))
         require_positive("gate_scale", self.gate_scale)
-        for name, choices in (("load_balance_scope", LOAD_BALANCE_SCOPES), ("drop_priority", DROP_PRIORITIES)):
+        listed = {"load_balance_scope": LOAD_BALANCE_SCOPES, "drop_priority": DROP_PRIORITIES}
+        for name, choices in (listed | {"grouped_product": (None, *GROUPED_PRODUCTS)}).items():
             value = getattr(self, name)
             require(value in choices, name, value, f"must be in {choices}")
         self._check_groups()

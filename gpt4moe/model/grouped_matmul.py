@@ -1,24 +1,26 @@
 """Products of blocks of rows with the matrix of each block's expert, accumulated in float32, with their own VJPs.
 
-All operands enter in the rows' dtype, forward and backward; the gradient of the matrices comes in their own.
+`plain` says what the product of sorted blocks is. Implementations of it stand in one table; which one a program gets is
+decided by the platform it is lowered for and by shapes, or by name. All operands enter in the rows' dtype, forward and
+backward; the gradient of the matrices is summed in float32 and comes in their own dtype.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jaxtyping import Float, Float32, Int
 
-from gpt4moe.model.product import (
-    each_transposed,
-    from_bits,
-    product,
-    product_tn,
-    products,
-    products_nt,
-    products_tn,
-    to_bits,
-)
+from gpt4moe.config.check import CallerError, require
+from gpt4moe.model import grouped_loop, grouped_ragged, grouped_tpu, grouped_triton
+from gpt4moe.model.blocks import Blocks, Shaped
+from gpt4moe.model.product import products, products_nt, products_tn
 from gpt4moe.types import Array
 
 
@@ -41,91 +43,131 @@ def _expert_backward(residuals: tuple[Array, Array], dy_ECF: Array) -> tuple[Arr
 expert_matmul.defvjp(_expert_forward, _expert_backward)
 
 
-@jax.custom_vjp
+def plain(x_XCD: Float[Array, "X C D"], w_EDF: Float[Array, "E D F"], blocks: Blocks) -> Float[Array, "X C F"]:
+    """Returns each block in use times its expert's matrix, 0 beyond: the definition."""
+    y_XCF = products(x_XCD, w_EDF[blocks.expert_X])
+    return jnp.where(blocks.used_X()[:, None, None], y_XCF, 0).astype(x_XCD.dtype)
+
+
+def plain_rows_gradient(
+    dy_XCF: Float[Array, "X C F"], w_EDF: Float[Array, "E D F"], blocks: Blocks
+) -> Float[Array, "X C D"]:
+    """Returns each block in use times the transpose of its expert's matrix, 0 beyond."""
+    return plain(dy_XCF, w_EDF.swapaxes(1, 2), blocks)
+
+
+def plain_matrices_gradient(
+    x_XCD: Float[Array, "X C D"], dy_XCF: Float[Array, "X C F"], blocks: Blocks, num_experts: int
+) -> Float32[Array, "E D F"]:
+    """Returns, for each expert, the sum over its blocks in use of rows^T dy."""
+    dw_XDF = jnp.where(blocks.used_X()[:, None, None], products_tn(x_XCD, dy_XCF), 0)
+    return jax.ops.segment_sum(dw_XDF, blocks.expert_X, num_experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """Three functions that give what `plain` and its two gradients give; blocks may be relied on to go up by expert.
+
+    platforms: where it runs, None for everywhere. lacks(x_XCD, w_EDF): what shapes and dtype it would need, None
+    where it takes them. A forward pass from integers is a fourth function here, without gradients.
+    """
+
+    forward: Callable[..., Array]
+    rows_gradient: Callable[..., Array]
+    matrices_gradient: Callable[..., Array]
+    platforms: tuple[str, ...] | None = None
+    lacks: Callable[[Shaped, Shaped], str | None] = lambda rows_XCD, w_EDF: None
+
+
+def _of(module: object, **settings: object) -> Implementation:
+    return Implementation(module.forward, module.rows_gradient, module.matrices_gradient, **settings)
+
+
+IMPLEMENTATIONS = {
+    "plain": Implementation(plain, plain_rows_gradient, plain_matrices_gradient),
+    "loop": _of(grouped_loop),
+    "ragged": _of(grouped_ragged),
+    "triton": _of(grouped_triton, platforms=("cuda", "rocm"), lacks=grouped_triton.lacks),
+    "mosaic": _of(grouped_tpu, platforms=("tpu",), lacks=grouped_tpu.lacks),
+}
+# By platform, the fastest first; the last one takes all shapes. Elsewhere, on a CPU, it is the loop.
+FASTEST = {"cuda": ("triton", "loop"), "rocm": ("triton", "loop"), "tpu": ("mosaic", "ragged")}
+
+
+def fastest(platform: str, rows_XCD: Shaped, w_EDF: Shaped) -> str:
+    """Returns the name of the fastest implementation on a platform that takes these shapes and this dtype."""
+    names = FASTEST.get(platform, ("loop",))
+    return next(name for name in names if IMPLEMENTATIONS[name].lacks(rows_XCD, w_EDF) is None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def block_matmul(
     rows_XCD: Float[Array, "X C D"],
     w_EDF: Float[Array, "E D F"],
     block_expert_X: Int[Array, " X"],
     num_blocks: Int[Array, ""],
+    chosen: str | Implementation | None = None,
 ) -> Float[Array, "X C F"]:
     """Returns [X, C, F] in the rows' dtype: each of the first `num_blocks` blocks times its expert's matrix, 0 beyond.
 
-    A loop over the blocks in use, so that no work is done for experts without tokens; on a TPU its native grouped
-    product.
+    Blocks go up by expert. `chosen` is the implementation or its name, None for the fastest on the platform that the
+    program is lowered for. Raises `CallerError` where shapes, dtype or platform are not for the one that is named.
     """
-    operands = (rows_XCD, w_EDF.astype(rows_XCD.dtype), block_expert_X, num_blocks)
-    return jax.lax.platform_dependent(*operands, tpu=ragged_forward, default=_block_loop)
+    operands = (rows_XCD, w_EDF.astype(rows_XCD.dtype), Blocks(block_expert_X, num_blocks))
+    return _call(chosen, rows_XCD, w_EDF, lambda implementation: implementation.forward, operands)
 
 
-def _block_loop(rows_XCD: Array, matrices_EDF: Array, block_expert_X: Array, num_blocks: Array) -> Array:
-    def multiply(block: Array, y_XCF: Array) -> Array:
-        y_CF = product(rows_XCD[block], matrices_EDF[block_expert_X[block]])
-        return y_XCF.at[block].set(to_bits(y_CF.astype(rows_XCD.dtype)))
-
-    y_XCF = to_bits(jnp.zeros((*rows_XCD.shape[:2], matrices_EDF.shape[-1]), rows_XCD.dtype))
-    return from_bits(jax.lax.fori_loop(0, num_blocks, multiply, y_XCF))
+def _block_forward(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_blocks: Array, chosen: object) -> tuple:
+    y_XCF = block_matmul(rows_XCD, w_EDF, block_expert_X, num_blocks, chosen)
+    return y_XCF, (rows_XCD, w_EDF, Blocks(block_expert_X, num_blocks))
 
 
-def _block_forward(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_blocks: Array):
-    y_XCF = block_matmul(rows_XCD, w_EDF, block_expert_X, num_blocks)
-    return y_XCF, (rows_XCD, w_EDF, block_expert_X, num_blocks)
-
-
-def _block_backward(residuals: tuple, dy_XCF: Array) -> tuple:
-    rows_XCD, w_EDF, block_expert_X, num_blocks = residuals
-    operands = (dy_XCF, rows_XCD, w_EDF.astype(rows_XCD.dtype), block_expert_X, num_blocks)
-    drows_XCD, dw_EDF = jax.lax.platform_dependent(*operands, tpu=ragged_backward, default=_block_loop_backward)
+def _block_backward(chosen: str | Implementation | None, residuals: tuple, dy_XCF: Array) -> tuple:
+    rows_XCD, w_EDF, blocks = residuals
+    call = functools.partial(_call, chosen, rows_XCD, w_EDF)
+    drows_XCD = call(lambda implementation: implementation.rows_gradient, (dy_XCF, w_EDF.astype(dy_XCF.dtype), blocks))
+    dw_EDF = call(
+        lambda implementation: functools.partial(implementation.matrices_gradient, num_experts=len(w_EDF)),
+        (rows_XCD, dy_XCF, blocks),
+    )
     return drows_XCD, dw_EDF.astype(w_EDF.dtype), None, None
-
-
-def _block_loop_backward(dy_XCF: Array, rows_XCD: Array, matrices_EDF: Array, block_expert_X: Array, num_blocks: Array):
-    matrices_EFD = each_transposed(matrices_EDF)
-
-    def multiply(block: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
-        drows_XCD, dw_EDF = gradients
-        expert, dy_CF = block_expert_X[block], dy_XCF[block]
-        drows_CD = product(dy_CF, matrices_EFD[expert]).astype(rows_XCD.dtype)
-        dw_EDF = dw_EDF.at[expert].add(product_tn(rows_XCD[block], dy_CF))
-        return drows_XCD.at[block].set(to_bits(drows_CD)), dw_EDF
-
-    zeros = to_bits(jnp.zeros_like(rows_XCD)), jnp.zeros(matrices_EDF.shape, jnp.float32)
-    drows_XCD, dw_EDF = jax.lax.fori_loop(0, num_blocks, multiply, zeros)
-    return from_bits(drows_XCD), dw_EDF
 
 
 block_matmul.defvjp(_block_forward, _block_backward)
 
 
-def ragged_forward(
-    rows_XCD: Float[Array, "X C D"],
-    matrices_EDF: Float[Array, "E D F"],
-    block_expert_X: Int[Array, " X"],
-    num_blocks: Int[Array, ""],
-) -> Float[Array, "X C F"]:
-    """`block_matmul` by XLA's grouped product, which only a TPU has as an instruction; blocks go up by expert."""
-    sizes_E = _rows_of_experts(rows_XCD, len(matrices_EDF), block_expert_X, num_blocks)
-    rows_SD = rows_XCD.reshape(-1, rows_XCD.shape[-1])
-    y_SF = jax.lax.ragged_dot(rows_SD, matrices_EDF, sizes_E, preferred_element_type=jnp.float32)
-    return y_SF.astype(rows_XCD.dtype).reshape(*rows_XCD.shape[:2], -1)
+def _call(chosen: str | Implementation | None, rows_XCD: Array, w_EDF: Array, part: Callable, operands: tuple) -> Array:
+    """One function of the chosen implementation, or of each platform's fastest one, left to lowering to choose."""
+    if isinstance(chosen, Implementation):
+        return part(chosen)(*operands)
+    if chosen is None:
+        by_platform = {platform: fastest(platform, rows_XCD, w_EDF) for platform in (*FASTEST, "default")}
+        return jax.lax.platform_dependent(
+            *operands, **{platform: part(IMPLEMENTATIONS[name]) for platform, name in by_platform.items()}
+        )
+    require(chosen in IMPLEMENTATIONS, "grouped_product", chosen, f"must be in {tuple(IMPLEMENTATIONS)}")
+    named = IMPLEMENTATIONS[chosen]
+    lacks = named.lacks(rows_XCD, w_EDF)
+    shapes = f"rows {rows_XCD.shape} in {rows_XCD.dtype}, matrices {w_EDF.shape}"
+    require(lacks is None, "grouped_product", chosen, f"needs {lacks}, here are {shapes}", "leave it out")
+    if named.platforms is None:
+        return part(named)(*operands)
+    refuse = functools.partial(_refuse, chosen, part(named))
+    branches = dict.fromkeys(named.platforms, part(named))
+    return jax.lax.platform_dependent(*operands, **branches, default=refuse)
 
 
-def ragged_backward(
-    dy_XCF: Float[Array, "X C F"],
-    rows_XCD: Float[Array, "X C D"],
-    matrices_EDF: Float[Array, "E D F"],
-    block_expert_X: Int[Array, " X"],
-    num_blocks: Int[Array, ""],
-) -> tuple[Float[Array, "X C D"], Float[Array, "E D F"]]:
-    """Gradients of rows, in their dtype, and of matrices, in float32, by grouped products."""
-    drows_XCD = ragged_forward(dy_XCF, matrices_EDF.swapaxes(1, 2), block_expert_X, num_blocks)
-    sizes_E = _rows_of_experts(rows_XCD, len(matrices_EDF), block_expert_X, num_blocks)
-    over_rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    operands = (x.reshape(-1, x.shape[-1]) for x in (rows_XCD, dy_XCF))
-    dw_EDF = jax.lax.ragged_dot_general(*operands, sizes_E, over_rows, preferred_element_type=jnp.float32)
-    return drows_XCD, dw_EDF
+def _refuse(name: str, function: Callable, *operands: object) -> Array:
+    """Stands for `function` where a program is lowered for a platform without it: raises then, not while tracing."""
+    result = jax.eval_shape(function, *operands)
+    return _refused.bind(jnp.zeros(result.shape, result.dtype), name=name)
 
 
-def _rows_of_experts(rows_XCD: Array, num_experts: int, block_expert_X: Array, num_blocks: Array) -> Array:
-    in_use_X = jnp.arange(len(rows_XCD)) < num_blocks
-    blocks_E = jnp.sum((block_expert_X == jnp.arange(num_experts)[:, None]) & in_use_X, axis=1, dtype=jnp.int32)
-    return blocks_E * rows_XCD.shape[1]
+def _raise_refusal(_context: object, *_operands: object, name: str) -> None:
+    platforms = " or ".join(IMPLEMENTATIONS[name].platforms)
+    raise CallerError(f"grouped_product={name!r} runs on {platforms} only; leave it out for the fastest there is")
+
+
+_refused = Primitive("grouped_product_refused")
+_refused.def_abstract_eval(lambda result, *, name: result)
+mlir.register_lowering(_refused, _raise_refusal)

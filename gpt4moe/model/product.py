@@ -69,6 +69,11 @@ def product(a: Float[Array, "I J"], b: Float[Array, "J K"]) -> Float32[Array, "I
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def product_over(a: Float[Array, "I J"], b: Float[Array, "K L"], a_dim: int, b_dim: int) -> Float32[Array, "M N"]:
+    """Returns in float32, for kernels, the product of two matrices summed over a dim of each, as they lie."""
+    return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def product_nt(a: Float[Array, "I J"], b: Float[Array, "K J"]) -> Float32[Array, "I K"]:
     """Returns a [I, J] times the transpose of b [K, J] in float32."""
     if a.dtype == jnp.float32:

@@ -19,7 +19,8 @@ from gpt4moe.train import feed
 # The loops of our programs whose length is known only as they run.
 MICROBATCH_LOOP = "step.py:_sum_over"
 EXPERT_BLOCK_LOOP = "grouped_matmul.py:block_matmul"
-GROUPED_PRODUCT = "ragged-dot-none"
+# XLA's grouped product and our kernels, by name.
+GROUPED_PRODUCTS = ("ragged-dot-none", "grouped_product", "grouped_rows_gradient", "grouped_matrices_gradient")
 TOKEN_LOOP = "decode_loop.py:decode"
 # Products of the backward pass of attention's core: splash (dq 3, dkv 4) and `attend_in_blocks`.
 SPLASH_BACKWARD_PRODUCTS, BLOCKS_BACKWARD_PRODUCTS = 7, 5
@@ -33,7 +34,7 @@ def rounds(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str) -> d
     if program == "train":
         return {MICROBATCH_LOOP: feed.microbatch_room(run)}
     in_use, _ = _expert_blocks(run, config, mesh)
-    return {TOKEN_LOOP: 1, EXPERT_BLOCK_LOOP: in_use, GROUPED_PRODUCT: in_use}
+    return {TOKEN_LOOP: 1} | dict.fromkeys((EXPERT_BLOCK_LOOP, *GROUPED_PRODUCTS), in_use)
 
 
 def beside(run: RunConfig, config: CompileConfig, mesh: Mesh, program: str, counted: Work) -> dict:

@@ -15,6 +15,8 @@ from gpt4moe.plan.hlo import Computation, Instruction
 MATMUL_CALLS = ("matmul", "gemm")
 # Products that each splash attention kernel makes of every pair of blocks it visits.
 SPLASH_PRODUCTS = {"splash_mqa_fwd": 2, "splash_mqa_dq": 3, "splash_mqa_dkv": 4}
+# What the names of our kernels begin with that multiply blocks of rows, as many as are in use.
+GROUPED_KERNELS = "grouped_"
 _ROW_TILE = re.compile(r'ragged_dot_tiling="(\d+),')
 _KERNEL_FLOPS = re.compile(r'"flops": ?"?(\d+)')
 
@@ -33,11 +35,17 @@ def product_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def row_tiles(instruction: Instruction, computation: Computation) -> float | None:
-    """Tiles of rows that a grouped product (`ragged_dot` on a TPU) is cut into, None for any other instruction."""
-    found = _ROW_TILE.search(instruction.attributes)
-    if instruction.opcode != "custom-call" or not found:
+    """Tiles of rows that a TPU's grouped product has room for, None for any other instruction.
+
+    `ragged_dot` is cut into tiles; a kernel of ours takes blocks [X, C, D], its first operand of three dims.
+    """
+    if instruction.opcode != "custom-call":
         return None
-    return instruction.shapes[0].dims[0] / int(found[1])
+    if instruction.name.startswith(GROUPED_KERNELS):
+        operands = (computation.instructions[name].shapes[0] for name in instruction.operands)
+        return next(shape.dims[0] for shape in operands if len(shape.dims) == 3)
+    found = _ROW_TILE.search(instruction.attributes)
+    return instruction.shapes[0].dims[0] / int(found[1]) if found else None
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:

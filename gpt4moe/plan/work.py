@@ -109,7 +109,8 @@ def count(
         if flops:
             source = _source(module, instruction)
             tiles = row_tiles(instruction, step.computation)
-            share = rounds[source] / tiles if tiles and rounds and source in rounds else 1
+            in_use = (rounds or {}).get(_own_name(instruction)) if tiles else None
+            share = 1 if in_use is None else in_use / tiles
             products[(source, _pass_name(instruction))] += flops * step.times * share
         kind = _collective_kind(step)
         if kind:
@@ -192,8 +193,12 @@ def _source(module: Module, instruction: Instruction) -> str:
     """The function that asked for an instruction: the innermost one that does not only pass it on."""
     callers = [frame for frame in _frames(module, instruction) if not frame.startswith(PASSED_ON)]
     if instruction.opcode == "custom-call" and not callers:
-        return re.sub(r"[.\d]+$", "", instruction.name)
+        return _own_name(instruction)
     return callers[0] if callers else "unknown"
+
+
+def _own_name(instruction: Instruction) -> str:
+    return re.sub(r"[.\d]+$", "", instruction.name)
 
 
 def _frames(module: Module, instruction: Instruction) -> tuple[str, ...]:
