@@ -69,7 +69,7 @@ def capacity(x_GUD: Float[Array, "G U D"], routing: Routing, config: MoeConfig) 
 
     Room is per group, so what is dropped depends neither on other rows nor on layout. First choices come before
     second ones; of either, by `drop_priority`, earlier tokens before later ones (`position`: GShard, Lepikhin et al.
-    2020, algorithm 1) or those of a larger first gate (`gate`: batch-prioritised routing, Riquelme et al. 2021).
+    2020, algorithm 1) or those of a larger gate (`gate`: batch-prioritised routing, Riquelme et al. 2021).
     """
     room = expert_capacity(x_GUD.shape[1], config)
     return to_places(x_GUD, routing, config.num_experts, room, QUEUES[config.drop_priority])

@@ -177,6 +177,19 @@ def test_a_replay_repeats_choices_and_keeps_the_routers_own_gates(router, traini
     np.testing.assert_array_equal(other.stats.load_E, [0, 0, 6, 0])
 
 
+@pytest.mark.parametrize("router", routers.ROUTERS, ids=lambda router: router.__name__)
+def test_a_replay_with_gaps_weighs_what_is_there_as_if_it_were_all(router):
+    """Records of expert choice have a place for every expert, most of them empty, and may be forced on any router."""
+    config, replay = config_of(router), jnp.full((TOKENS, NUM_EXPERTS), -1)
+    gaps = replay.at[:, 2].set(3).at[:, 1].set(1)
+    dense = jnp.stack([gaps[:, 1], gaps[:, 2]], axis=1)
+    got, want = (router(logits_at(), inputs_of(replay_ids_UK=ids), config) for ids in (gaps, dense))
+    np.testing.assert_allclose(as_matrix(got), as_matrix(want), rtol=1e-6)
+    np.testing.assert_array_equal(got.stats.load_E, [0, 6, 0, 6])
+    slope = jax.grad(lambda x: jnp.sum(as_matrix(router(x, inputs_of(replay_ids_UK=replay), config))))(logits_at())
+    np.testing.assert_array_equal(slope, 0.0)  # nothing chosen: no gate, and no NaN
+
+
 PERMUTABLE = [router for router in routers.ROUTERS if router not in (routers.balanced, routers.uniform)]
 
 
