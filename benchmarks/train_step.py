@@ -1,7 +1,7 @@
 """Speed of the whole training step (forward, backward, clipping, AdamW) against this machine's own matrix-product rate.
 
     python benchmarks/train_step.py [--dtypes float32,bfloat16] [--dispatch capacity,dropless] [--steps 7] [--json]
-    python benchmarks/train_step.py --peers [--rounds 5] [--peer-seconds 120] [--json]
+    python benchmarks/train_step.py --peers [--rounds 4] [--peer-seconds 120] [--json]
 
 Four layers, D 256, 8 heads, 1 KV head, SwiGLU F 1024, 8 experts top-2, vocabulary 8192, T 512, B 8, random tokens.
 Every row is a process of its own. Tokens per CPU-second (median over steps of user + system time) hold on a busy
@@ -12,8 +12,8 @@ kernel half a million page faults a step.
 
 `--peers` sets Hugging Face transformers on torch beside it (extra `[bench]`; benchmarks/peer_transformers.py): the same
 sizes and tokens, each of its experts implementations, processes stepping by turns, never two at a time. The ratio is
-the median over rounds of its seconds over ours, of the fastest of its rows. Leave the machine to it: torch's threads
-wait for each other and fall far behind beside other work.
+the median over timed steps of its seconds over ours, of the fastest of its rows. Leave the machine to it: torch's
+threads wait for each other and fall far behind beside other work.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ CAPACITY_FACTORS = {"capacity": 1.25, "dropless": None}
 GEMM_SIZE = (4096, 1024, 1024)
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 SIZE_TOLERANCE = 0.01
+STEPS_A_TURN = 2
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=7, help="steps to time, at least 5")
     parser.add_argument("--no-huge-pages", action="store_true", help="leave the allocator as it is")
     parser.add_argument("--peers", action="store_true", help="transformers on torch beside it, by turns")
-    parser.add_argument("--rounds", type=int, default=5, help="steps to time with --peers")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of every row with --peers")
     parser.add_argument("--peer-seconds", type=float, default=120, help="what a row of a peer may take")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
@@ -79,8 +80,7 @@ def alone(dtype: str, arguments: argparse.Namespace) -> list[dict]:
     rows = []
     for dispatch in arguments.dispatch.split(","):
         process = our_process(dtype, dispatch, arguments)
-        for _ in range(max(arguments.steps, 5) + 1):
-            process.step()
+        process.turn(max(arguments.steps, 5))
         process.finish()
         rows.append(our_row(dtype, dispatch, process))
     return rows
@@ -109,12 +109,12 @@ def row_of(names: dict, process: Process) -> dict:
     rates, facts = process.rates(ROWS * LENGTH), process.facts
     rate, flops = rates["tokens_per_cpu_second"], facts.get("train_flops_per_token")
     fraction = rate * flops / facts["gemm_flops_per_cpu_second"] if rate and flops else None
-    steps = {"steps": len(process.timed_steps()), "warm": len(process.steps) > 1, "ended": process.ended}
+    steps = {"steps": len(process.steps()), "warm": bool(process.timed), "ended": process.ended}
     return names | rates | {"gemm_fraction": fraction} | facts | steps
 
 
 def beside_peers(dtype: str, arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Our rows and theirs, every process stepping once a round, and our ratios to the fastest of theirs."""
+    """Our rows and theirs, every process with a turn a round, and our ratios to the fastest of theirs."""
     ours = {name: our_process(dtype, name, arguments) for name in arguments.dispatch.split(",")}
     task, theirs = peer_task(dtype), {}
     for variant in peer_transformers.variants(dtype):
@@ -122,9 +122,9 @@ def beside_peers(dtype: str, arguments: argparse.Namespace) -> tuple[list[dict],
             budget = arguments.peer_seconds
             theirs[variant] = Process(variant.command(), environment=allocator(arguments), task=task, seconds=budget)
     processes = [*ours.values(), *theirs.values()]
-    for _ in range(max(arguments.rounds, 1) + 1):
+    for _ in range(max(arguments.rounds, 1)):
         for process in processes:
-            process.step()
+            process.turn(STEPS_A_TURN)
     for process in processes:
         process.finish()
     rows = [our_row(dtype, name, process) for name, process in ours.items()]
@@ -170,14 +170,14 @@ def check_sizes(rows: list[dict]) -> None:
 
 
 def ratios_of(dtype: str, ours: dict[str, Process], theirs: dict[peer_transformers.Variant, Process]) -> list[dict]:
-    """For each of our rows, its speed over that of the fastest peer: medians over rounds of CPU and of wall seconds."""
-    stepped = {variant: process for variant, process in theirs.items() if process.steps}
+    """For each of our rows, its speed over that of the fastest peer: medians over pairs of steps."""
+    stepped = {variant: process for variant, process in theirs.items() if process.steps()}
     if not stepped:
         return []
     fastest, peer = max(stepped.items(), key=lambda item: item[1].rates(ROWS * LENGTH)["tokens_per_second"])
     ratios = []
     for dispatch, process in ours.items():
-        rounds = zip(process.timed_steps(), peer.timed_steps(), strict=False)  # a peer may have been stopped
+        rounds = zip(process.steps(), peer.steps(), strict=False)  # a peer may have been stopped
         cpu, wall = zip(*[[b / a for a, b in zip(*pair, strict=True)] for pair in rounds], strict=True)
         ratio = {"tokens_per_cpu_second": statistics.median(cpu), "tokens_per_second": statistics.median(wall)}
         ratios.append({"dtype": dtype, "dispatch": dispatch, "peer": fastest.name} | ratio)

@@ -35,16 +35,17 @@ def cpu_and_wall() -> tuple[float, float]:
 class Process:
     """The measuring side: one process, its answers, and why there are no more of them.
 
-    facts: what it said when it was ready and at its end. steps: (CPU seconds, wall seconds) of every step, the first
-    pays for warming up. ended: None, or why it did not come to its end. `task` is its first line of input; `seconds`
-    bounds what it may take in all, start included.
+    facts: what it said when it was ready and at its end. warming, timed: (CPU seconds, wall seconds) of the first step
+    of each turn, and of the others. ended: None, or why it did not come to its end. `task` is its first line of input;
+    `seconds` bounds what it may take in all, start included.
     """
 
     def __init__(
         self, command: list[str], *, environment: dict[str, str], task: str = "", seconds: float | None = None
     ):
         self.facts: dict = {}
-        self.steps: list[list[float]] = []
+        self.warming: list[list[float]] = []
+        self.timed: list[list[float]] = []
         self.ended: str | None = None
         self._limit = self._left = seconds
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 read until the end
@@ -56,11 +57,16 @@ class Process:
             self._send(task)
         self.facts |= self._answer() or {}
 
-    def step(self) -> None:
-        """Lets it step once; nothing where it has ended."""
-        if self.ended is None:
-            self._send("step")
-            self.steps += [seconds for seconds in [self._answer()] if seconds]
+    def turn(self, num_steps: int) -> None:
+        """Lets it step `num_steps` times after one that does not count; nothing where it has ended.
+
+        Memory that lay idle while others had their turns is cold: on a virtual machine that gives free pages back to
+        its host, the first step after a few seconds' rest takes twice the time.
+        """
+        for steps in [self.warming] + [self.timed] * num_steps:
+            if self.ended is None:
+                self._send("step")
+                steps += [seconds for seconds in [self._answer()] if seconds]
 
     def finish(self) -> None:
         """Lets it come to its end."""
@@ -69,14 +75,14 @@ class Process:
             self.facts |= self._answer() or {}
         self._process.wait()
 
-    def timed_steps(self) -> list[list[float]]:
-        """The steps that count: all but the first, or the first where it is the only one."""
-        return self.steps[1:] or self.steps
+    def steps(self) -> list[list[float]]:
+        """The steps that count: the timed ones, or those that warm up where it came to no other."""
+        return self.timed or self.warming
 
     def rates(self, tokens: int) -> dict[str, float | None]:
         """Tokens per CPU-second and per second of the median step of `tokens` tokens, None without a step."""
         names = ("tokens_per_cpu_second", "tokens_per_second")
-        columns = zip(*self.timed_steps(), strict=True)
+        columns = zip(*self.steps(), strict=True)
         medians = [tokens / statistics.median(column) for column in columns] or [None, None]
         return dict(zip(names, medians, strict=True))
 
