@@ -1,0 +1,1 @@
+"""Scaling laws: published ones evaluated, and the same forms fitted to one's own runs."""
