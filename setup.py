@@ -35,6 +35,8 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.9",
         "pyarrow>=16",
+        "rich>=13",
+        "submitit>=1.5",
         "zstandard>=0.22",
     ],
     extras_require={

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
 import logging
 import os
@@ -33,6 +34,31 @@ def build_run(gin_files: Sequence[str], overrides: Sequence[str] = (), search_pa
     _parse(gin_files, overrides, search_paths)
     config = _construct(RunConfig, gin_files)
     _refuse_unread(_names(overrides), _is_operative)
+    return config, gin.operative_config_str()
+
+
+def build_sweep(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()) -> tuple:
+    """Returns (`SweepConfig`, build) of a run file that binds a sweep; `build` makes a run of further overrides."""
+    from gpt4moe.config.run import RunConfig
+    from gpt4moe.config.sweep import SweepConfig
+
+    _parse(gin_files, overrides, search_paths)
+    config = _construct(SweepConfig, gin_files)
+    _construct(RunConfig, gin_files)
+    _refuse_unread(_names(overrides), _is_operative)
+    return config, functools.partial(_build_cell, tuple(gin_files), tuple(overrides), tuple(search_paths))
+
+
+def _build_cell(
+    gin_files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str], further: Sequence[str]
+) -> tuple:
+    import gin
+
+    from gpt4moe.config.run import RunConfig
+
+    _parse(gin_files, (*overrides, *further), search_paths)
+    config = _construct(RunConfig, gin_files)
+    _refuse_unread(_names(further), _is_operative)  # those of the whole sweep may be read by `SweepConfig` alone
     return config, gin.operative_config_str()
 
 

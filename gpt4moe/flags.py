@@ -12,6 +12,7 @@ from gpt4moe.config.compile import PROGRAMS
 from gpt4moe.config.sampling import SamplingConfig
 
 CALLER_MISTAKE = 2
+EXECUTORS = ("local", "slurm", "list")
 HEARTBEAT_SECONDS, STALL_SECONDS = 30, 1800
 REPORT_TOKENS = 16_384
 
@@ -125,6 +126,17 @@ def _compile_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--program", choices=PROGRAMS, default=PROGRAMS[0], help=program)
 
 
+def _sweep_flags(parser: argparse.ArgumentParser) -> None:
+    _gin_flags(parser)
+    _workdir_flag(parser)
+    where = "where runs are started; list: only print one command a run (default: %(default)s)"
+    parser.add_argument("--executor", choices=EXECUTORS, default=EXECUTORS[0], help=where)
+    parser.add_argument("--parallel", type=_positive, default=1, metavar="N", help="jobs at a time (default: 1)")
+    parameters = "of a job, as submitit names them, e.g. partition=gpu,gpus_per_node=8,timeout_min=600"
+    parser.add_argument("--job_parameters", type=_settings, default=(), metavar="NAME=VALUE,...", help=parameters)
+    parser.add_argument("--dry_run", action="store_true", help="show the cells and stop")
+
+
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     _gin_flags(parser)
     _workdir_flag(parser, required=False)
@@ -155,6 +167,13 @@ def _axis_sizes(text: str) -> tuple[tuple[str, int], ...]:
     return tuple((axis, int(size)) for axis, _, size in pairs)
 
 
+def _settings(text: str) -> tuple[tuple[str, int | str], ...]:
+    pairs = [item.partition("=") for item in _comma_list(text)]
+    if not pairs or not all(name and value for name, _, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form NAME=VALUE,NAME=VALUE")
+    return tuple((name, int(value) if value.isdigit() else value) for name, _, value in pairs)
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(_positive(item) for item in text.split(","))
 
@@ -169,6 +188,7 @@ COMMANDS = {
     "generate": Flags("continue prompts with a trained model", _generate_flags),
     "prepare": Flags("tokenise the sources of a run ahead of time; resumable", _prepare_flags),
     "report": Flags("write report.html and experts.html, text coloured by expert, of a run", _report_flags),
+    "sweep": Flags("run a grid of settings and seeds; goes on where it was cut", _sweep_flags),
     "compile": Flags("compile a run for a machine that is not here: bytes, FLOPs, collectives", _compile_flags),
     "inspect": Flags("count parameters, FLOPs and bytes of a gin file", _gin_flags),
     "doctor": Flags("look at devices, versions, memory and disk; say whether a model fits", _doctor_flags),

@@ -20,7 +20,7 @@ from gpt4moe import flags, process
 from gpt4moe.config.check import CallerError, RunError, one_line, require
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.configure import build_compile, build_model, build_run, saved_run
+from gpt4moe.configure import build_compile, build_model, build_run, build_sweep, saved_run
 
 DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, flags.CALLER_MISTAKE, 3
 MISTAKES = (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -196,6 +196,21 @@ def _report(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _sweep(args: argparse.Namespace) -> int:
+    config, build = build_sweep(args.gin_file, args.overrides, args.gin_search_paths)
+    from gpt4moe.sweep import engine, results
+
+    sweep = engine.plan(config, build, args.workdir, _progress)
+    if args.dry_run or args.executor == "list":
+        commands = engine.launch_list(sweep, args.gin_file, args.overrides)
+        _print(args, {"cells": engine.manifest(sweep), "commands": commands}, lambda _: "\n".join(commands))
+        return DONE
+    executor = engine.Executor(sweep.folder, args.executor, args.parallel, dict(args.job_parameters))
+    rows = engine.run(sweep, executor, _progress, show_table=not args.json)
+    _print(args, {"folder": str(sweep.folder), "rows": rows}, lambda _: results.format_rows(rows, sweep.folder))
+    return FAULT if any(row["state"] != "done" for row in rows) else DONE
+
+
 def _examine(args: argparse.Namespace, given: dict[str, str]):
     """The experts of the run's model; None where no checkpoint is there and none is needed."""
     from gpt4moe import checkpoint
@@ -265,6 +280,7 @@ COMMANDS = {
     "generate": _generate,
     "prepare": _prepare,
     "report": _report,
+    "sweep": _sweep,
     "compile": _compile,
     "inspect": _inspect,
     "doctor": _doctor,

@@ -1,0 +1,182 @@
+"""Runs a sweep in its folder: cells in, one finished or explained run for each of them out.
+
+The folder holds `manifest.json` (one row a cell), `runs/ID/` (a work directory each), `stores/` (tokens, one for each
+data configuration), `compiled/` (programs), and at the end `results.parquet` and `results.json`. Killed at any moment,
+the same command goes on: cells that are done are kept, cut ones resume from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shlex
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from gpt4moe.config.check import require
+from gpt4moe.config.sweep import SweepConfig
+from gpt4moe.data.prepare import prepare
+from gpt4moe.sweep import progress, results
+from gpt4moe.sweep.cells import Build, Cell, make_cells
+from gpt4moe.sweep.executors import Executor, Submitted
+from gpt4moe.sweep.worker import Job, Task, hold, is_pending, run_folder, state_of, write_json
+
+POLL_SECONDS = 1.0
+KILLED = "the process that ran it was killed (out of memory?)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep ready to run: its settings, its cells, its folder, and how a run is made of a cell's bindings."""
+
+    config: SweepConfig
+    cells: tuple[Cell, ...]
+    folder: pathlib.Path
+    build: Build
+
+    @property
+    def store(self) -> str:
+        """Where tokens are kept, a folder for each set of sources and tokenizer."""
+        return str(self.folder / "stores")
+
+
+def plan(config: SweepConfig, build: Build, folder: str, say: Callable[[str], None]) -> Sweep:
+    """Returns the sweep of a configuration in `folder` and writes its manifest.
+
+    Raises `CallerError` where no cell can be built at all.
+    """
+    cells = make_cells(config, build, say)
+    built = [cell for cell in cells if cell.refused is None]
+    require(bool(built), "SweepConfig", len(cells), f"cells cannot be built: {cells[0].refused}", "change the axes")
+    root = pathlib.Path(folder).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    sweep = Sweep(config, tuple(cells), root, build)
+    for cell in cells:
+        if cell.refused is not None:
+            _refuse(root, cell)
+    write_manifest(sweep)
+    return sweep
+
+
+def run(sweep: Sweep, executor: Executor, say: Callable[[str], None], *, show_table: bool = True) -> list[dict]:
+    """Runs every cell that is not done, shows how far they are, and returns the results, one row a cell."""
+    _forget_cut_attempts(sweep)
+    _prepare_tokens(sweep, say)
+    with progress.table(sweep.cells, sweep.folder, enabled=show_table) as refresh:
+        _work_off(sweep, executor, refresh)
+    return results.write(sweep.folder, sweep.cells, sweep.build)
+
+
+def _work_off(sweep: Sweep, executor: Executor, refresh: Callable[[], None]) -> None:
+    """Submits jobs until no cell is waiting or running; interrupted, asks them to save and passes it on."""
+    jobs: list[Submitted] = []
+    try:
+        while True:
+            jobs = [job for job in jobs if not job.done()]
+            waiting = _waiting(sweep, jobs)
+            for tasks in _grouped(waiting, sweep.config.runs_per_job)[: executor.room(len(jobs))]:
+                jobs.append(executor.submit(_job(sweep, tasks)))
+            refresh()
+            write_manifest(sweep)
+            if not jobs and not waiting and not _elsewhere(sweep):
+                return
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        for job in jobs:
+            job.stop()
+        raise
+
+
+def write_manifest(sweep: Sweep) -> None:
+    """Leaves `manifest` in the folder of the sweep."""
+    write_json(sweep.folder / "manifest.json", {"cells": manifest(sweep)})
+
+
+def manifest(sweep: Sweep) -> list[dict[str, Any]]:
+    """One row a cell, whatever its state: what it is, how far it is, and the reason where it failed."""
+    rows = []
+    for cell in sweep.cells:
+        state = state_of(run_folder(sweep.folder, cell.id))
+        row = {"id": cell.id, "point": dict(cell.point), "derived": dict(cell.derived), "seed": cell.seed}
+        row |= {"overrides": cell.overrides, "deviations": dict(cell.deviations)}
+        rows.append(row | {name: state.get(name) for name in ("state", "reason", "attempts", "seconds")})
+    return rows
+
+
+def launch_list(sweep: Sweep, gin_files: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Returns one `gpt4moe train` command a cell, for machines that this one cannot start jobs on."""
+    lines = []
+    for cell in sweep.cells:
+        if cell.refused is None:
+            words = [f"--gin_file={path}" for path in gin_files]
+            words += [f"--gin.{binding}" for binding in (*overrides, *cell.overrides)]
+            words.append(f"--workdir={run_folder(sweep.folder, cell.id)}")
+            lines.append(" ".join(["gpt4moe train", *map(shlex.quote, words)]))
+    return lines
+
+
+def _waiting(sweep: Sweep, jobs: Iterable) -> list[Task]:
+    """Cells that no process works on and that have attempts left; a cell whose process died is a failed attempt."""
+    taken = {task.id for job in jobs for task in job.tasks}
+    waiting = []
+    for cell in sweep.cells:
+        folder = run_folder(sweep.folder, cell.id)
+        if cell.refused is not None or cell.id in taken:
+            continue
+        with hold(folder) as held:
+            if not held:
+                continue
+            state = state_of(folder)
+            if state["state"] == "running":
+                state |= {"state": "failed", "reason": KILLED}
+                write_json(folder / "cell.json", state)
+            if is_pending(state, sweep.config.retries):
+                waiting.append(Task(cell.id, cell.overrides, sweep.store))
+    return waiting
+
+
+def _forget_cut_attempts(sweep: Sweep) -> None:
+    """A cell that was running when the whole sweep was cut off has not failed for that."""
+    for cell in sweep.cells:
+        folder = run_folder(sweep.folder, cell.id)
+        with hold(folder) as held:
+            state = state_of(folder)
+            if held and state["state"] == "running":
+                attempts = state["attempts"] - 1
+                write_json(folder / "cell.json", state | {"state": "waiting", "reason": None, "attempts": attempts})
+
+
+def _elsewhere(sweep: Sweep) -> bool:
+    """Whether a process that this sweep has not started, of one that was cut off perhaps, still runs a cell."""
+    for cell in sweep.cells:
+        with hold(run_folder(sweep.folder, cell.id)) as held:
+            if not held:
+                return True
+    return False
+
+
+def _grouped(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    return [list(tasks[start : start + size]) for start in range(0, len(tasks), size)]
+
+
+def _job(sweep: Sweep, tasks: Sequence[Task]) -> Job:
+    return Job(str(sweep.folder), sweep.build, tuple(tasks), sweep.config.retries, sweep.config.memory_limit_gb)
+
+
+def _prepare_tokens(sweep: Sweep, say: Callable[[str], None]) -> None:
+    """Tokenises what cells still need, once, before runs that share it begin."""
+    prepared = set()
+    for cell in sweep.cells:
+        if cell.refused is None and state_of(run_folder(sweep.folder, cell.id))["state"] != "done":
+            data = sweep.build(cell.overrides)[0].data
+            if data not in prepared:
+                prepared.add(data)
+                prepare(data, sweep.store, progress=say)
+
+
+def _refuse(root: pathlib.Path, cell: Cell) -> None:
+    folder = run_folder(root, cell.id)
+    folder.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {"state": "failed", "reason": cell.refused, "attempts": 0, "final": True}
+    write_json(folder / "cell.json", document)

@@ -1,0 +1,146 @@
+"""The results of a sweep: one row a cell, failed ones with their reason, as `results.parquet` and `results.json`.
+
+duckdb -c "select NUM_EXPERTS, avg(held_out_loss) from 'runs/sweep/results.parquet' group by all order by 1"
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gpt4moe.accounting import flops, memory, parameters
+from gpt4moe.config.run import RunConfig
+from gpt4moe.sweep.cells import Build, Cell
+from gpt4moe.sweep.worker import run_folder, state_of, write_json
+
+# An expert with less than this share of the mean load is dead.
+DEAD_BELOW = 0.01
+# The training loss of a run is the mean over this last part of its steps.
+LAST_PART = 0.1
+
+
+def write(folder: pathlib.Path, cells: Sequence[Cell], build: Build) -> list[dict[str, Any]]:
+    """Writes the results of all cells and returns them, in the cells' order."""
+    rows = [row_of(folder, cell, build) for cell in cells]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [_plain(row.get(name)) for row in rows] for name in names}
+    pq.write_table(pa.table({name: _column(values) for name, values in columns.items()}), folder / "results.parquet")
+    write_json(folder / "results.json", [{name: _plain(value) for name, value in row.items()} for row in rows])
+    return rows
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of `results.json`."""
+    return json.loads((pathlib.Path(folder) / "results.json").read_text())
+
+
+def format_rows(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> str:
+    """A table to read: swept values, state, held-out loss, sizes and speed; reasons of failures below it."""
+    wanted = ("held_out_loss", "loss", "total_parameters", "tokens_per_second")
+    measured = [name for name in wanted if any(name in row for row in rows)]
+    swept = list(rows[0])[: list(rows[0]).index("id")]
+    titles = [*(name.rsplit(".", 1)[-1] for name in swept), "state", *measured]
+    lines = [[_shown(row.get(name)) for name in (*swept, "state", *measured)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
+    table = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (titles, *lines)
+    ]
+    failed = [f"{row['id']}: {row['reason']}" for row in rows if row.get("reason")]
+    return "\n".join([*table, *failed, f"results: {folder / 'results.parquet'}"])
+
+
+def row_of(folder: pathlib.Path, cell: Cell, build: Build) -> dict[str, Any]:
+    """One row: the cell, its state, what the configuration counts, and what its run measured (None where it failed)."""
+    work = run_folder(folder, cell.id)
+    state = state_of(work)
+    row = {**cell.point, **cell.derived, "seed": cell.seed, "id": cell.id}
+    row |= {name: state.get(name) for name in ("state", "reason", "attempts", "seconds")}
+    if cell.refused is None:
+        row |= _counted(build(cell.overrides)[0])
+    return row | _measured(work)
+
+
+def _counted(run: RunConfig) -> dict[str, Any]:
+    """Sizes and FLOPs: parameters, of a token forward, and bytes of the training state."""
+    model = run.model
+    return {
+        "total_parameters": parameters.count(model).total,
+        "active_parameters": parameters.count_active(model),
+        "forward_flops_per_token": flops.forward_flops_per_token(model),
+        "train_flops_per_token": flops.train_flops_per_token(model),
+        "train_state_bytes": memory.train_state_bytes(model),
+    }
+
+
+def _measured(work: pathlib.Path) -> dict[str, Any]:
+    """Final losses, speed and balance from `metrics.jsonl`."""
+    path = work / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        return {}
+    last = steps[-1]
+    final = [row["loss"] for row in steps[-max(round(len(steps) * LAST_PART), 1) :] if row["loss"] is not None]
+    measured = {
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "loss": float(np.mean(final)) if final else None,
+        "train_seconds": float(sum(row["step_seconds"] for row in steps)),
+        "tokens_per_second": float(np.median([row["tokens_per_second"] for row in steps])),
+        "model_flops_utilization": float(np.median([row["model_flops_utilization"] for row in steps])),
+        "skipped_steps": last["skipped_steps"],
+    }
+    return measured | _balance(steps[-max(round(len(steps) * LAST_PART), 1) :]) | _held_out(rows)
+
+
+def _balance(steps: Sequence[dict]) -> dict[str, float]:
+    """Of the last part of the steps, means over layers."""
+    load_SLE = np.array([row["moe/load"] for row in steps], np.float64)
+    load_LE = load_SLE.mean(axis=0)
+    return {
+        "load_max_over_mean": float(np.mean(load_LE.max(-1) * load_LE.shape[-1])),
+        "dead_experts": float(np.mean(load_LE * load_LE.shape[-1] < DEAD_BELOW)),
+        "dropped_fraction": float(np.mean([row["moe/dropped_fraction"] for row in steps])),
+        "router_entropy": float(np.mean([row["moe/router_entropy"] for row in steps])),
+    }
+
+
+def _held_out(rows: Sequence[dict]) -> dict[str, float | None]:
+    """The newest evaluation: each source's loss and bits per byte, and the loss over all tokens."""
+    evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    if not evaluations:
+        return {}
+    newest = evaluations[-1]
+    found = {key: value for key, value in newest.items() if key.endswith(("/loss", "/bits_per_byte"))}
+    sources = [key.split("/")[1] for key in found if key.endswith("/loss")]
+    losses, tokens = ([newest[f"eval/{source}/{field}"] for source in sources] for field in ("loss", "tokens"))
+    whole = all(loss is not None for loss in losses)
+    return found | {"held_out_loss": float(np.average(losses, weights=tokens)) if whole else None}
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _column(values: list) -> pa.Array:
+    """Arrow's own type where the values agree, else their text."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([None if value is None else str(value) for value in values])
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

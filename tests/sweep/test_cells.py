@@ -1,0 +1,127 @@
+"""Cells of a sweep: points, seeds, names, and what is held fixed; nothing is trained."""
+
+import math
+
+import pytest
+
+from gpt4moe.config.check import CallerError
+from gpt4moe.config.sweep import SweepConfig, spaced
+from gpt4moe.configure import build_sweep
+from gpt4moe.sweep.cells import address, make_cells
+from gpt4moe.sweep.hold import quantity
+
+TINY = ["gin_configs/run/tiny.gin"]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """What `gpt4moe sweep` gives for the tiny run."""
+    file = tmp_path_factory.mktemp("gin") / "sweep.gin"
+    file.write_text(
+        "from __gin__ import dynamic_registration\nfrom gpt4moe.config import sweep\n"
+        f'include "{TINY[0]}"\nsweep.SweepConfig.axes = {{"NUM_EXPERTS": [2, 4]}}\n'
+    )
+    return build_sweep([str(file)])[1]
+
+
+def test_story_of_a_grid_with_paired_seeds(build):
+    cells = make_cells(SweepConfig({"NUM_EXPERTS": [2, 4], "LEARNING_RATE": [1e-3, 1e-2]}, seeds=2), build)
+    seen = [(cell.point["NUM_EXPERTS"], cell.point["LEARNING_RATE"], cell.seed) for cell in cells]
+    assert seen == [(e, rate, seed) for e in (2, 4) for rate in (1e-3, 1e-2) for seed in (0, 1)]
+    assert len({cell.id for cell in cells}) == 8
+    run, _ = build(cells[-1].overrides)
+    assert (run.model.moe.num_experts, run.optimizer.learning_rate, run.train.seed) == (4, 1e-2, 1)
+
+
+def test_names_joined_by_commas_change_together(build):
+    cells = make_cells(SweepConfig({"NUM_EXPERTS, EXPERTS_PER_TOKEN": [(2, 2), (4, 3)]}), build)
+    moes = [build(cell.overrides)[0].model.moe for cell in cells]
+    assert [(moe.num_experts, moe.experts_per_token) for moe in moes] == [(2, 2), (4, 3)]
+
+
+def test_spaced_axes():
+    assert spaced("axis", "log", [1, 100, 3]) == pytest.approx((1, 10, 100))
+    assert spaced("axis", "linear", [0, 1, 5]) == pytest.approx((0, 0.25, 0.5, 0.75, 1))
+
+
+def test_random_draws_are_the_same_at_every_point_and_lie_in_their_range(build):
+    config = SweepConfig(
+        {"NUM_EXPERTS": [2, 4]}, random={"LEARNING_RATE": {"log_uniform": [1e-4, 1e-1]}}, num_samples=5
+    )
+    cells = make_cells(config, build)
+    rates = [[cell.point["LEARNING_RATE"] for cell in cells if cell.point["NUM_EXPERTS"] == e] for e in (2, 4)]
+    assert rates[0] == rates[1] and len(set(rates[0])) == 5
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates[0])
+
+
+@pytest.mark.parametrize(
+    ("axes", "held", "binding"),
+    [
+        ({"EXPERTS_PER_TOKEN": [2, 3, 4]}, "active_flops", "moe.MoeConfig.hidden_dim"),
+        ({"NUM_EXPERTS": [2, 4, 8]}, "total_parameters", "moe.MoeConfig.hidden_dim"),
+        ({"NUM_LAYERS": [1, 2, 4]}, "train_flops", "TRAIN_STEPS"),
+        ({"BATCH_TOKENS": [64, 128, 512]}, "tokens", "TRAIN_STEPS"),
+    ],
+)
+def test_a_held_quantity_stays_and_no_neighbour_is_nearer(build, axes, held, binding):
+    cells = make_cells(SweepConfig(axes, hold={held: binding}), build)
+    target = quantity(held, build(())[0])
+    for cell in cells:
+        value = cell.derived[binding]
+        off = abs(quantity(held, build(cell.overrides)[0]) - target)
+        assert math.isclose(abs(cell.deviations[held]), off / target, rel_tol=1e-9, abs_tol=1e-12)
+        for other in {max(value - 1, 1), value + 1} - {value}:
+            changed = [word for word in cell.overrides if not word.startswith(binding)] + [f"{binding}={other}"]
+            assert abs(quantity(held, build(changed)[0]) - target) >= off
+
+
+def test_derived_values_are_multiples_and_targets_may_be_given(build):
+    hold = {"total_parameters": ["moe.MoeConfig.hidden_dim", 60_000]}
+    config = SweepConfig({"NUM_EXPERTS": [2, 4]}, hold=hold, multiples={"moe.MoeConfig.hidden_dim": 8})
+    for cell in make_cells(config, build):
+        assert cell.derived["moe.MoeConfig.hidden_dim"] % 8 == 0
+        assert abs(quantity("total_parameters", build(cell.overrides)[0]) / 60_000 - 1) < 0.05
+
+
+def test_a_cell_is_named_by_what_decides_its_result(build):
+    run = build(())[0]
+    again = build(("data.DataConfig.store='elsewhere'", "train.TrainConfig.log_every=7"))[0]
+    other = build(("SEED=1",))[0]
+    assert address(run) == address(again) != address(other)
+
+
+def test_a_point_that_cannot_be_built_is_a_cell_with_its_reason(build):
+    cells = make_cells(SweepConfig({"EXPERTS_PER_TOKEN": [2, 9]}), build)
+    assert [cell.refused is None for cell in cells] == [True, False]
+    assert "experts_per_token=9" in cells[1].refused
+
+
+def test_two_ways_to_one_cell_are_one_cell(build):
+    assert len(make_cells(SweepConfig({"NUM_EXPERTS": [4, 4]}), build)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"axes": {"A": []}}, "not empty"),
+        ({"axes": {"A,B": [1, 2]}}, "lists of 2 values"),
+        ({"axes": {"A": {"log": [0, 1, 3]}}}, "above 0 if log"),
+        ({"axes": {"A": {"cubic": [0, 1, 3]}}}, "must have one key of"),
+        ({"axes": {"SEED": [1, 2]}}, "two of axes"),
+        ({"axes": {"A": [1]}, "hold": {"mass": "B"}}, "must be one of"),
+        ({"axes": {"A": [1]}, "hold": {"tokens": "A"}}, "two of axes"),
+        ({"random": {"A": {"uniform": [2, 1]}}}, r"\[low, high\]"),
+        ({"seeds": [1, 1]}, "distinct"),
+        ({"multiples": {"A": 8}}, "derived by hold"),
+        ({"retries": -1}, "at least 0"),
+    ],
+)
+def test_mistakes_are_refused(settings, message):
+    with pytest.raises(CallerError, match=message):
+        SweepConfig(**settings)
+
+
+def test_what_cannot_be_held_says_so(build):
+    config = SweepConfig({"NUM_LAYERS": [1, 64]}, hold={"train_flops": "TRAIN_STEPS"})
+    cells = make_cells(config, build)
+    assert cells[0].refused is None and "cannot be held by TRAIN_STEPS" in cells[1].refused
