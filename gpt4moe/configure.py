@@ -21,6 +21,7 @@ from typing import Any
 from gpt4moe.config.check import CallerError, one_line, require
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 
 
 def build_run(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()) -> tuple:
@@ -93,21 +94,50 @@ def _parse(gin_files: Sequence[str], overrides: Sequence[str], search_paths: Seq
             gin.parse_config_file(gin_file)
         except Exception as error:
             raise CallerError(f"--gin_file={gin_file}: {one_line(error)}") from error
-    _refuse_unread(_macros(), _is_referenced)
+    referenced = _referenced(gin_files)
+    _refuse_unread(_macros(), lambda name: name in referenced)
     for override in overrides:
         _parse_override(gin, override)
+
+
+def _referenced(gin_files: Sequence[str]) -> set[str]:
+    """Macros that these files or what they include refer to, also where a later binding took the reference's place."""
+    import gin
+
+    names, waiting, seen = set(), list(gin_files), set()
+    while waiting:
+        name = waiting.pop()
+        paths = (pathlib.Path(folder) / name for folder in gin.config._LOCATION_PREFIXES)
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None or path in seen:
+            continue
+        seen.add(path)
+        text = path.read_text()
+        names.update(re.findall(r"%(\w+)", text))
+        waiting += re.findall(r"""^\s*include\s+["']([^"']+)["']""", text, re.MULTILINE)
+    return names
 
 
 def _parse_override(gin, override: str) -> None:
     name, equals, value = override.partition("=")
     require(bool(equals and name), "--gin", override, "must have the form --gin.NAME=VALUE")
     try:
-        gin.parse_config(f"{name} = {value}")
+        gin.parse_config(f"{_imports(gin) if '@' in value else ''}{name} = {value}")
     except SyntaxError as error:
         mend = f"quote strings: --gin.{name}=\"'{value}'\""
         raise CallerError(f"--gin.{name}={value} is not a Python literal; {mend}") from error
     except Exception as error:
         raise CallerError(f"--gin.{override}: {one_line(error)}{_near(name)}") from error
+
+
+def _imports(gin) -> str:
+    """What the files import, and the library's routers: an override names functions as files do.
+
+    Only where it names one: routers import JAX, and `inspect` answers at once without it.
+    """
+    imported = [statement.format() for statement in gin.config._IMPORTS]
+    others = sorted({*imported, "from gpt4moe.model import routers"} - {DYNAMIC_REGISTRATION})
+    return "\n".join((DYNAMIC_REGISTRATION, *others, ""))
 
 
 def _construct(config_type: type, gin_files: Sequence[str]) -> Any:

@@ -13,6 +13,7 @@ from gpt4moe.config.sampling import SamplingConfig
 
 CALLER_MISTAKE = 2
 HEARTBEAT_SECONDS, STALL_SECONDS = 30, 1800
+REPORT_TOKENS = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,17 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed, help="same seed, same text (default: %(default)s)")
 
 
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+    _trained_flags(parser)
+    text = "colour this text too in experts.html; - reads standard input; may be repeated"
+    parser.add_argument("--text", action="append", default=[], type=_folder, metavar="FILE", help=text)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the same, of TEXT itself")
+    tokens = "held-out tokens that figures of the experts are made of (default: %(default)s)"
+    parser.add_argument("--tokens", type=_positive, default=REPORT_TOKENS, metavar="N", help=tokens)
+    skip = "make report.html of the run's files alone, which needs no model"
+    parser.add_argument("--no_capture", action="store_true", help=skip)
+
+
 def _prepare_flags(parser: argparse.ArgumentParser) -> None:
     _gin_flags(parser)
     _workdir_flag(parser)
@@ -156,7 +168,7 @@ COMMANDS = {
     "evaluate": Flags("held-out loss and bits per byte of each source", _trained_flags),
     "generate": Flags("continue prompts with a trained model", _generate_flags),
     "prepare": Flags("tokenise the sources of a run ahead of time; resumable", _prepare_flags),
-    "report": Flags("write report.html of a work directory", _workdir_flag),
+    "report": Flags("write report.html and experts.html, text coloured by expert, of a run", _report_flags),
     "compile": Flags("compile a run for a machine that is not here: bytes, FLOPs, collectives", _compile_flags),
     "inspect": Flags("count parameters, FLOPs and bytes of a gin file", _gin_flags),
     "doctor": Flags("look at devices, versions, memory and disk; say whether a model fits", _doctor_flags),

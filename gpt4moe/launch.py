@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt4moe import flags, process
-from gpt4moe.config.check import CallerError, RunError, one_line
+from gpt4moe.config.check import CallerError, RunError, one_line, require
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.configure import build_compile, build_model, build_run, saved_run
@@ -175,11 +176,50 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from gpt4moe.analysis.history import read_history
     from gpt4moe.analysis.report import write_report
 
-    page = write_report(args.workdir)
-    _print(args, {"report": str(page)}, lambda _: f"report: {page}")
+    read_history(args.workdir)  # a folder without a run is refused before anything slow
+    given = _given_texts(args)
+    page, choices, document, lines = None, None, {}, []
+    if not args.no_capture and (experts := _examine(args, given)):
+        from gpt4moe.analysis import choice_figures, expert_page
+        from gpt4moe.analysis.experts import format_document, to_document
+
+        page = expert_page.write_expert_page(args.workdir, experts)
+        choices = choice_figures.choices(experts, has_page=page is not None)
+        document = to_document(experts)
+        lines = [format_document(document), f"text by expert: {page}"] if page else [format_document(document)]
+    report = write_report(args.workdir, choices)
+    document = {"report": str(report), "experts": str(page) if page else None} | document
+    _print(args, document, lambda _: "\n".join([*lines, f"report: {report}"]))
     return DONE
+
+
+def _examine(args: argparse.Namespace, given: dict[str, str]):
+    """The experts of the run's model; None where no checkpoint is there and none is needed."""
+    from gpt4moe import checkpoint
+    from gpt4moe.analysis import experts
+
+    if not given and args.step is None and not checkpoint.saved_steps(args.workdir):
+        _progress("no checkpoint: the figures are those of the log alone")
+        return None
+    mesh = _mesh(args)
+    trained = load(args.workdir, step=args.step, mesh=mesh)
+    return experts.examine(trained, given, max_tokens=args.tokens, mesh=mesh)
+
+
+def _given_texts(args: argparse.Namespace) -> dict[str, str]:
+    """The texts of --prompt and --text by the names that the page gives them."""
+    texts = {f"prompt {number}": text.encode(errors="surrogateescape") for number, text in enumerate(args.prompt, 1)}
+    for path in args.text:
+        name = "standard input" if path == "-" else path
+        texts[name] = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    require(not (texts and args.no_capture), "--no_capture", True, "leaves no model to read texts", "leave it out")
+    for name, raw in texts.items():
+        is_text = raw.decode(errors="ignore").encode() == raw
+        require(bool(raw) and is_text, "--text", name, "must be UTF-8 and not empty", "give plain text")
+    return {name: raw.decode() for name, raw in texts.items()}
 
 
 def _compile(args: argparse.Namespace) -> int:

@@ -2,9 +2,11 @@
 
 import pathlib
 import re
+import shlex
 
 import gpt4moe
-from gpt4moe.configure import build_run
+from gpt4moe import flags
+from gpt4moe.configure import build_model, build_run
 from gpt4moe.launch import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -26,6 +28,18 @@ def test_the_plugging_in_example_trains_and_loads(tmp_path, monkeypatch, capsys)
     assert run.optimizer.build.__name__ == "lion"
     assert run.data.sources[0].documents.__name__ == "haikus"
     assert gpt4moe.load("run").step == 2
+
+
+def test_the_commands_about_experts_build():
+    """Each as it stands, but for the data: the macros exist, and what a comment says of the model is so."""
+    text = (ROOT / "docs/experts.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("gpt4moe ")]
+    assert len(commands) >= 8
+    for command in commands:
+        words, (said,) = shlex.split(command.partition("#")[0]), re.findall(r"# (.+)", command)
+        arguments = flags.parse(words[1:])
+        moe = build_model(arguments.gin_file, arguments.overrides).moe
+        assert said == f"E {moe.num_experts}, K {moe.experts_per_token}, F {moe.hidden_dim}"
 
 
 def test_every_file_the_readme_names_exists():

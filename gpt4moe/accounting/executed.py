@@ -70,12 +70,13 @@ def train_step(run: RunConfig, sizes: Mapping[str, int], kernel: CoreKernel) -> 
     dense = 2 * model.model_dim * (model.dense_hidden_dim or 0) * matrices / hidden
     shared = 2 * model.model_dim * model.moe.shared_hidden_dim * matrices / hidden
     experts = 2 * model.model_dim * model.moe.hidden_dim * matrices / hidden
+    expert_passes = saved if model.moe.num_experts == 1 and model.moe.capacity_factor is None else again
     router = 2 * model.model_dim * model.moe.num_experts / parted
     head = 2 * model.model_dim * model.vocab_size / _degree(sizes, *run.rules.axes_of("vocab"))
     return Executed(
         attention=all_layers * tokens * attention * saved,
         attention_core=all_layers * core * core_products,
-        experts=layers * places * experts * again,
+        experts=layers * places * experts * expert_passes,
         shared_expert=layers * tokens * shared * saved,
         dense=(all_layers - layers) * tokens * dense * saved,
         router=layers * tokens * router * again,

@@ -1,12 +1,13 @@
 """`report.html` of a run: one self-contained page made of the files in its work directory.
 
 In: `metrics.jsonl`, and where they exist `evaluation.json` (`gpt4moe.train.evaluate`), `samples.json`
-(`gpt4moe.infer.generate`), `config.gin` and `environment.json`. Out: `report.html` beside them, without any
-reference to the network.
+(`gpt4moe.infer.generate`), `config.gin` and `environment.json`; the charts that need the model are handed in. Out:
+`report.html` beside them, without any reference to the network.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import string
@@ -14,11 +15,22 @@ import string
 import numpy as np
 from etils import epath
 
-from gpt4moe.analysis.figures import Chart, run_figures
+from gpt4moe.analysis.canvas import Chart
+from gpt4moe.analysis.figures import expert_figures, run_figures
 from gpt4moe.analysis.history import History, read_history, read_json, read_text
+from gpt4moe.analysis.routing import dead_experts
 
 
-def write_report(workdir: str | epath.Path) -> epath.Path:
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What the page shows of the choices of tokens: charts, the HTML of tables, whether there is a coloured text."""
+
+    charts: tuple[Chart, ...]
+    tables: str
+    has_page: bool
+
+
+def write_report(workdir: str | epath.Path, choices: Choices | None = None) -> epath.Path:
     """Writes `report.html` into `workdir` (local or object store) and returns its path.
 
     Raises `ValueError` where the directory holds no run.
@@ -29,7 +41,8 @@ def write_report(workdir: str | epath.Path) -> epath.Path:
         title=html.escape(f"gpt4moe: {epath.Path(workdir).name}"),
         tiles=_tiles(history),
         evaluation=_evaluation(evaluation),
-        charts="".join(_chart(chart) for chart in run_figures(history, evaluation)),
+        charts=_charts(run_figures(history, evaluation)),
+        experts=_experts(expert_figures(history), choices),
         samples=_samples(read_json(workdir, "samples.json")),
         configuration=_details("Configuration", read_text(workdir, "config.gin")),
         environment=_details("Environment", _pretty(read_json(workdir, "environment.json"))),
@@ -37,6 +50,14 @@ def write_report(workdir: str | epath.Path) -> epath.Path:
     path = epath.Path(workdir) / "report.html"
     path.write_text(page)
     return path
+
+
+def _experts(logged: list[Chart], choices: Choices | None) -> str:
+    if choices is None:
+        note = "<code>gpt4moe report</code> adds what held-out text shows: saturation, co-activation, specialisation."
+        return f"<h2>Experts</h2><p>{note}</p>{_charts(logged)}" if logged else ""
+    link = '<p><a href="experts.html">Text coloured by expert</a></p>' if choices.has_page else ""
+    return f"<h2>Experts</h2>{link}{_charts([*logged, *choices.charts])}{choices.tables}"
 
 
 def _tiles(history: History) -> str:
@@ -51,6 +72,7 @@ def _tiles(history: History) -> str:
         "MFU, median": _number(history.median("model_flops_utilization"), ".1%"),
         "goodput": _number(history.last("goodput"), ".1%"),
         "expert load / mean": f"{relative_LE.min():.2f} to {relative_LE.max():.2f}" if load_LE.size else None,
+        "dead experts": f"{dead_experts(load_LE).sum():d}" if load_LE.size else None,
         "dropped assignments": _number(_mean(history.last("moe/dropped_fraction")), ".2%"),
         "skipped steps": _number(history.last("skipped_steps"), ",.0f"),
     }
@@ -76,10 +98,14 @@ def _evaluation(evaluation: dict | None) -> str:
     )
 
 
+def _charts(charts: list[Chart]) -> str:
+    return f'<div class="charts">{"".join(map(_chart, charts))}</div>'
+
+
 def _chart(chart: Chart) -> str:
     return (
-        f'<figure class="{"wide" if chart.wide else "half"}"><h3>{chart.title}</h3>'
-        f'<div class="scroll">{chart.svg}</div><figcaption>{chart.caption}</figcaption></figure>'
+        f'<figure class="{"wide" if chart.wide else "half"}"><h3>{html.escape(chart.title)}</h3>'
+        f'<div class="scroll">{chart.svg}</div><figcaption>{html.escape(chart.caption)}</figcaption></figure>'
     )
 
 
@@ -123,7 +149,7 @@ h1 { font-size: 24px; margin: 8px 0 16px; overflow-wrap: anywhere } h2 { font-si
 h3 { font-size: 15px; margin: 0 0 6px } p, figcaption { color: var(--quiet); font-size: 13px; margin: 6px 0 0 }
 .tiles, .charts { display: grid; gap: 12px }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)) }
-.charts { grid-template-columns: repeat(2, minmax(0, 1fr)); margin-top: 24px }
+.charts { grid-template-columns: repeat(2, minmax(0, 1fr)); margin-top: 12px }
 .tiles div, figure, .scroll > table, pre { background: var(--card); border: 1px solid var(--edge); border-radius: 8px }
 .tiles div { padding: 10px 14px } .tiles b { display: block; font-size: 19px; font-variant-numeric: tabular-nums }
 .tiles span { color: var(--quiet); font-size: 12px }
@@ -136,13 +162,17 @@ th:first-child, td:first-child { text-align: left } th { font-size: 13px; color:
 tbody tr:last-child td { border-bottom: 0 }
 pre { padding: 12px 14px; overflow-x: auto; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; margin: 8px 0 }
 pre.sample { white-space: pre-wrap; overflow-wrap: anywhere }
-details { margin-top: 16px } summary { cursor: pointer; font-weight: 600 }
+.vocabulary { white-space: normal } .vocabulary td:last-child { text-align: left; line-height: 2 }
+.token { white-space: nowrap; margin-right: 14px; color: var(--quiet); font-size: 12px }
+.token code { color: var(--ink); background: var(--page); border: 1px solid var(--edge); border-radius: 4px }
+a { color: inherit } details { margin-top: 16px } summary { cursor: pointer; font-weight: 600 }
 @media (max-width: 720px) { .charts { grid-template-columns: minmax(0, 1fr) } .wide svg { min-width: 640px } }
 </style></head><body>
 <h1>$title</h1>
 <div class="tiles">$tiles</div>
 $evaluation
-<div class="charts">$charts</div>
+$charts
+$experts
 $samples
 $configuration
 $environment

@@ -105,7 +105,7 @@ class RunConfig:
             ("num_kv_heads", "kv_heads", model.attention.num_kv_heads),
             ("vocab_size", "vocab", model.vocab_size),
             ("model_dim", "embed", model.model_dim),
-            ("num_experts", "experts", moe.num_experts),
+            *((("num_experts", "experts", moe.num_experts),) if moe.num_experts > 1 else ()),  # one lies everywhere
             ("hidden_dim", "mlp", moe.hidden_dim),
             ("shared_hidden_dim", "mlp", moe.shared_hidden_dim),
             ("dense_hidden_dim", "mlp", model.dense_hidden_dim or 0),

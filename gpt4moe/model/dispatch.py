@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jaxtyping import Float, Int
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.model.router import Routing
 from gpt4moe.types import Array
+
+Queue = Callable[[Float[Array, "U K"]], Int[Array, " U"]]
 
 # Rows of one block of the dropless dispatcher: enough for a matrix product to reach its full rate.
 LARGEST_BLOCK = 128
@@ -65,15 +68,23 @@ def capacity(x_GUD: Float[Array, "G U D"], routing: Routing, config: MoeConfig) 
     """Gives every expert room for ceil(U * K / E * capacity_factor) choices of each group and drops the rest.
 
     Room is per group, so what is dropped depends neither on other rows nor on layout. First choices come before
-    second ones, earlier tokens before later ones (GShard, Lepikhin et al. 2020, algorithm 1).
+    second ones; of either, by `drop_priority`, earlier tokens before later ones (`position`: GShard, Lepikhin et al.
+    2020, algorithm 1) or those of a larger gate (`gate`: batch-prioritised routing, Riquelme et al. 2021).
     """
-    return to_places(x_GUD, routing, config.num_experts, expert_capacity(x_GUD.shape[1], config))
+    room = expert_capacity(x_GUD.shape[1], config)
+    return to_places(x_GUD, routing, config.num_experts, room, QUEUES[config.drop_priority])
 
 
-def to_places(x_GUD: Float[Array, "G U D"], routing: Routing, num_places: int, room: int) -> Dispatched:
-    """Gives each of `num_places` that the routing names room for that many choices of each group; drops the rest."""
+def to_places(
+    x_GUD: Float[Array, "G U D"], routing: Routing, num_places: int, room: int, queue: Queue | None = None
+) -> Dispatched:
+    """Gives each of `num_places` that the routing names room for that many choices of each group; drops the rest.
+
+    `queue` gives the order in which a group's tokens are served (None: as they come).
+    """
     groups, _, dim = x_GUD.shape
-    plan = jax.vmap(lambda ids, used, gates: _capacity_plan(ids, used, gates, num_places, room))(
+    queue = queue or as_they_come
+    plan = jax.vmap(lambda ids, used, gates: _capacity_plan(ids, used, gates, num_places, room, queue(gates)))(
         routing.expert_ids_UK, routing.used_UK, routing.gates_UK
     )
     kept_G = jnp.sum(plan.choice_of_slot_PS < routing.gates_UK[0].size, axis=-1, dtype=jnp.int32)
@@ -85,6 +96,19 @@ def to_places(x_GUD: Float[Array, "G U D"], routing: Routing, num_places: int, r
         plan=plan,
         stats=DispatchStats(_used_choices(routing) - kept_G),
     )
+
+
+def as_they_come(gates_UK: Float[Array, "U K"]) -> Int[Array, " U"]:
+    """Returns the tokens of a group in the order of their places."""
+    return jnp.arange(len(gates_UK))
+
+
+def largest_gate_first(gates_UK: Float[Array, "U K"]) -> Int[Array, " U"]:
+    """Returns the tokens of a group by their largest gate, the earlier of equals first."""
+    return jnp.argsort(-jnp.max(jax.lax.stop_gradient(gates_UK), axis=-1), stable=True)
+
+
+QUEUES = {"position": as_they_come, "gate": largest_gate_first}
 
 
 def expert_capacity(tokens: int, config: MoeConfig) -> int:
@@ -184,8 +208,10 @@ def _no_gradient(plan: Plan) -> Plan:
     return jax.tree.map(lambda leaf: None, plan)
 
 
-def _capacity_plan(ids_UK: Array, used_UK: Array, gates_UK: Array, num_experts: int, room: int) -> Plan:
-    order, counts_E = _sort_by_expert(ids_UK, used_UK, num_experts)
+def _capacity_plan(ids_UK: Array, used_UK: Array, gates_UK: Array, num_experts: int, room: int, queue_U: Array) -> Plan:
+    queued, counts_E = sort_by_expert(ids_UK[queue_U], used_UK[queue_U], num_experts)
+    num_choices = ids_UK.shape[1]
+    order = queue_U[queued // num_choices] * num_choices + queued % num_choices
     starts_E = jnp.cumsum(counts_E) - counts_E
     place_C = jnp.arange(room)
     sorted_index_EC = starts_E[:, None] + place_C
@@ -199,7 +225,7 @@ def _dropless_plan(
 ) -> tuple[Plan, Array, Array]:
     """Plan of one pool, the expert of each block, and how many blocks are in use."""
     num_entries = ids_UK.size
-    order, counts_E = _sort_by_expert(ids_UK, used_UK, num_experts)
+    order, counts_E = sort_by_expert(ids_UK, used_UK, num_experts)
     blocks_E = -(-counts_E // block)
     last_block_E = jnp.cumsum(blocks_E)
     # sum_e ceil(n_e / block) is largest when as many experts as can be hold one choice more than whole blocks.
@@ -214,7 +240,7 @@ def _dropless_plan(
     return plan_from_slots(choice_XC.reshape(-1), gates_UK), block_expert_X, last_block_E[-1]
 
 
-def _sort_by_expert(ids_UK: Array, used_UK: Array, num_experts: int) -> tuple[Array, Array]:
+def sort_by_expert(ids_UK: Array, used_UK: Array, num_experts: int) -> tuple[Array, Array]:
     """Choices in the order of expert, then k, then token (unused ones last), and how many each expert has."""
     tokens, num_choices = ids_UK.shape
     queue_KU = jnp.where(used_UK, ids_UK, num_experts).T

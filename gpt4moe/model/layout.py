@@ -33,9 +33,14 @@ def scan_layers(superblock: Callable, parameters, cache, x_BTD: Array, tokens) -
         x_BTD, layer_cache, report = superblock(x_BTD, *layers, tokens)
         return x_BTD, (layer_cache, report)
 
-    few = jax.tree.leaves(parameters)[0].shape[0] <= MOST_UNROLLED
+    few = is_unrolled(jax.tree.leaves(parameters)[0].shape[0])
     x_BTD, (cache, reports) = jax.lax.scan(step, x_BTD, (parameters, cache), unroll=few)
     return x_BTD, cache, reports, None
+
+
+def is_unrolled(num_superblocks: int) -> bool:
+    """Whether `scan_layers` lays out so many superblocks without a loop."""
+    return num_superblocks <= MOST_UNROLLED
 
 
 def _unchanged(x_BTD: Array) -> Array:

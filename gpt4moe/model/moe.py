@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int, Key
 
 from gpt4moe.config.moe import MoeConfig
-from gpt4moe.model.experts import Experts
+from gpt4moe.model import routers
+from gpt4moe.model.experts import Experts, apply_single_expert
 from gpt4moe.model.layers import FeedForward, Slots, normal_parameter
 from gpt4moe.model.layout import Layout
 from gpt4moe.model.router import RouterInputs, Routing, top_k
@@ -71,6 +72,7 @@ class Moe(nnx.Module):
     """
 
     def __init__(self, layers: Slots, dim: int, config: MoeConfig, layout: Layout, out_scale: float, rngs: nnx.Rngs):
+        routers.check(config)
         router_std = ROUTER_INIT_SCALE * dim**-0.5
         router_axes = ("embed", "router_experts")
         self.router = normal_parameter(rngs, layers, (dim, config.num_experts), router_axes, router_std)
@@ -90,7 +92,10 @@ class Moe(nnx.Module):
         """
         routing = self._route(x_BTD, tokens, training=not dropless)
         drops = self.config.capacity_factor is not None and not dropless
-        y_BTD, dropped = self.layout.apply_experts(self.experts(), x_BTD, routing, self.config, drops)
+        if self.config.num_experts == 1 and not drops:
+            y_BTD, dropped = apply_single_expert(self.experts(), x_BTD, routing)
+        else:
+            y_BTD, dropped = self.layout.apply_experts(self.experts(), x_BTD, routing, self.config, drops)
         if self.shared_expert is not None:
             y_BTD = y_BTD + self.shared_expert(x_BTD)
         return y_BTD, _report(routing, dropped, with_choices)

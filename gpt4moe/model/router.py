@@ -88,7 +88,7 @@ def top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfi
     """
     probabilities_UE = jax.nn.softmax(logits_UE, axis=-1)
     expert_ids_UK = choose(probabilities_UE, inputs, config)
-    return assemble(logits_UE, expert_ids_UK, gates_of(probabilities_UE, expert_ids_UK, config), inputs)
+    return assemble(logits_UE, expert_ids_UK, gates_of(probabilities_UE, expert_ids_UK, inputs, config), inputs)
 
 
 def choose(scores_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Int[Array, "U K"]:
@@ -99,13 +99,20 @@ def choose(scores_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConf
     return jax.lax.top_k(jax.lax.stop_gradient(biased_UE), config.experts_per_token)[1]
 
 
+def chosen(expert_ids_UK: Int[Array, "U K"], inputs: RouterInputs) -> Bool[Array, "U K"]:
+    """Returns which of the choices are any: all but those that a replay leaves out."""
+    replay_ids_UK = inputs.replay_ids_UK
+    return jnp.ones(expert_ids_UK.shape, bool) if replay_ids_UK is None else replay_ids_UK >= 0
+
+
 def gates_of(
-    scores_UE: Float[Array, "U E"], expert_ids_UK: Int[Array, "U K"], config: MoeConfig
+    scores_UE: Float[Array, "U E"], expert_ids_UK: Int[Array, "U K"], inputs: RouterInputs, config: MoeConfig
 ) -> Float[Array, "U K"]:
     """Returns the scores of the chosen experts, over their sum where `normalize_gates`, times `gate_scale`."""
-    gates_UK = jnp.take_along_axis(scores_UE, expert_ids_UK, axis=-1)
+    gates_UK = jnp.take_along_axis(scores_UE, expert_ids_UK, axis=-1) * chosen(expert_ids_UK, inputs)
     if config.normalize_gates:
-        gates_UK = gates_UK / jnp.maximum(jnp.sum(gates_UK, axis=-1, keepdims=True), TINY)
+        total_U1 = jnp.sum(gates_UK, axis=-1, keepdims=True)
+        gates_UK = gates_UK / jnp.where(total_U1 > 0, total_U1, 1.0)
     return gates_UK * config.gate_scale
 
 
@@ -151,10 +158,8 @@ def assemble(
 
 
 def _used(used_UK: Array | None, expert_ids_UK: Array, inputs: RouterInputs) -> Array:
-    valid_UK = jnp.broadcast_to(inputs.valid_U[:, None], expert_ids_UK.shape)
-    if used_UK is not None:
-        valid_UK = valid_UK & used_UK
-    return valid_UK if inputs.replay_ids_UK is None else valid_UK & (inputs.replay_ids_UK >= 0)
+    valid_UK = inputs.valid_U[:, None] & chosen(expert_ids_UK, inputs)
+    return valid_UK if used_UK is None else valid_UK & used_UK
 
 
 def _stats(logits_UE: Array, probabilities_UE: Array, load_E: Array, valid_U: Array) -> RouterStats:

@@ -15,7 +15,7 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.attention import Attention
 from gpt4moe.model.cache import KVCache, init_cache
 from gpt4moe.model.layers import MATMUL_NAME, FeedForward, RMSNorm, Slots, depth_scale, normal_parameter
-from gpt4moe.model.layout import ONE_DEVICE, Layout
+from gpt4moe.model.layout import ONE_DEVICE, Layout, is_unrolled, scan_layers
 from gpt4moe.model.moe import Moe, MoeOut, RoutedTokens
 from gpt4moe.model.rope import Rotation, rotation
 from gpt4moe.types import Array
@@ -151,7 +151,8 @@ class Transformer(nnx.Module):
         mode = Mode(dropless, with_choices)
         x_BTD = self.layout.residual(self._embed(tokens_BT))
         x_BTD, leading = self._leading_layers(x_BTD, cache, tokens, mode)
-        step, parameters = self._layers([*self.dense_blocks, self.blocks], mode, in_loop=True)
+        in_loop = self.layout.run_layers is not scan_layers or not is_unrolled(config.num_moe_layers)
+        step, parameters = self._layers([*self.dense_blocks, self.blocks], mode, in_loop=in_loop)
         stacked = _stack_superblocks(cache, config.moe_every)
         numbers = jnp.array(self.layout.slots or range(config.num_moe_layers), jnp.int32)
         x_BTD, stacked, moe, idle = self.layout.run_layers(step, (parameters, numbers), stacked, x_BTD, tokens)

@@ -39,7 +39,7 @@ class Fold:
     """How the experts of a layer fold over a mesh.
 
     experts, hidden: axes of E and F. sequence: axes of T as tokens arrive. bucket_factor: see `_to_shards`.
-    ragged: dropless choices travel in pieces of the size there is.
+    ragged: dropless choices travel in pieces of the size there is. platform: what the devices are.
     """
 
     spread: Spread
@@ -48,6 +48,7 @@ class Fold:
     sequence: Axes
     bucket_factor: float | None
     ragged: bool
+    platform: str | None
 
     @property
     def travelling(self) -> Axes:
@@ -60,10 +61,12 @@ class Fold:
         return tuple(axis for axis in ("tensor",) if self.spread.mesh.shape[axis] > 1 and axis not in self.hidden)
 
 
-def sharded_experts(spread: Spread, bucket_factor: float | None, exchange: str) -> Callable:
+def sharded_experts(
+    spread: Spread, bucket_factor: float | None, exchange: str, platform: str | None = None
+) -> Callable:
     """Returns `apply_experts` for a mesh; `exchange` ("bucket" or "ragged") is how dropless choices travel."""
     experts, hidden = spread.axes_of("experts"), spread.axes_of("mlp")
-    fold = Fold(spread, experts, hidden, spread.residual, bucket_factor, exchange == "ragged")
+    fold = Fold(spread, experts, hidden, spread.residual, bucket_factor, exchange == "ragged", platform)
     return functools.partial(_apply, fold)
 
 
@@ -134,7 +137,11 @@ def _capacity_shard(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BTD
     sharing = tuple(axis for axis in sharing if axis in fold.travelling or axis not in fold.hidden)
     rows_ECD = _exchange(_my_part(dispatched.rows_XCD, sharing), fold.experts, split=0, join=1)
     y_ECD = _split_hidden(
-        fold, lambda rows: feed_forward(weights, dataclasses.replace(dispatched, rows_XCD=rows)), rows_ECD
+        fold,
+        lambda rows: feed_forward(
+            weights, dataclasses.replace(dispatched, rows_XCD=rows), config.grouped_product, fold.platform
+        ),
+        rows_ECD,
     )
     y_ECD = _in_place(_exchange(y_ECD, fold.experts, split=1, join=0), sharing, dispatched.rows_XCD.shape[1])
     y_BUD = dispatch.combine(y_ECD, dispatched.plan, len(x_BTD))
@@ -152,7 +159,7 @@ def _dropless_shard(fold: Fold, config: MoeConfig, weights: ExpertWeights, x_BTD
     if fold.experts:
         y_BUD, dropped = _to_shards(fold, config, weights, x_BUD, routing)
     else:
-        y_BUD, dropped = apply_experts(weights, x_BUD, routing, config, False)
+        y_BUD, dropped = apply_experts(weights, x_BUD, routing, config, False, fold.platform)
     y_BUD = _in_place(y_BUD, sharing, length)
     counted = tuple(axis for axis in _union(fold.spread.rows, fold.sequence, sharing) if axis not in gathered)
     partial = () if fold.travelling else fold.hidden
@@ -193,7 +200,9 @@ def _serve_arrived(
     gates = jnp.ones(all_ids_1S1.shape, jnp.float32)
     one_each = _routing(jnp.minimum(all_ids_1S1, held - 1), gates, all_ids_1S1 < held)
     here = dataclasses.replace(config, num_experts=held, experts_per_token=1, normalize_gates=False)
-    return _split_hidden(fold, lambda rows: apply_experts(weights, rows, one_each, here, False)[0], x_1SD)
+    return _split_hidden(
+        fold, lambda rows: apply_experts(weights, rows, one_each, here, False, fold.platform)[0], x_1SD
+    )
 
 
 def _split_hidden(fold: Fold, compute: Callable[[Array], Array], rows_XCD: Array) -> Array:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import math
 
+import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from gpt4moe.config.check import require
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.rules import ShardingRules
+from gpt4moe.model.attention_kernel import attend
+from gpt4moe.model.experts import apply_experts
 from gpt4moe.model.layout import ONE_DEVICE, Layout
 from gpt4moe.parallel.attention import sharded_attend, sharded_attend_through
 from gpt4moe.parallel.expert import sharded_experts
@@ -26,20 +29,30 @@ def make_layout(model: ModelConfig, config: MeshConfig, rules: ShardingRules, me
 
     Raises `CallerError` for rules under which a product's partial sums would mix different tokens.
     """
+    platform = mesh.devices.flat[0].platform
     if mesh.size == 1:
-        return ONE_DEVICE
+        return _one_device(platform)
     over = spread(mesh, config, rules)
     _require_unmixed(over)
     plain = {} if mesh.shape["stage"] == 1 else _pipeline(over, model, config)
-    platform = mesh.devices.flat[0].platform
     return Layout(
         attend=sharded_attend(over, platform),
         attend_through=sharded_attend_through(over),
-        apply_experts=sharded_experts(over, config.expert_bucket_factor, _exchange(config, over, platform)),
+        apply_experts=sharded_experts(over, config.expert_bucket_factor, _exchange(config, over, platform), platform),
         cross_entropy=sharded_cross_entropy(over),
         row_multiple=math.prod(mesh.shape[axis] for axis in over.rows),
         residual=functools.partial(_residual, over),
         **plain,
+    )
+
+
+def _one_device(platform: str) -> Layout:
+    """The layout of one device, which may be of another platform than those here: one that is only compiled for."""
+    if platform == jax.default_backend():
+        return ONE_DEVICE
+    return Layout(
+        attend=functools.partial(attend, backend=platform),
+        apply_experts=functools.partial(apply_experts, platform=platform),
     )
 
 

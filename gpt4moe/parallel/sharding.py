@@ -18,14 +18,14 @@ from gpt4moe.config.rules import ShardingRules
 def partition_spec(
     dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: ShardingRules, *, name: str = "tensor"
 ) -> PartitionSpec:
-    """Returns the mesh axes of every dim of one tensor; axes of size 1 are left out.
+    """Returns the mesh axes of every dim of one tensor; axes of size 1 are left out. A single expert lies everywhere.
 
     Raises `CallerError` where two dims fall on one mesh axis, or an axis does not divide its dim.
     """
     require(len(dims) == len(shape), name, tuple(dims), f"must name each of the {len(shape)} dims of {tuple(shape)}")
     entries, used = [], set()
     for dim, size in zip(dims, shape, strict=True):
-        axes = split_axes(mesh, rules.axes_of(dim) if dim else ())
+        axes = split_axes(mesh, rules.axes_of(dim) if dim and not (dim == "experts" and size == 1) else ())
         span = math.prod(mesh.shape[axis] for axis in axes)
         twice = f"puts two dims on mesh axis {sorted(used & set(axes))}"
         require(not used & set(axes), name, tuple(dims), twice, "change ShardingRules.overrides or MESH")

@@ -20,6 +20,7 @@ from gpt4moe import checkpoint
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
 from gpt4moe.data.store import TOKENIZER_FILE
+from gpt4moe.model import routers
 from gpt4moe.parallel import multihost, sharding
 from gpt4moe.parallel.mesh import make_mesh
 from gpt4moe.train import feed, metrics, resume, schedule, upcycle
@@ -119,6 +120,11 @@ def say_what_begins(start: Beginning) -> None:
         say(f"parameters are those of step {step:,} of {source}{as_experts}")
     if start.progress:
         say(f"going on from step {start.progress['step']} of {start.workdir}")
+    if routers.is_among(run.model.moe.router, routers.NON_CAUSAL):
+        say(
+            f"NOT CAUSAL: the router {run.model.moe.router.__name__} looks at later tokens of a row in training, "
+            "so that its training loss is not that of a language model; evaluation and decoding route token by token"
+        )
     say("compiling the training step")
 
 

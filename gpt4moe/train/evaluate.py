@@ -89,7 +89,7 @@ def evaluate_trained(model: Transformer, run: RunConfig, workdir: epath.PathLike
     Kept with `write_evaluation`. Raises `CallerError` where the tokens are gone and the sources have changed.
     """
     workdir = epath.Path(workdir)
-    evaluation = evaluate(run, _trained_store(run, workdir, step), nnx.split(model)[1])
+    evaluation = evaluate(run, trained_store(run, workdir, step), nnx.split(model)[1])
     write_evaluation(workdir, evaluation, step=step)
     return evaluation
 
@@ -100,12 +100,12 @@ def write_evaluation(workdir: epath.Path, evaluation: Evaluation, *, step: int) 
     write_atomically(workdir / "evaluation.json", json.dumps(document, indent=1) + "\n")
 
 
-def _trained_store(run: RunConfig, workdir: epath.Path, step: int) -> TokenStore:
+def trained_store(run: RunConfig, workdir: epath.PathLike, step: int) -> TokenStore:
     """The token store that the run was trained on, which needs no sources; made again where it is gone.
 
     Sources that have changed would give another split or tokenizer, under which the model's results mean nothing.
     """
-    directory = run.data.store or workdir / "data"
+    directory = run.data.store or epath.Path(workdir) / "data"
     content_hash = checkpoint.restore_progress(workdir, step)["store"]
     kept = pipeline.reopen_store(run.data, directory, content_hash)
     if kept:

@@ -60,11 +60,15 @@ def settings(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
-    """The settings that differ from the saved ones and are not free to, as `name: saved -> now`."""
+    """The settings that differ from the saved ones and are not free to, as `name: saved -> now`.
+
+    A setting that was not saved, because the library did not have it yet, was at its default.
+    """
     now = settings(run)
-    names = [name for name in sorted(saved.keys() | now.keys()) if not name.startswith(FREE_SETTINGS)]
-    changed = [name for name in names if saved.get(name) != now.get(name)]
-    return [f"{name}: {saved.get(name)!r} -> {now.get(name)!r}" for name in changed]
+    there = _defaults(run) | saved
+    names = [name for name in sorted(there.keys() | now.keys()) if not name.startswith(FREE_SETTINGS)]
+    changed = [name for name in names if there.get(name) != now.get(name)]
+    return [f"{name}: {there.get(name)!r} -> {now.get(name)!r}" for name in changed]
 
 
 def saved_progress(
@@ -119,6 +123,18 @@ def inherit_tokenizer(run: RunConfig) -> RunConfig:
         same, "tokenizer", config.path or "byte_level_only", f"is not the one of INIT_FROM ({path})", "leave it out"
     )
     return run
+
+
+def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The plain default of every setting of `config` that has one, by its dotted name."""
+    named = {}
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}.{field.name}" if prefix else field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            named |= _defaults(value, name)
+        elif field.default is not dataclasses.MISSING:
+            named[name] = _plain(field.default)
+    return named
 
 
 def _plain(value: Any) -> Any:

@@ -24,10 +24,15 @@ from gpt4moe.config.check import require
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
+from gpt4moe.model import routers
+from gpt4moe.model.router import top_k
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel import sharding
 from gpt4moe.parallel.layout import make_layout
 from gpt4moe.types import Array
+
+# They choose by each expert's own score and nothing else, so that equal scores are chosen together.
+CHOOSE_WHOLE_REPLICAS = (top_k, routers.softmax_of_chosen, routers.sigmoid_top_k)
 
 
 def dense_source(run: RunConfig, step: int) -> ModelConfig | None:
@@ -55,11 +60,10 @@ def restore_upcycled(run: RunConfig, dense: ModelConfig, step: int, fresh: nnx.S
 
 
 def abstract_dense(run: RunConfig, dense: ModelConfig, mesh: Mesh) -> tuple[nnx.State, tuple[int, ...] | None]:
-    """Shapes and layout of the dense model's parameters on the run's mesh, its one expert everywhere, and the slots."""
+    """Shapes and layout of the dense model's parameters on the run's mesh, and its slots."""
     layout = make_layout(run.model, run.mesh, run.rules, mesh)
     shapes = nnx.split(nnx.eval_shape(lambda: Transformer(dense, rngs=nnx.Rngs(0), layout=layout)))[1]
-    rules = dataclasses.replace(run.rules, overrides=(*dict(run.rules.overrides, experts=()).items(),))
-    return sharding.laid_out_shapes(shapes, sharding.state_shardings(shapes, mesh, rules)), layout.slots
+    return sharding.laid_out_shapes(shapes, sharding.state_shardings(shapes, mesh, run.rules)), layout.slots
 
 
 def upcycled(dense: nnx.State, fresh: nnx.State, moe: MoeConfig) -> nnx.State:
@@ -91,7 +95,11 @@ def _check(moe: MoeConfig, width: int) -> None:
         value = getattr(moe, name)
         constraint = f"must be a multiple of the slices ({slices}) that experts of {moe.hidden_dim} cut {width} into"
         require(value % slices == 0, name, value, constraint, f"change {name} or hidden_dim")
-    mend = "set normalize_gates=True and gate_scale=1.0"
-    sums_to_one = moe.normalize_gates and moe.gate_scale == 1.0
     constraint = "gives gates that do not sum to 1, so that experts of a dense model would not give its output"
-    require(sums_to_one, "normalize_gates", moe.normalize_gates, constraint, mend)
+    for name, wanted in (("normalize_gates", True), ("gate_scale", 1.0)):
+        require(getattr(moe, name) == wanted, name, getattr(moe, name), constraint, f"set {name}={wanted}")
+    mend, name = "take top_k", getattr(moe.router, "__name__", None)
+    require(not routers.is_among(moe.router, (routers.expert_choice,)), "router", name, constraint, mend)
+    constraint = f"need not choose whole replicas of the {slices} slices"
+    whole = routers.is_among(moe.router, CHOOSE_WHOLE_REPLICAS)
+    require(slices == 1 or whole, "router", name, constraint, f"{mend}, or experts as wide as the dense model's")

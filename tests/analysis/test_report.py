@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from gpt4moe.analysis.figures import MAX_POINTS, smooth, thin
+from gpt4moe.analysis.canvas import MAX_LAYERS, MAX_POINTS, log_ratio, shown_layers, smooth, thin
 from gpt4moe.analysis.history import Series, read_history
 from gpt4moe.analysis.report import write_report
 
@@ -28,12 +28,16 @@ def logged_row(step):
     row |= {"grad_norm": 1 + 3 / step, "learning_rate": 1e-3 * min(step / 20, 1), "batch_tokens": 4096}
     row |= {"tokens_per_second": 12_345.0, "model_flops_utilization": 0.31, "step_seconds": 0.33, "goodput": 0.97}
     row |= {"moe/load": load.tolist(), "moe/load_max_over_mean": float(load.max() * EXPERTS)}
-    row |= {"moe/load_entropy": 1.3, "moe/dropped_fraction": 0.0123, "moe/router_entropy": 1.2, "skipped_steps": 0}
+    row |= {"moe/load_entropy": [0.9, 0.8, 0.7], "moe/dropped_fraction": [0.0023, 0.0123, 0.0223], "skipped_steps": 0}
+    row |= {"moe/router_entropy": [1.2, 1.1, 1.0], "moe/router_largest_logit": [2.0, 3.0, 4.0 + step / 50]}
+    row |= {"moe/expert_grad_norm": (load * 3).tolist()}
     if step % 50 == 0:
         row |= {f"eval/{source}/{key}": loss for source in ("code", "text") for key in HELD_OUT_KEYS}
     return row
 
 
+EXPERT_CHARTS = ("Expert load", "Gradient norm per expert", "Load balance", "Auxiliary losses", "Load entropy")
+EXPERT_CHARTS += ("Router entropy", "Router logits", "Dropped assignments", "Dead experts")
 EVALUATION = {
     "step": 200,
     "sets": {
@@ -96,7 +100,10 @@ def test_report_shows_the_run_and_stands_alone(workdir):
     source = path.read_text()
     page = Page(source)
     assert page.depth == 0
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 5 + 9
+    for title in EXPERT_CHARTS:
+        assert title in page.text, title
+    assert "gpt4moe report adds what held-out text shows" in page.text
     assert len(source) < 2_000_000
     for shown in ("819,200", "12,345", "31.0%", "2.510", "7.250", "1.620", "4.600", "9,000", "1.23%", "NUM_LAYERS = 3"):
         assert shown in page.text, shown
@@ -163,7 +170,26 @@ def test_a_run_in_which_nothing_was_finite_has_a_report_all_the_same(workdir):
     (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (workdir / "evaluation.json").write_text(json.dumps({"step": 3, "sets": {"code": dict.fromkeys(HELD_OUT_KEYS)}}))
     page = Page(write_report(workdir).read_text())
-    assert "12,288" in page.text and page.tags.count("svg") == 8
+    assert "12,288" in page.text and page.tags.count("svg") == 5 + 9
+
+
+def test_of_many_layers_some_are_shown_first_and_last_among_them():
+    assert shown_layers(3) == [0, 1, 2]
+    assert len(shown_layers(96)) == MAX_LAYERS
+    assert {0, 95} <= set(shown_layers(96))
+
+
+def test_ratios_are_cut_at_a_factor_of_four_and_gaps_stay():
+    np.testing.assert_allclose(log_ratio(np.array([0, 0.5, 1, 4, 9, np.nan])), [-2, -1, 0, 2, 2, np.nan])
+
+
+def test_a_log_of_before_there_were_gradients_of_experts_has_a_report(workdir):
+    log = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:
+        del row["moe/expert_grad_norm"], row["moe/router_largest_logit"]
+    log.write_text("\n".join(map(json.dumps, rows)))
+    assert Page(write_report(workdir).read_text()).tags.count("svg") == 5 + 7
 
 
 def test_thinning_keeps_the_mean_and_the_last_token():

@@ -24,7 +24,7 @@ from gpt4moe.config.rules import ShardingRules
 from gpt4moe.config.run import RunConfig
 from gpt4moe.config.tokenizer import TokenizerConfig
 from gpt4moe.config.train import TrainConfig
-from gpt4moe.model import layout
+from gpt4moe.model import layout, routers
 from gpt4moe.parallel import sharding
 from gpt4moe.parallel.mesh import make_mesh
 from gpt4moe.train import feed, state
@@ -36,11 +36,20 @@ CAPACITY = {"capacity": 0.8, "dropless": None}
 MODELS = {
     "plain": {},
     "bfloat16": {"compute_dtype": "bfloat16"},
+    "dense": {"moe": MoeConfig(1, 1, 16, normalize_gates=False, load_balance_weight=0.0, router_z_weight=0.0)},
     # The first and then every second layer dense, a shared expert, a head of its own, a key and value head for every
     # query head.
     "mixed": {"leading_dense_layers": 1, "moe_every": 2, "dense_hidden_dim": 16, "tie_embeddings": False},
 }
-TOLERANCE = {"plain": 1e-5, "mixed": 1e-5, "bfloat16": 2e-2}
+# Noise of every row's own, loads of the whole batch that move a bias and weigh the balance loss; on two microbatches
+# the batch's counts go from one to the next.
+ROUTED = {"num_experts": 8, "experts_per_token": 2, "hidden_dim": 8, "load_balance_weight": 0.1, "bias_rate": 0.01}
+ROUTED |= {"router": routers.noisy_top_k, "router_z_weight": 0.1}
+MODELS |= {
+    "routed": {"moe": MoeConfig(**ROUTED, load_balance_scope="microbatch")},
+    "routed over the batch": {"moe": MoeConfig(**ROUTED, load_balance_scope="batch")},
+}
+TOLERANCE = dict.fromkeys(MODELS, 1e-5) | {"bfloat16": 2e-2}
 EXPERTS_ON_TENSOR = {"experts": ["expert", "tensor"], "mlp": []}
 
 
@@ -98,9 +107,16 @@ LAYOUTS = {
     "TP2 x EP2, mixed layers, keys and values split": Row(
         {"tensor": 2, "expert": 2}, rules={"kv_heads": ["tensor"]}, model="mixed", layers=5, dispatchers=("capacity",)
     ),
+    "EP2 x TP2, dense": Row({"expert": 2, "tensor": 2}, model="dense", dispatchers=("dropless",)),
     "CP2 x TP2": Row({"context": 2, "tensor": 2}),
     "CP2 x EP2 x TP2": Row({"context": 2, "expert": 2, "tensor": 2}, {"sequence_parallel": True}),
     "PP2 x CP2 x EP2": Row({"stage": 2, "context": 2, "expert": 2}, {"virtual_stages": 2}),
+    "routed, EP4": Row({"expert": 4}, model="routed", dispatchers=("dropless",)),
+    "routed, PP2": Row({"stage": 2}, model="routed", dispatchers=("dropless",)),
+    "routed, CP2 x EP2 x TP2": Row({"context": 2, "expert": 2, "tensor": 2}, model="routed", dispatchers=("dropless",)),
+    "routed over the batch, FSDP2 x TP2, two passes": Row(
+        {"fsdp": 2, "tensor": 2}, model="routed over the batch", microbatch_rows=ROWS // 2, dispatchers=("dropless",)
+    ),
     "experts over EP2 x TP2": Row({"expert": 2, "tensor": 2, "data": 2}, rules=EXPERTS_ON_TENSOR),
     "experts over EP2 x TP2, sequence parallel": Row(
         {"expert": 2, "tensor": 2, "context": 2}, {"sequence_parallel": True}, EXPERTS_ON_TENSOR
@@ -109,8 +125,8 @@ LAYOUTS = {
 
 
 @functools.cache
-def one_device(model, layers):
-    return Row({}, model=model, layers=layers)
+def one_device(model, layers, microbatch_rows):
+    return Row({}, model=model, layers=layers, microbatch_rows=microbatch_rows)
 
 
 def run_of(dispatch, row):
@@ -123,8 +139,12 @@ def run_of(dispatch, row):
         vocab_size=VOCAB,
         context_length=LENGTH,
         attention=AttentionConfig(4, 4 if mixed else 2, qk_norm=True, query_chunk=row.query_chunk),
-        moe=MoeConfig(8, 2, hidden_dim=8, shared_hidden_dim=8 if mixed else 0, **moe),
-        **{"compute_dtype": "float32", "remat": "full"} | MODELS[row.model],
+        **{
+            "moe": MoeConfig(8, 2, hidden_dim=8, shared_hidden_dim=8 if mixed else 0, **moe),
+            "compute_dtype": "float32",
+            "remat": "full",
+        }
+        | MODELS[row.model],
     )
     data = DataConfig((SourceConfig("text", paths=("unused",)),), LENGTH, TokenizerConfig(VOCAB, byte_level_only=True))
     train = TrainConfig(STEPS, 10**9, ROWS * LENGTH, seed=0, checkpoint_every=100, microbatch_rows=row.microbatch_rows)
@@ -226,7 +246,8 @@ CASES = [pytest.param(row, name, id=f"{label}-{name}") for label, row in LAYOUTS
 @pytest.mark.parametrize(("row", "dispatch"), CASES)
 def test_a_layout_equals_one_device(row, dispatch, monkeypatch):
     monkeypatch.setattr(layout, "MOST_UNROLLED", 0)  # a loop compiles faster
-    got, want = course(dispatch, row), course(dispatch, one_device(row.model, row.layers))
+    alone = row.microbatch_rows if row.model.startswith("routed") else ROWS  # noise belongs to a microbatch's rows
+    got, want = course(dispatch, row), course(dispatch, one_device(row.model, row.layers, alone))
     tolerance = TOLERANCE[row.model]
     for path, leaf in want.first.items():
         np.testing.assert_array_equal(got.first[path], leaf, err_msg=path)

@@ -22,11 +22,13 @@ from gpt4moe.plan import compile as compiling
 LENGTH, ROWS, VOCAB, LAYERS = 64, 16, 320, 12
 EIGHT = CompileConfig("cpu:8", decode_rows=8, decode_length=64, weight_dtype="float32")
 FOUR = dataclasses.replace(EIGHT, topology="cpu:4")
+LEADING = {"num_layers": LAYERS + 2, "leading_dense_layers": 2, "dense_hidden_dim": 192}
 LAYOUTS = {
-    "one device": ({}, {}),
-    "TP2 x EP2 x FSDP2": ({"tensor": 2, "expert": 2, "fsdp": 2}, {"sequence_parallel": True}),
-    "CP4 x TP2": ({"context": 4, "tensor": 2}, {}),
-    "PP2 interleaved x2 x EP2 x TP2": ({"stage": 2, "expert": 2, "tensor": 2}, {"virtual_stages": 2}),
+    "one device": ({}, {}, {}),
+    "TP2 x EP2 x FSDP2": ({"tensor": 2, "expert": 2, "fsdp": 2}, {"sequence_parallel": True}, {}),
+    "CP4 x TP2": ({"context": 4, "tensor": 2}, {}, {}),
+    # Two dense layers before the pipeline.
+    "PP2 interleaved x2 x EP2 x TP2": ({"stage": 2, "expert": 2, "tensor": 2}, {"virtual_stages": 2}, LEADING),
 }
 
 
@@ -57,7 +59,8 @@ def one_microbatch(run):
 
 @functools.cache
 def document_of(name):
-    return compiling.examine(run_of(*LAYOUTS[name]), EIGHT)
+    axes, settings, model = LAYOUTS[name]
+    return compiling.examine(with_model(run_of(axes, settings), **model), EIGHT)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -65,6 +68,12 @@ def test_compiled_flops_are_those_the_analysis_expects(name):
     document = document_of(name)
     assert document["compiled_over_executed"] == pytest.approx(1, abs=0.05), document["products"]
     assert document["unknown_loops"] == []
+
+
+def test_layers_before_a_pipeline_are_recomputed_too():
+    products = document_of("PP2 interleaved x2 x EP2 x TP2")["products"]
+    flops = {item["pass_name"]: item["flops"] for item in products if item["source"].startswith("attention.py")}
+    assert flops["recomputed"] == flops["forward"]
 
 
 def test_one_chip_holds_parameters_and_moments():

@@ -86,6 +86,17 @@ def test_layers_before_a_pipeline_are_run_by_every_stage_for_all_its_rows():
     assert counted.attention == 4 * ((16 + 3) * 3 / 16 + 2) * TOKENS * 2 * 64 * (2 * 4 * 32 + 2 * 32)
 
 
+def test_a_single_expert_is_a_dense_product_whose_results_are_kept():
+    """As the shared expert of equal width: every token, no capacity, what the policy `dots` keeps."""
+    run = run_of({}, {})
+    one = dataclasses.replace(run.model.moe, num_experts=1, experts_per_token=1, shared_hidden_dim=256)
+    one = dataclasses.replace(one, capacity_factor=None)
+    counted = executed.train_step(
+        dataclasses.replace(run, model=dataclasses.replace(run.model, moe=one, remat="dots")), ONE, KERNEL
+    )
+    assert counted.experts == counted.shared_expert == 3 * LAYERS * TOKENS * 2 * (2 * 64 * 256)
+
+
 @pytest.mark.parametrize(("remat", "attention", "experts"), [("none", 3, 3), ("dots", 3, 4), ("full", 4, 4)])
 def test_recomputation_is_what_the_policy_does_not_keep(remat, attention, experts):
     run = run_of({}, {})

@@ -32,6 +32,15 @@ def test_a_record_from_before_there_were_rules_is_no_difference():
     assert resume.differences(before, RUN) == []
 
 
+def test_settings_that_the_library_did_not_have_yet_were_at_their_defaults():
+    new = ("model.leading_dense_layers", "model.moe.router", "model.moe.bias_rate", "model.moe.load_balance_scope")
+    before = {name: value for name, value in SAVED.items() if name not in new}
+    assert resume.differences(before, RUN) == []
+    moe = dataclasses.replace(RUN.model.moe, bias_rate=0.1)
+    moved = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, moe=moe))
+    assert resume.differences(before, moved) == ["model.moe.bias_rate: 0.0 -> 0.1"]
+
+
 def test_what_is_trained_may_not_and_is_told_by_name():
     optimizer = dataclasses.replace(RUN.optimizer, learning_rate=0.5)
     changed = dataclasses.replace(tiny.with_train(RUN, seed=3), optimizer=optimizer)
