@@ -154,10 +154,49 @@ def test_load_gives_the_trained_model_with_the_counted_parameters(workdir):
 
 
 def test_report_and_doctor_answer(workdir, capsys):
-    assert document_of(capsys, ["report", f"--workdir={workdir}"])["report"].endswith("report.html")
+    assert document_of(capsys, ["report", f"--workdir={workdir}", "--no_capture"])["experts"] is None
     document = document_of(capsys, ["doctor", "--gin_file=gin_configs/run/tiny.gin", f"--workdir={workdir}"])
     assert document["model"]["fits"] is True
     assert document["devices"][0]["platform"] == "cpu"
+
+
+def test_report_shows_the_experts_of_the_run_and_where_the_tokens_of_any_text_went(workdir, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick <b>café</b>\n")
+    words = ["report", f"--workdir={workdir}", "--tokens=200", f"--text={text}", "--prompt=lazy dogs"]
+    document = document_of(capsys, words)
+    assert 0 < document["tokens"] <= 200 and document["step"] == 8
+    assert list(document["saturation"]) == ["4"]
+    assert all(0.25 < share < 1 for share in document["saturation"]["4"])
+    assert [(given["name"], given["tokens"], given["shown"]) for given in document["texts"]] == [
+        ("prompt 1", 10, 10),
+        (str(text), 24, 24),
+    ]
+    assert [len(layers) for layers in document["specialization"].values()] == [2, 2, 2]
+    page = pathlib.Path(document["experts"]).read_text()
+    assert "files, held out" in page and ">é</span>" in page and "<b>caf" not in page
+    report = pathlib.Path(document["report"]).read_text()
+    for shown in ("Router saturation", "Co-activation", "Specialisation by token class", 'href="experts.html"'):
+        assert shown in report
+
+
+def test_texts_that_cannot_be_coloured_are_refused(workdir, tmp_path, capsys):
+    latin, bare = tmp_path / "latin.txt", tmp_path / "bare"
+    latin.write_bytes("café".encode("latin-1"))
+    bare.mkdir()
+    shutil.copy(workdir / "metrics.jsonl", bare)
+    shutil.copy(workdir / "config.gin", bare)
+    for given, message in (
+        ([f"--text={tmp_path / 'missing.txt'}"], "missing.txt"),
+        ([f"--text={latin}"], "must be UTF-8 and not empty"),
+        (["--prompt="], "must be UTF-8 and not empty"),
+        (["--prompt=x", "--no_capture"], "leaves no model to read texts"),
+        (["--step=99"], "[4, 8]"),
+    ):
+        assert message in refusal_of(capsys, ["report", f"--workdir={workdir}", *given])
+    assert "no complete checkpoint" in refusal_of(capsys, ["report", f"--workdir={bare}", "--prompt=x"])
+    assert main(["report", f"--workdir={bare}"]) == 0
+    assert "no checkpoint: the figures are those of the log alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate", "report"])

@@ -1,5 +1,7 @@
 """What is captured of a pass: every token of held-out and of given text once, with the choices the model reports."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -80,6 +82,13 @@ def test_every_token_has_the_choices_of_its_own_pass(model, batches, seen):
             np.testing.assert_allclose(
                 seen.gates_LUK[layer, before + place], choices.gates_BTK[layer, 0, place], atol=1e-5
             )
+
+
+def test_nothing_is_dropped_although_training_would(model, batches, seen):
+    tight = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, capacity_factor=0.3))
+    definition = nnx.split(nnx.eval_shape(lambda: Transformer(tight, rngs=nnx.Rngs(0))))[0]
+    again = capture(nnx.merge(definition, nnx.split(model)[1]), batches)
+    np.testing.assert_array_equal(again.expert_ids_LUK, seen.expert_ids_LUK)
 
 
 def test_a_mesh_gives_the_choices_of_one_device(batches, seen):

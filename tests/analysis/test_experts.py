@@ -118,6 +118,16 @@ def test_every_character_is_shown_once_with_its_expert(experts, page):
     assert page.tokens[number - 1][0]["data-i"] == str(number)  # the second text goes on counting
 
 
+def test_tokens_that_look_like_tags_and_quotes_are_text_in_the_page_and_in_its_labels():
+    text = "x<img src=1>x<script>" + MALICE
+    tokenizer = train_tokenizer([text] * 50, 500)
+    seen = made_up(tokenizer, text)
+    assert {"<img", "<script"} <= {tokenizer.decode([index]) for index in seen.token_ids_U}
+    page = Page(expert_page("a run", Experts(1, ("x",), tokenizer, None, (Text("x", seen),), {})))
+    assert "".join(shown for _, shown in page.tokens) == "<|endoftext|>" + text
+    assert all(attributes["aria-label"].startswith(f"{shown}: expert") for attributes, shown in page.tokens)
+
+
 def test_the_page_carries_all_choices_of_all_layers(experts, page):
     data = json.loads(page.scripts[0])
     layers, tokens, width = data["shape"]
