@@ -199,7 +199,8 @@ def _serve_arrived(
     all_ids_1S1 = _gathered(ids_1S1, fold.travelling)
     gates = jnp.ones(all_ids_1S1.shape, jnp.float32)
     one_each = _routing(jnp.minimum(all_ids_1S1, held - 1), gates, all_ids_1S1 < held)
-    here = dataclasses.replace(config, num_experts=held, experts_per_token=1, normalize_gates=False)
+    one = {"experts_per_token": 1, "normalize_gates": False, "num_groups": 1, "groups_per_token": 1}  # routed already
+    here = dataclasses.replace(config, num_experts=held, **one)
     return _split_hidden(
         fold, lambda rows: apply_experts(weights, rows, one_each, here, False, fold.platform)[0], x_1SD
     )

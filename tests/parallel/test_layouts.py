@@ -48,6 +48,7 @@ ROUTED |= {"router": routers.noisy_top_k, "router_z_weight": 0.1}
 MODELS |= {
     "routed": {"moe": MoeConfig(**ROUTED, load_balance_scope="microbatch")},
     "routed over the batch": {"moe": MoeConfig(**ROUTED, load_balance_scope="batch")},
+    "group-limited": {"moe": MoeConfig(8, 2, 8, router=routers.group_limited, num_groups=4, groups_per_token=2)},
 }
 TOLERANCE = dict.fromkeys(MODELS, 1e-5) | {"bfloat16": 2e-2}
 EXPERTS_ON_TENSOR = {"experts": ["expert", "tensor"], "mlp": []}
@@ -112,6 +113,7 @@ LAYOUTS = {
     "CP2 x EP2 x TP2": Row({"context": 2, "expert": 2, "tensor": 2}, {"sequence_parallel": True}),
     "PP2 x CP2 x EP2": Row({"stage": 2, "context": 2, "expert": 2}, {"virtual_stages": 2}),
     "routed, EP4": Row({"expert": 4}, model="routed", dispatchers=("dropless",)),
+    "group-limited, EP4": Row({"expert": 4}, model="group-limited", dispatchers=("dropless",)),  # two experts a device
     "routed, PP2": Row({"stage": 2}, model="routed", dispatchers=("dropless",)),
     "routed, CP2 x EP2 x TP2": Row({"context": 2, "expert": 2, "tensor": 2}, model="routed", dispatchers=("dropless",)),
     "routed over the batch, FSDP2 x TP2, two passes": Row(
