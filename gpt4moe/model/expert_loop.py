@@ -59,7 +59,7 @@ def _serve(matrices: Matrices, x_UD: Array, gates_UK: Array, places: Places) -> 
 
 def _serve_forward(matrices: Matrices, x_UD: Array, gates_UK: Array, places: Places) -> tuple[Array, tuple]:
     token_S, slot_UK, used_UK, counts_E = places
-    y_SD, hidden_SF = _forward(matrices, _rows(x_UD, token_S), counts_E, slot_UK.size)
+    y_SD, hidden_SF = _forward(matrices, _used_rows(x_UD, token_S, counts_E), counts_E, slot_UK.size)
     weights_UK = jnp.where(used_UK, gates_UK, 0.0)
     y_UD = sum(
         jnp.where(used_U[:, None], _rows(y_SD, slot_U).astype(jnp.float32), 0.0) * weight_U[:, None]
@@ -76,7 +76,8 @@ def _serve_backward(residuals: tuple, dy_UD: Array) -> tuple:
     dgate_S = jnp.sum(dweighted_SD * y_SD.astype(jnp.float32), axis=-1)
     dgates_UK = jnp.where(used_UK, _rows(dgate_S, slot_UK), 0.0).astype(gates_UK.dtype)
     dy_SD = (dweighted_SD * gate_S[:, None]).astype(x_UD.dtype)
-    dx_SD, dmatrices = _backward(matrices, dy_SD, _rows(x_UD, token_S), hidden_SF, counts_E, slot_UK.size)
+    x_SD = _used_rows(x_UD, token_S, counts_E)
+    dx_SD, dmatrices = _backward(matrices, dy_SD, x_SD, hidden_SF, counts_E, slot_UK.size)
     dx_UD = sum(
         jnp.where(used_U[:, None], _rows(dx_SD, slot_U).astype(jnp.float32), 0.0)
         for slot_U, used_U in zip(slot_UK.T, used_UK.T, strict=True)
@@ -257,6 +258,12 @@ def _overhang(sizes: tuple[int, ...]) -> int:
     """Rows that the last piece of an expert may reach beyond its rows."""
     held_R = _cheapest_pieces(sizes) @ np.array(sizes)
     return int(np.max(held_R - np.arange(len(held_R))))
+
+
+def _used_rows(x_UD: Array, token_S: Array, counts_E: Array) -> Array:
+    """The token in each slot, zeros beyond the used ones: a piece may reach there, and what padding holds must not."""
+    used_S = jnp.arange(token_S.size) < jnp.sum(counts_E)
+    return jnp.where(used_S[:, None], _rows(x_UD, token_S), 0)
 
 
 def _rows(rows: Array, index: Array) -> Array:

@@ -85,6 +85,19 @@ def test_equals_every_expert_on_every_token(situation, dtype):
     assert relative_difference(gradients, want_gradients) < tolerance
 
 
+def test_what_padding_holds_reaches_nothing():
+    """A token none of whose choices is used may hold anything; its last neighbours' piece reaches into its rows."""
+    routing, weights = routing_of(4, 2, used=0.6), weights_of(4, gated=True)
+    unused_GU = ~routing.used_UK.any(axis=-1)
+    assert unused_GU.any()
+    x_GUD, dy_GUD = (jax.random.normal(jax.random.key(k), (1, TOKENS, DIM)) for k in (2, 3))
+    given = (routing.gates_UK, weights, dy_GUD, routing.expert_ids_UK, routing.used_UK)
+    config = MoeConfig(4, 2, HIDDEN, normalize_gates=False)
+    infinite_GUD = jnp.where(unused_GU[..., None], jnp.inf, x_GUD)
+    want, got = (ours(x, *given, config, False) for x in (x_GUD, infinite_GUD))
+    assert relative_difference(got, want) == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_blocks_in_turn_are_a_batched_product(gated, dtype):
