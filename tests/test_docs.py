@@ -42,6 +42,18 @@ def test_the_commands_about_experts_build():
         assert said == f"E {moe.num_experts}, K {moe.experts_per_token}, F {moe.hidden_dim}"
 
 
+def test_the_commands_about_routers_build():
+    """Each as it stands: every override is one that a part of the run reads."""
+    text = (ROOT / "docs/routers.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("gpt4moe ")]
+    assert len(commands) >= 5
+    for command in commands:
+        arguments = flags.parse(shlex.split(command)[1:])
+        run, _ = build_run(arguments.gin_file, arguments.overrides)
+        plain, _ = build_run(arguments.gin_file)
+        assert (run.model, run.train) != (plain.model, plain.train)
+
+
 def test_the_examples_of_the_laws_run_and_give_what_they_say(capsys):
     """`print` lines end in a comment with what they print."""
     text = (ROOT / "docs/laws.md").read_text()
