@@ -11,12 +11,12 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 
 from gpt4moe.config.check import CallerError, require, require_count
-from gpt4moe.config.data import DataConfig
+from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.data.mixture import MixedSource, Mixture
 from gpt4moe.data.packing import Plan, cached_plan
 from gpt4moe.data.prepare import Progress, prepare
@@ -53,7 +53,8 @@ class TrainRows:
     """Iterator over this host's rows of the global microbatches.
 
     `next()` gives a numpy Batch of [microbatch_rows // num_hosts, T]; the last one of a finite mixture is filled up
-    with empty rows, after it comes StopIteration. `source_ids` number `store.source_names`.
+    with empty rows, after it comes StopIteration. `source_ids` number `store.source_names`; sources that are held out
+    as a whole have no rows.
     """
 
     def __init__(
@@ -73,19 +74,21 @@ class TrainRows:
         self._store, self._config = store, config
         self._microbatch_rows, self._host_rows = microbatch_rows, microbatch_rows // num_hosts
         self._first_row = host * self._host_rows
-        self._plans = [row_plan(store, config, source, "train") for source in store.source_names]
-        self._mixture = _mixture(store, config, self._plans)
+        by_name = {source.name: source for source in config.sources}
+        self._sources = tuple(by_name[name] for name in store.source_names if by_name[name].is_trained)
+        self._plans = [row_plan(store, config, source.name, "train") for source in self._sources]
+        self._mixture = _mixture(self._sources, self._plans, exhaust_together=config.exhaust_together)
         rows, numbers = [], []
-        for index, (source, plan) in enumerate(zip(store.source_names, self._plans, strict=True)):
-            seed = _seed(config.seed, source)
-            rows.append(_endless(PackedRows(store.stream(source, "train"), plan, index), seed))
+        for source, plan in zip(self._sources, self._plans, strict=True):
+            seed, index = _seed(config.seed, source.name), store.source_names.index(source.name)
+            rows.append(_endless(PackedRows(store.stream(source.name, "train"), plan, index), seed))
             numbers.append(_endless(range(plan.num_rows), seed))
         self._rows = grain.MapDataset.select_from_datasets(rows, self._mixture)
         # The same order over row numbers alone, for the ledger of rows that other hosts read.
         self._order = numbers
         self._next_row = 0
         self._counted_row = 0
-        self._ledger = dict.fromkeys(store.source_names, 0)
+        self._ledger = {source.name: 0 for source in self._sources}
 
     def __iter__(self) -> TrainRows:
         return self
@@ -116,14 +119,14 @@ class TrainRows:
                 "give another workdir, or --allow_config_change to begin a new order of rows"
             )
         self._next_row = self._counted_row = int(state["next_row"]) if same else 0
-        self._ledger = {name: int(state["ledger"].get(name, 0)) for name in self._store.source_names}
+        self._ledger = {source.name: int(state["ledger"].get(source.name, 0)) for source in self._sources}
 
     def ledger(self) -> dict[str, int]:
         """Tokens (targets) delivered so far by source, over all hosts."""
         for position in range(self._counted_row, self._next_row):
             source, number = self._mixture[position]
             tokens = self._plans[source].row_tokens[self._order[source][number]]
-            self._ledger[self._store.source_names[source]] += int(tokens)
+            self._ledger[self._sources[source].name] += int(tokens)
         self._counted_row = self._next_row
         return dict(self._ledger)
 
@@ -142,10 +145,10 @@ class TrainRows:
 
     def packing(self) -> dict[str, dict[str, float]]:
         """Rows, fill (share of positions that hold a token) and cut documents by source."""
-        pairs = zip(self._store.source_names, self._plans, strict=True)
+        pairs = zip(self._sources, self._plans, strict=True)
         return {
-            name: {"rows": plan.num_rows, "fill": plan.fill, "split_documents": plan.split_documents}
-            for name, plan in pairs
+            source.name: {"rows": plan.num_rows, "fill": plan.fill, "split_documents": plan.split_documents}
+            for source, plan in pairs
         }
 
     def _fingerprint(self) -> str:
@@ -170,13 +173,12 @@ def held_out_batches(store: TokenStore, config: DataConfig, *, rows: int) -> Ite
             yield source, stack_rows(chosen, rows, config.sequence_length)
 
 
-def _mixture(store: TokenStore, config: DataConfig, plans: list[Plan]) -> Mixture:
-    by_name = {source.name: source for source in config.sources}
+def _mixture(sources: Sequence[SourceConfig], plans: Sequence[Plan], *, exhaust_together: bool) -> Mixture:
     mixed = [
-        MixedSource(name, plan.num_rows, plan.num_tokens, by_name[name].weight, by_name[name].max_epochs)
-        for name, plan in zip(store.source_names, plans, strict=True)
+        MixedSource(source.name, plan.num_rows, plan.num_tokens, source.weight, source.max_epochs)
+        for source, plan in zip(sources, plans, strict=True)
     ]
-    return Mixture(mixed, exhaust_together=config.exhaust_together)
+    return Mixture(mixed, exhaust_together=exhaust_together)
 
 
 def _endless(rows: PackedRows | range, seed: int) -> grain.MapDataset:
