@@ -29,7 +29,9 @@ class SourceConfig:
     is the text column or key of those that have one. `documents` is behind the contract of
     `gpt4moe.data.sources`. `weight` is the share of training tokens (relative to the other sources); 0: the source is
     never trained on and all of it is held out, to see how well a model does on a kind of text that it has not met.
-    `max_epochs` caps how often the source is seen, after which it leaves the mixture (None: no cap).
+    `max_epochs` caps how often the source is seen, after which it leaves the mixture (None: no cap). `unique_tokens`
+    keeps only so many of its training tokens (whole rows, drawn by the data's seed; fewer are among more), to study
+    repetition.
     """
 
     name: str
@@ -38,6 +40,7 @@ class SourceConfig:
     text_field: str = "text"
     weight: float = 1.0
     max_epochs: float | None = None
+    unique_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str), "name", self.name, "must be a plain word")
@@ -55,6 +58,8 @@ class SourceConfig:
             require_positive("max_epochs", self.max_epochs)
             never = f"of source {self.name!r} has no meaning with weight=0: it is never trained on"
             require(self.is_trained, "max_epochs", self.max_epochs, never, "set max_epochs to None")
+        if self.unique_tokens is not None:
+            require_count("unique_tokens", self.unique_tokens)
 
     @property
     def is_trained(self) -> bool:

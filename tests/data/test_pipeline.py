@@ -282,3 +282,24 @@ def test_sources_of_weight_zero_alone_are_refused():
         config_of(sources=nothing)
     with pytest.raises(ValueError, match="max_epochs=2 of source 'text' has no meaning with weight=0"):
         config_of(sources=(dataclasses.replace(config_of().sources[0], weight=0),))
+
+
+def test_unique_tokens_are_few_rows_repeated_and_fewer_are_among_more(store):
+    def rows_of(unique_tokens, epochs, seed=0):
+        text, code = config_of(text_cap=epochs).sources
+        sources = (dataclasses.replace(text, unique_tokens=unique_tokens), code)
+        rows = TrainRows(store, config_of(sources=sources, seed=seed), microbatch_rows=1)
+        index = store.source_names.index("text")
+        found = [batch.tokens.tobytes() for batch in rows if batch.source_ids[0, 0] == index]
+        return found, rows.ledger()["text"]
+
+    whole = store.num_tokens("text", "train")
+    few, tokens = rows_of(whole // 4, 3)
+    assert set(collections.Counter(few).values()) == {3}
+    assert tokens == pytest.approx(3 * whole / 4, rel=0.1)
+    assert few[: len(few) // 3] != few[len(few) // 3 : 2 * len(few) // 3], "a new order every epoch"
+    more, _ = rows_of(whole // 2, 1)
+    assert set(few) < set(more) < set(rows_of(whole, 1)[0]) == set(rows_of(None, 1)[0])
+    assert set(rows_of(whole // 4, 3, seed=1)[0]) != set(few)
+    with pytest.raises(ValueError, match=f"unique_tokens={whole + 1} of source 'text' must be at most its"):
+        rows_of(whole + 1, 1)
