@@ -24,8 +24,9 @@ class SweepConfig:
     Names joined by commas change together, each value a list of as many. `random` maps names to distributions, of
     which `num_samples` draws are taken, the same for every point of the axes. `seeds` is how many, or which: all cells
     are run with each (paired), bound to the names of `seed_names`. `hold` maps a quantity to the integer binding that
-    is derived to keep it where the run file without the axes has it, or to [binding, target]; derived values are
-    multiples of `multiples[binding]`, 1 by default. `retries`: times that a failed run is tried again. `runs_per_job`:
+    is derived to keep it where the run file without the axes has it, or to [binding, target], or, where a quantity
+    itself is an axis ({"train_flops": [1e12, 1e13]}), where that says; derived values are multiples of
+    `multiples[binding]`, 1 by default. `retries`: times that a failed run is tried again. `runs_per_job`:
     how many runs share one process. `memory_limit_gb`: of one such process; a run above it fails and is reported.
     """
 
@@ -67,6 +68,9 @@ class SweepConfig:
         names = [*swept, *derived, *self.seed_names]
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, "SweepConfig", twice, "are set by two of axes, random, hold and seed_names")
+        free = sorted(set(swept) & set(QUANTITIES) - {name for name, _ in self.hold})
+        mend = "name in hold the binding that is derived, as in hold = {'train_flops': 'TRAIN_STEPS'}"
+        require(not free, "SweepConfig.axes", free, "are quantities, which follow from other settings", mend)
         unknown = sorted({name for name, _ in self.multiples} - set(derived))
         require(not unknown, "SweepConfig.multiples", unknown, f"must be derived by hold ({derived})")
 

@@ -125,3 +125,17 @@ def test_what_cannot_be_held_says_so(build):
     config = SweepConfig({"NUM_LAYERS": [1, 64]}, hold={"train_flops": "TRAIN_STEPS"})
     cells = make_cells(config, build)
     assert cells[0].refused is None and "cannot be held by TRAIN_STEPS" in cells[1].refused
+
+
+def test_a_held_quantity_may_itself_be_an_axis(build):
+    axes = {"train_flops": [3e9, 3e10], "NUM_LAYERS": [1, 2]}
+    cells = make_cells(SweepConfig(axes, hold={"train_flops": "TRAIN_STEPS"}), build)
+    assert [(cell.point["train_flops"], cell.point["NUM_LAYERS"]) for cell in cells] == [
+        (3e9, 1), (3e9, 2), (3e10, 1), (3e10, 2),
+    ]  # fmt: skip
+    for cell in cells:
+        spent = quantity("train_flops", build(cell.overrides)[0])
+        assert spent == pytest.approx(cell.point["train_flops"], rel=0.05)
+        assert cell.deviations["train_flops"] == pytest.approx(spent / cell.point["train_flops"] - 1)
+    with pytest.raises(CallerError, match=r"train_flops.* are quantities, which follow from other settings; name in"):
+        SweepConfig(axes)
