@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from fractions import Fraction
 
 from gpt4moe.config.check import require, require_count, require_flag, require_not_negative, require_positive
 
@@ -82,6 +84,12 @@ class MoeConfig:
             require(value in choices, name, value, f"must be in {choices}")
         self._check_groups()
         require(self.router is None or callable(self.router), "router", self.router, "must be a function or None")
+
+    def expert_capacity(self, tokens: int) -> int:
+        """Places at one expert for a group of `tokens`: ceil(U * K / E * capacity_factor), at most U; None counts as 1."""
+        # The factor is the decimal that was written: 1.1 of ten places are eleven, in binary fractions twelve.
+        share = Fraction(tokens * self.experts_per_token, self.num_experts)
+        return min(tokens, math.ceil(share * Fraction(str(self.capacity_factor or 1))))
 
     def _check_groups(self) -> None:
         for name in ("num_groups", "groups_per_token"):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float
 
 from gpt4moe.config.check import require
@@ -19,7 +20,7 @@ from gpt4moe.config.moe import MoeConfig
 from gpt4moe.model.router import TINY, RouterInputs, Routing, assemble, choose, chosen, gates_of, top_k
 from gpt4moe.types import Array
 
-# Sweeps over a row: shares of experts are then equal within 1e-5 for logits of a deviation of 3, within 0.5 % for 10.
+# Sweeps over a row: shares of experts are then equal within 1e-5 for logits of a deviation of 3, some per cent for 10.
 SINKHORN_SWEEPS = 20
 # Group scores: the best expert of a group in DeepSeek-V2, the best two in DeepSeek-V3.
 BEST_OF_GROUP_V2, BEST_OF_GROUP_V3 = 1, 2
@@ -49,9 +50,9 @@ def noisy_top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: Mo
     if inputs.training and inputs.key is not None:
         deviation = config.router_noise / logits_UE.shape[-1]
         noisy_UE = logits_UE + deviation * jax.random.normal(inputs.key, logits_UE.shape, logits_UE.dtype)
-    probabilities_UE = jax.nn.softmax(noisy_UE, axis=-1)
-    expert_ids_UK = choose(probabilities_UE, inputs, config)
-    return assemble(logits_UE, expert_ids_UK, gates_of(probabilities_UE, expert_ids_UK, inputs, config), inputs)
+    log_probabilities_UE = jax.nn.log_softmax(noisy_UE, axis=-1)
+    expert_ids_UK = choose(jnp.exp(log_probabilities_UE), inputs, config)
+    return assemble(logits_UE, expert_ids_UK, gates_of(log_probabilities_UE, expert_ids_UK, inputs, config), inputs)
 
 
 def sigmoid_top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -61,7 +62,7 @@ def sigmoid_top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: 
     all scores over their sum (eq. 17 to 20). Exact and causal under any batch, row and layout.
     """
     scores_UE = jax.nn.sigmoid(logits_UE)
-    return _by_scores(logits_UE, scores_UE, choose(scores_UE, inputs, config), inputs, config)
+    return _by_sigmoid(logits_UE, scores_UE, choose(scores_UE, inputs, config), inputs, config)
 
 
 def group_limited(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -70,10 +71,10 @@ def group_limited(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: 
     Device-limited routing of DeepSeek-V2 (2024, section 2.2.2): a group scores as its best expert. Groups are
     consecutive experts, as expert parallelism lays them out. Exact and causal.
     """
-    probabilities_UE = jax.nn.softmax(logits_UE, axis=-1)
-    reachable_UE = _of_best_groups(probabilities_UE, inputs, config, BEST_OF_GROUP_V2)
+    log_probabilities_UE = jax.nn.log_softmax(logits_UE, axis=-1)
+    reachable_UE = _of_best_groups(jnp.exp(log_probabilities_UE), inputs, config, BEST_OF_GROUP_V2)
     expert_ids_UK = choose(reachable_UE, inputs, config)
-    return assemble(logits_UE, expert_ids_UK, gates_of(probabilities_UE, expert_ids_UK, inputs, config), inputs)
+    return assemble(logits_UE, expert_ids_UK, gates_of(log_probabilities_UE, expert_ids_UK, inputs, config), inputs)
 
 
 def sigmoid_group_limited(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -84,7 +85,7 @@ def sigmoid_group_limited(logits_UE: Float[Array, "U E"], inputs: RouterInputs, 
     """
     scores_UE = jax.nn.sigmoid(logits_UE)
     reachable_UE = _of_best_groups(scores_UE, inputs, config, BEST_OF_GROUP_V3)
-    return _by_scores(logits_UE, scores_UE, choose(reachable_UE, inputs, config), inputs, config)
+    return _by_sigmoid(logits_UE, scores_UE, choose(reachable_UE, inputs, config), inputs, config)
 
 
 def expert_choice(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -116,8 +117,8 @@ def sinkhorn(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeCo
     if inputs.training:
         scores_UE = logits_UE + _balancing_bias(jax.lax.stop_gradient(logits_UE), inputs.valid_U)
     expert_ids_UK = choose(scores_UE, inputs, config)
-    weights_UE = jax.nn.sigmoid(logits_UE) if config.experts_per_token == 1 else jax.nn.softmax(logits_UE, axis=-1)
-    return assemble(logits_UE, expert_ids_UK, gates_of(weights_UE, expert_ids_UK, inputs, config), inputs)
+    log_scores_of = jax.nn.log_sigmoid if config.experts_per_token == 1 else jax.nn.log_softmax
+    return assemble(logits_UE, expert_ids_UK, gates_of(log_scores_of(logits_UE), expert_ids_UK, inputs, config), inputs)
 
 
 def hashed(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -139,7 +140,7 @@ def balanced(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeCo
     first_U = config.experts_per_token * (jnp.cumsum(inputs.valid_U) - 1)
     turns_UE = (jnp.arange(logits_UE.shape[-1]) - first_U[:, None]) % logits_UE.shape[-1]
     expert_ids_UK = choose(-turns_UE.astype(logits_UE.dtype), inputs, config)
-    gates_UK = gates_of(jax.nn.softmax(logits_UE, axis=-1), expert_ids_UK, inputs, config)
+    gates_UK = gates_of(jax.nn.log_softmax(logits_UE, axis=-1), expert_ids_UK, inputs, config)
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
 
@@ -147,7 +148,7 @@ def uniform(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeCon
     """For benchmarks: K different experts at random, by place in the row where there is no key; gates as in `top_k`."""
     key = jax.random.key(0) if inputs.key is None else inputs.key
     expert_ids_UK = choose(jax.random.uniform(key, logits_UE.shape), inputs, config)
-    gates_UK = gates_of(jax.nn.softmax(logits_UE, axis=-1), expert_ids_UK, inputs, config)
+    gates_UK = gates_of(jax.nn.log_softmax(logits_UE, axis=-1), expert_ids_UK, inputs, config)
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
 
@@ -195,10 +196,12 @@ def is_among(router: Callable | None, group: Sequence[Callable]) -> bool:
     return inspect.unwrap(router or top_k) in [inspect.unwrap(each) for each in group]
 
 
-def _by_scores(logits_UE: Array, scores_UE: Array, expert_ids_UK: Array, inputs: RouterInputs, config: MoeConfig):
-    """The routing of choices by scores that do not sum to 1."""
+def _by_sigmoid(
+    logits_UE: Array, scores_UE: Array, expert_ids_UK: Array, inputs: RouterInputs, config: MoeConfig
+) -> Routing:
+    """The routing of choices by sigmoid scores, which do not sum to 1."""
     probabilities_UE = scores_UE / jnp.maximum(jnp.sum(scores_UE, axis=-1, keepdims=True), TINY)
-    gates_UK = gates_of(scores_UE, expert_ids_UK, inputs, config)
+    gates_UK = gates_of(jax.nn.log_sigmoid(logits_UE), expert_ids_UK, inputs, config)
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs, probabilities_UE=probabilities_UE)
 
 
@@ -215,9 +218,8 @@ def _of_best_groups(scores_UE: Array, inputs: RouterInputs, config: MoeConfig, b
 
 def _picked(scores_UE: Array, valid_U: Array, config: MoeConfig) -> Bool[Array, "U E"]:
     """Which tokens each expert picks: its best among the valid ones, the earlier of equals."""
-    share = config.experts_per_token / config.num_experts * (config.capacity_factor or 1.0)
-    num_valid = jnp.sum(valid_U)
-    num_picks = jnp.minimum(jnp.ceil(num_valid * share), num_valid)
+    picks_of_valid = np.array([config.expert_capacity(tokens) for tokens in range(len(valid_U) + 1)], np.int32)
+    num_picks = jnp.asarray(picks_of_valid)[jnp.sum(valid_U)]
     scores_UE = jnp.where(valid_U[:, None], jax.lax.stop_gradient(scores_UE), -1.0)
     rank_UE = jnp.argsort(jnp.argsort(-scores_UE, axis=0), axis=0)
     return rank_UE < num_picks
