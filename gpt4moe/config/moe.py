@@ -86,7 +86,7 @@ class MoeConfig:
         require(self.router is None or callable(self.router), "router", self.router, "must be a function or None")
 
     def expert_capacity(self, tokens: int) -> int:
-        """Places at one expert for a group of `tokens`: ceil(U * K / E * capacity_factor), at most U; None counts as 1."""
+        """Places at one expert for a group of `tokens`: ceil(U * K / E * capacity_factor), at most U; None is 1."""
         # The factor is the decimal that was written: 1.1 of ten places are eleven, in binary fractions twelve.
         share = Fraction(tokens * self.experts_per_token, self.num_experts)
         return min(tokens, math.ceil(share * Fraction(str(self.capacity_factor or 1))))
