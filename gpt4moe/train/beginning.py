@@ -23,7 +23,7 @@ from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.model import routers
 from gpt4moe.parallel import multihost, sharding
 from gpt4moe.parallel.mesh import make_mesh
-from gpt4moe.train import feed, metrics, resume, schedule, upcycle
+from gpt4moe.train import feed, metrics, resume, schedule, trace, upcycle
 from gpt4moe.train import state as train_state
 from gpt4moe.train.console import say
 from gpt4moe.train.state import TrainState
@@ -69,6 +69,7 @@ def begin(
     mesh = make_mesh(run.mesh)
     run.check_sizes(dict(mesh.shape))
     abstract = train_state.abstract_state(run, mesh)
+    trace.require_one_process(run)
     batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))
     _require_one_trainer(workdir, config_text)
     slots = train_state.run_layout(run, mesh).slots
@@ -76,6 +77,7 @@ def begin(
     with multihost.first_process_first("tokens"):
         store = _open_store(run, workdir, saved, progress)
         rows = _rows(run, store, saved, multihost.row_group(batch.tokens), allow_change)
+    _require_recorded_tokens(run, rows, saved)
     multihost.mark("the work directory")
     _describe(workdir, config_text, store)
     _require_shared(workdir)
@@ -169,6 +171,18 @@ def _rows(
         rows.set_state(progress["data"], allow_change=allow_change)
     multihost.require_same("order of rows", rows.get_state()["order"])
     return rows
+
+
+def _require_recorded_tokens(run: RunConfig, rows: pipeline.TrainRows, progress: dict | None) -> None:
+    """Raises `CallerError` where a replay's next record is of other tokens, before anything is compiled."""
+    step, tokens = (progress["step"], progress["tokens"]) if progress else (0, 0)
+    record = trace.replayed(run, step + 1) if run.train.replay_routing else None
+    if record is None:
+        return
+    state, wanted = rows.get_state(), schedule.batch_tokens_at(run.train.ramp, tokens)
+    count = wanted // (run.microbatch_rows * run.data.sequence_length)
+    record.on([batch.tokens for _, batch in zip(range(count), rows, strict=False)], run.train.replay_routing)
+    rows.set_state(state)
 
 
 def _describe(workdir: epath.Path, config_text: str, store: pipeline.TokenStore) -> None:
