@@ -226,15 +226,29 @@ def _examine(args: argparse.Namespace, given: dict[str, str]):
 
 def _given_texts(args: argparse.Namespace) -> dict[str, str]:
     """The texts of --prompt and --text by the names that the page gives them."""
-    texts = {f"prompt {number}": text.encode(errors="surrogateescape") for number, text in enumerate(args.prompt, 1)}
+    given = bool(args.prompt or args.text)
+    require(not (given and args.no_capture), "--no_capture", True, "leaves no model to read texts", "leave it out")
+    texts = {}
+    for number, prompt in enumerate(args.prompt, 1):
+        texts[f"prompt {number}"] = _as_text("--prompt", prompt, prompt.encode(errors="surrogateescape"))
     for path in args.text:
-        name = "standard input" if path == "-" else path
-        texts[name] = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
-    require(not (texts and args.no_capture), "--no_capture", True, "leaves no model to read texts", "leave it out")
-    for name, raw in texts.items():
-        is_text = raw.decode(errors="ignore").encode() == raw
-        require(bool(raw) and is_text, "--text", name, "must be UTF-8 and not empty", "give plain text")
-    return {name: raw.decode() for name, raw in texts.items()}
+        texts["standard input" if path == "-" else path] = _as_text("--text", path, _bytes_of(path))
+    return texts
+
+
+def _bytes_of(path: str) -> bytes:
+    """A file, or standard input."""
+    if path == "-":
+        return sys.stdin.buffer.read()
+    require(os.path.isfile(path), "--text", path, "is not a file", "name a text file, or - for standard input")
+    return pathlib.Path(path).read_bytes()
+
+
+def _as_text(flag: str, name: str, raw: bytes) -> str:
+    require(bool(raw), flag, name, "is empty", "give some text")
+    is_text = raw.decode(errors="ignore").encode() == raw
+    require(is_text, flag, name, "is not UTF-8", "convert it, as with iconv -t utf-8")
+    return raw.decode()
 
 
 def _compile(args: argparse.Namespace) -> int:

@@ -66,11 +66,11 @@ class MoeConfig:
             "lower EXPERTS_PER_TOKEN or raise NUM_EXPERTS",
         )
         require(
-            not (self.normalize_gates and self.experts_per_token == 1 and self.num_experts > 1),
+            not (self.router is None and self.normalize_gates and self.experts_per_token == 1 and self.num_experts > 1),
             "normalize_gates",
             self.normalize_gates,
             "gives the router no gradient when experts_per_token is 1 (the gate is always 1)",
-            "set normalize_gates=False",
+            "set moe.MoeConfig.normalize_gates=False",
         )
         require_count("shared_hidden_dim", self.shared_hidden_dim, least=0)
         if self.capacity_factor is not None:
@@ -82,6 +82,11 @@ class MoeConfig:
         for name, choices in (listed | {"grouped_product": (None, *GROUPED_PRODUCTS)}).items():
             value = getattr(self, name)
             require(value in choices, name, value, f"must be in {choices}")
+        placed = self.drop_priority == "position" or self.capacity_factor is not None
+        mend = "set CAPACITY_FACTOR, or leave drop_priority out"
+        require(
+            placed, "drop_priority", self.drop_priority, "is read where capacity is short; this layer drops none", mend
+        )
         self._check_groups()
         require(self.router is None or callable(self.router), "router", self.router, "must be a function or None")
 

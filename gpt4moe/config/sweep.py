@@ -57,6 +57,9 @@ class SweepConfig:
         object.__setattr__(self, "seed_names", tuple(self.seed_names))
         if self.memory_limit_gb is not None:
             require_positive("memory_limit_gb", self.memory_limit_gb)
+        nothing = not (self.axes or self.random) and len(seeds) == 1
+        mend = "give axes, random or several seeds"
+        require(not nothing, "SweepConfig.axes", dict(self.axes), "and one seed leave nothing to compare", mend)
         self._check_names()
 
     def _set(self, name: str, pairs: tuple, parse) -> None:
@@ -87,7 +90,7 @@ def _axis(setting: str, names: str, given: object) -> tuple[str, tuple]:
     if isinstance(given, Mapping):
         (spacing, span), *rest = given.items() or ((None, None),)
         require(not rest and spacing in SPACINGS, setting, dict(given), f"must have one key of {SPACINGS}")
-        return names, spaced(setting, spacing, span)
+        return names, spaced(f"{setting}[{spacing!r}]", spacing, span)
     values = tuple(given) if isinstance(given, (list, tuple)) else ()
     require(bool(values), setting, given, "must be a list of values that is not empty")
     count = names.count(",") + 1

@@ -7,6 +7,7 @@ router would silently ignore. Which of them see later tokens of a row stands in 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -154,41 +155,45 @@ def uniform(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeCon
 
 READ_GROUPS = (group_limited, sigmoid_group_limited)
 READ_BIAS = (top_k, softmax_of_chosen, noisy_top_k, sigmoid_top_k, *READ_GROUPS)
+# Their gates are over their sum in any case, or never.
+FIXED_GATES = (softmax_of_chosen, expert_choice, hashed)
 # In training, what a token is routed to depends on later tokens of its row.
 NON_CAUSAL = (expert_choice, sinkhorn)
 ROUTERS = (*READ_BIAS, *NON_CAUSAL, hashed, balanced, uniform)
+NORMALIZED = tuple(router for router in ROUTERS if router not in FIXED_GATES)
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(MoeConfig)}
 
 
 def check(config: MoeConfig) -> None:
-    """Raises `CallerError` where the router ignores a setting that is meant for it, or could not learn.
+    """Raises `CallerError` where the router does not read a setting that is not at its default, or could not learn.
 
-    Routers of the user's own are taken to know what they read.
+    Checked are the settings that some routers read and others do not. Routers of the user's own are taken to know what
+    they read.
     """
     router = config.router or top_k
     if not is_among(router, ROUTERS):
         return
-    name = router.__name__
-    require(
-        config.bias_rate == 0 or is_among(router, READ_BIAS),
-        "bias_rate",
-        config.bias_rate,
-        f"moves a bias that the router {name} does not read",
-        f"set it to 0 or take one of {', '.join(each.__name__ for each in READ_BIAS)}",
-    )
-    require(
-        config.num_groups == 1 or is_among(router, READ_GROUPS),
-        "num_groups",
-        config.num_groups,
-        f"is not read by the router {name}",
-        f"set it to 1 or take one of {', '.join(each.__name__ for each in READ_GROUPS)}",
-    )
-    require(
-        not is_among(router, (softmax_of_chosen,)) or config.experts_per_token > 1 or config.num_experts == 1,
-        "experts_per_token",
-        config.experts_per_token,
-        f"gives the router {name} no gradient (the gate is always 1)",
-        "take top_k with normalize_gates=False",
-    )
+    _require_read("bias_rate", config, READ_BIAS)
+    _require_read("router_noise", config, (noisy_top_k,))
+    _require_read("num_groups", config, READ_GROUPS)
+    _require_read("groups_per_token", config, READ_GROUPS)
+    alone = config.experts_per_token == 1 and config.num_experts > 1
+    if not alone:
+        _require_read("normalize_gates", config, NORMALIZED)
+    constant = "gives the router {} no gradient when experts_per_token is 1 (the gate is always 1)"
+    mend = "for the Switch router leave ROUTER out and set moe.MoeConfig.normalize_gates=False"
+    one = is_among(router, (softmax_of_chosen,)) and alone
+    require(not one, "experts_per_token", 1, constant.format(router.__name__), mend)
+    one = is_among(router, NORMALIZED) and alone and config.normalize_gates
+    mend = "set moe.MoeConfig.normalize_gates=False"
+    require(not one, "normalize_gates", True, constant.format(router.__name__), mend)
+
+
+def _require_read(setting: str, config: MoeConfig, readers: Sequence[Callable]) -> None:
+    value, default = getattr(config, setting), DEFAULTS[setting]
+    unread = f"is not read by the router {(config.router or top_k).__name__}"
+    mend = f"leave it at {default} or set ROUTER to one of {', '.join(each.__name__ for each in readers)}"
+    require(value == default or is_among(config.router, readers), setting, value, unread, mend)
 
 
 def is_among(router: Callable | None, group: Sequence[Callable]) -> bool:

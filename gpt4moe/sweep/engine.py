@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gpt4moe.config.check import require
+from gpt4moe.config.check import CallerError
 from gpt4moe.config.sweep import SweepConfig
 from gpt4moe.data.prepare import prepare
 from gpt4moe.sweep import progress, results
@@ -48,7 +48,8 @@ def plan(config: SweepConfig, build: Build, folder: str, say: Callable[[str], No
     """
     cells = make_cells(config, build, say)
     built = [cell for cell in cells if cell.refused is None]
-    require(bool(built), "SweepConfig", len(cells), f"cells cannot be built: {cells[0].refused}", "change the axes")
+    if not built:
+        raise CallerError(f"SweepConfig: none of {len(cells)} cells can be built, the first since {cells[0].refused}")
     root = pathlib.Path(folder).absolute()
     root.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(config, tuple(cells), root, build)

@@ -20,7 +20,7 @@ from gpt4moe import checkpoint
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
 from gpt4moe.data.store import TOKENIZER_FILE
-from gpt4moe.model import routers
+from gpt4moe.model import grouped_matmul, routers
 from gpt4moe.parallel import multihost, sharding
 from gpt4moe.parallel.mesh import make_mesh
 from gpt4moe.train import feed, metrics, resume, schedule, trace, upcycle
@@ -68,6 +68,7 @@ def begin(
     run = resume.inherit_tokenizer(run)
     mesh = make_mesh(run.mesh)
     run.check_sizes(dict(mesh.shape))
+    grouped_matmul.require_platform(run.model.moe.grouped_product, mesh.devices.flat[0].platform)
     abstract = train_state.abstract_state(run, mesh)
     trace.require_one_process(run)
     batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))

@@ -352,7 +352,23 @@ def test_random_choices_are_different_experts_and_change_with_the_key():
 @pytest.mark.parametrize(
     ("router", "settings", "message"),
     [
-        (routers.hashed, {"bias_rate": 0.1}, "bias_rate=0.1 moves a bias that the router hashed does not read"),
+        (routers.hashed, {"bias_rate": 0.1}, "bias_rate=0.1 is not read by the router hashed; leave it at 0.0 or set"),
+        (
+            routers.sigmoid_top_k,
+            {"router_noise": 2.0},
+            "router_noise=2.0 is not read by the router sigmoid_top_k; leave",
+        ),
+        (routers.hashed, {"normalize_gates": False}, "normalize_gates=False is not read by the router hashed; leave"),
+        (
+            None,
+            {"router_noise": 0.0},
+            "router_noise=0.0 is not read by the router top_k; leave it at 1.0 or set ROUTER",
+        ),
+        (
+            routers.sigmoid_top_k,
+            {"experts_per_token": 1},
+            "normalize_gates=True gives the router sigmoid_top_k no grad",
+        ),
         (routers.sigmoid_top_k, {"num_groups": 2, "groups_per_token": 2}, "num_groups=2 is not read by the router"),
         (routers.softmax_of_chosen, {"experts_per_token": 1, "normalize_gates": False}, "no gradient"),
     ],

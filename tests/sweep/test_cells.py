@@ -105,15 +105,16 @@ def test_two_ways_to_one_cell_are_one_cell(build):
     [
         ({"axes": {"A": []}}, "not empty"),
         ({"axes": {"A,B": [1, 2]}}, "lists of 2 values"),
-        ({"axes": {"A": {"log": [0, 1, 3]}}}, "above 0 if log"),
+        ({"axes": {"A": {"log": [0, 1, 3]}}}, r"SweepConfig.axes\['A'\]\['log'\]=.*above 0 if log"),
+        ({}, "SweepConfig.axes={} and one seed leave nothing to compare; give axes, random or several seeds"),
         ({"axes": {"A": {"cubic": [0, 1, 3]}}}, "must have one key of"),
         ({"axes": {"SEED": [1, 2]}}, "two of axes"),
         ({"axes": {"A": [1]}, "hold": {"mass": "B"}}, "must be one of"),
         ({"axes": {"A": [1]}, "hold": {"tokens": "A"}}, "two of axes"),
         ({"random": {"A": {"uniform": [2, 1]}}}, r"\[low, high\]"),
         ({"seeds": [1, 1]}, "distinct"),
-        ({"multiples": {"A": 8}}, "derived by hold"),
-        ({"retries": -1}, "at least 0"),
+        ({"axes": {"B": [1, 2]}, "multiples": {"A": 8}}, "derived by hold"),
+        ({"seeds": 2, "retries": -1}, "at least 0"),
     ],
 )
 def test_mistakes_are_refused(settings, message):
