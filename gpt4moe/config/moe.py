@@ -21,7 +21,8 @@ class MoeConfig:
 
     `gated` experts are SwiGLU (three matrices), others plain GELU (two). `capacity_factor` None is dropless;
     a number c gives every expert room for ceil(T * K / E * c) tokens of each row, evaluation and decoding are
-    always dropless. `load_balance_weight` multiplies E * sum_e f_e P_e, which is 1 at uniform routing;
+    always dropless. What is dropped in training is not causal (but for K = 1 by `position`): a later token may take
+    the place of an earlier one. `load_balance_weight` multiplies E * sum_e f_e P_e, which is 1 at uniform routing;
     `router_z_weight` multiplies the mean squared log-partition of the router logits (ST-MoE, eq. 5).
     `load_balance_scope` is what f and P are taken over: each `row`, each `microbatch`, or the whole `batch`.
     `router` is a function behind the contract of `gpt4moe.model.router`: one of `gpt4moe.model.routers` or of the

@@ -101,7 +101,7 @@ def choose(scores_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConf
     return jax.lax.top_k(jax.lax.stop_gradient(biased_UE), config.experts_per_token)[1]
 
 
-def chosen(expert_ids_UK: Int[Array, "U K"], inputs: RouterInputs) -> Bool[Array, "U K"]:
+def is_choice(expert_ids_UK: Int[Array, "U K"], inputs: RouterInputs) -> Bool[Array, "U K"]:
     """Returns which of the choices are any: all but those that a replay leaves out."""
     replay_ids_UK = inputs.replay_ids_UK
     return jnp.ones(expert_ids_UK.shape, bool) if replay_ids_UK is None else replay_ids_UK >= 0
@@ -115,7 +115,7 @@ def gates_of(
     Scores are given as logarithms: those of a token's experts may all be too small for float32, as where a replay or a
     bias chooses experts that the router thinks little of, and yet have a ratio and a gradient.
     """
-    any_UK = chosen(expert_ids_UK, inputs)
+    any_UK = is_choice(expert_ids_UK, inputs)
     log_scores_UK = jnp.take_along_axis(log_scores_UE, expert_ids_UK, axis=-1)
     if config.normalize_gates:
         largest_U1 = jnp.max(log_scores_UK, axis=-1, keepdims=True, where=any_UK, initial=LOWEST)
@@ -169,7 +169,7 @@ def assemble(
 
 
 def _used(used_UK: Array | None, expert_ids_UK: Array, inputs: RouterInputs) -> Array:
-    valid_UK = inputs.valid_U[:, None] & chosen(expert_ids_UK, inputs)
+    valid_UK = inputs.valid_U[:, None] & is_choice(expert_ids_UK, inputs)
     return valid_UK if used_UK is None else valid_UK & used_UK
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 
 from gpt4moe.config.check import require
 from gpt4moe.config.moe import MoeConfig
-from gpt4moe.model.router import TINY, RouterInputs, Routing, assemble, choose, chosen, gates_of, top_k
+from gpt4moe.model.router import TINY, RouterInputs, Routing, assemble, choose, gates_of, is_choice, top_k
 from gpt4moe.types import Array
 
 # Sweeps over a row: shares of experts are then equal within 1e-5 for logits of a deviation of 3, some per cent for 10.
@@ -36,7 +36,7 @@ def softmax_of_chosen(logits_UE: Float[Array, "U E"], inputs: RouterInputs, conf
     """
     expert_ids_UK = choose(logits_UE, inputs, config)
     chosen_UK = jnp.take_along_axis(logits_UE, expert_ids_UK, axis=-1)
-    gates_UK = jax.nn.softmax(chosen_UK, axis=-1, where=chosen(expert_ids_UK, inputs)) * config.gate_scale
+    gates_UK = jax.nn.softmax(chosen_UK, axis=-1, where=is_choice(expert_ids_UK, inputs)) * config.gate_scale
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
 
@@ -96,6 +96,7 @@ def expert_choice(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: 
     its softmax probabilities as they are; `capacity_factor` None counts as 1, and U counts tokens that are not padding.
     WHETHER A TOKEN IS PICKED DEPENDS ON LATER TOKENS OF ITS ROW: a decoder trained so sees its future in the loss. In
     evaluation and decoding, which must not, each token takes its K likeliest experts instead, with the same weights.
+    A token's choices are E wide, most of them unused: dispatch moves as many rows as U * E / K choices of others.
     """
     probabilities_UE = jax.nn.softmax(logits_UE, axis=-1)
     weights_UE = probabilities_UE * config.gate_scale
@@ -131,7 +132,7 @@ def hashed(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConf
     keys_U = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), inputs.token_ids_U)
     draws_UE = jax.vmap(lambda key: jax.random.uniform(key, logits_UE.shape[1:]))(keys_U)
     expert_ids_UK = choose(draws_UE, inputs, config)
-    chosen_UK = chosen(expert_ids_UK, inputs).astype(logits_UE.dtype)
+    chosen_UK = is_choice(expert_ids_UK, inputs).astype(logits_UE.dtype)
     gates_UK = config.gate_scale * chosen_UK / jnp.maximum(jnp.sum(chosen_UK, axis=-1, keepdims=True), 1)
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 

@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from gpt4moe import checkpoint
+from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
 from gpt4moe.data.store import TOKENIZER_FILE
@@ -103,6 +104,16 @@ def first_position(start: Beginning) -> Position:
     return Position(dataclasses.replace(state, params=params))
 
 
+def not_causal(moe: MoeConfig) -> str | None:
+    """How later tokens of a row reach earlier ones in training, None where they do not."""
+    if routers.is_among(moe.router, routers.NON_CAUSAL):
+        sees = f"the router {moe.router.__name__} looks at later tokens of a row in training"
+        return f"{sees}, so that its training loss is not that of a language model"
+    if moe.capacity_factor is None or (moe.experts_per_token == 1 and moe.drop_priority == "position"):
+        return None
+    return f"with capacity_factor={moe.capacity_factor:g} a later token may take an earlier one's place in training"
+
+
 def say_what_begins(start: Beginning) -> None:
     """Prints what is read, and whether it lasts."""
     run, store, rows = start.run, start.store, start.rows
@@ -123,11 +134,9 @@ def say_what_begins(start: Beginning) -> None:
         say(f"parameters are those of step {step:,} of {source}{as_experts}")
     if start.progress:
         say(f"going on from step {start.progress['step']} of {start.workdir}")
-    if routers.is_among(run.model.moe.router, routers.NON_CAUSAL):
-        say(
-            f"NOT CAUSAL: the router {run.model.moe.router.__name__} looks at later tokens of a row in training, "
-            "so that its training loss is not that of a language model; evaluation and decoding route token by token"
-        )
+    why = not_causal(run.model.moe)
+    if why:
+        say(f"NOT CAUSAL: {why}; evaluation and decoding route token by token and drop nothing")
     say("compiling the training step")
 
 
