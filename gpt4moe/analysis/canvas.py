@@ -29,12 +29,16 @@ SMOOTHED_OVER = 0.03
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """One figure: its title, a sentence on how to read it, its SVG, whether it takes the page's width."""
+    """One figure: its title, a sentence on how to read it, its SVG, whether it takes the page's width.
+
+    foot: HTML under the picture.
+    """
 
     title: str
     caption: str
     svg: str
     wide: bool = False
+    foot: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
