@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt4moe.analysis.sweeps.drawing import Arm, Marks, Plot, arms_of
-from gpt4moe.analysis.sweeps.final import brief, point_row, said
-from gpt4moe.analysis.sweeps.table import Point, Sweep
+from gpt4moe.analysis.sweeps.drawing import Arm, Marks, Plot, arms_of, log_ticks
+from gpt4moe.analysis.sweeps.final import point_row, said
+from gpt4moe.analysis.sweeps.table import Point, Sweep, units
 
 # Column to what its axis is called, and whether more of it is better.
 COSTS = {
@@ -26,8 +26,7 @@ def cost_plots(sweep: Sweep) -> list[Plot]:
     if len(sweep.measured) < 2 or not keys or not sweep.axes:
         return []
     axis = sweep.axes[0]
-    labels = [label if not axis.numeric else f"{axis.title} {label}" for label in axis.labels]
-    arms = arms_of(labels, ordered=axis.numeric)
+    arms = arms_of([axis.named(at) for at in range(len(axis))], ordered=axis.numeric)
     fronts = {key: front(sweep.measured, key, sweep.metric, more=COSTS[key][1]) for key in keys}
 
     def draw(drawn, marks: Marks) -> None:
@@ -67,24 +66,16 @@ def _panel(axes, sweep: Sweep, key: str, on_front: list[Point], arms: Sequence[A
             continue
         if math.isfinite(error := point.error(sweep.metric)):
             axes.vlines([at], loss - error, loss + error, color=arms[arm].colour, linewidth=1, **marks.arm(arm))
-        tip = f"{said(point, sweep.metric)}, {brief(at)} {COSTS[key][0].split(' (')[0]}"
+        tip = f"{said(point, sweep.metric)}, {units(at)} {COSTS[key][0].split(' (')[0]}"
         axes.plot([at], [loss], "o", color=arms[arm].colour, **marks.arm(arm, tip))
     places = [point.mean(key) for point in on_front], [point.mean(sweep.metric) for point in on_front]
     axes.plot(*places, "-", color="#808080", linewidth=1, zorder=1)
     axes.plot(*places, "o", color="#808080", markersize=9, fillstyle="none", zorder=1)
     values = np.array([point.mean(key) for point in sweep.measured])
     if np.nanmax(values) > 3 * np.nanmin(values) > 0:
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        log_ticks(axes.xaxis)
     else:
         axes.xaxis.get_major_locator().set_params(nbins=6)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if 1e3 <= value < 1e6 else _units(value))
+        axes.xaxis.set_major_formatter(lambda value, _: units(value))
     axes.set_xlabel(COSTS[key][0])
     axes.set_ylabel(sweep.metric_label)
-
-
-def _units(value: float) -> str:
-    for unit, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{sign}"
-    return f"{value:g}"

@@ -10,12 +10,14 @@ import numpy as np
 
 from gpt4moe.analysis.canvas import smooth
 from gpt4moe.analysis.history import History, read_history
-from gpt4moe.analysis.sweeps.drawing import MAX_ARMS, Arm, Marks, Plot, arms_of
-from gpt4moe.analysis.sweeps.table import Point, Sweep, number
+from gpt4moe.analysis.sweeps.drawing import MAX_ARMS, Arm, Marks, Plot, arms_at, log_ticks
+from gpt4moe.analysis.sweeps.table import Point, Sweep, number, units
 
 NUM_POINTS = 120
 # Before this share of the run the loss falls so far that nothing later could be told apart.
-CUT = 0.1
+CUT = 0.2
+# Where runs end so many times apart, their lengths are drawn on logarithms.
+LOG_SPAN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,8 @@ def curve_plots(sweep: Sweep, curves: Sequence[Curve]) -> list[Plot]:
         return []
     at = np.unique(np.linspace(0, len(curves) - 1, min(len(curves), MAX_ARMS)).round().astype(int))
     kept = [curves[index] for index in at]
-    ordered = len(sweep.axes) == 1 and sweep.axes[0].numeric
-    arms = arms_of([curve.point.label or "all runs" for curve in kept], ordered=ordered)
+    labels = [curve.point.label or "all runs" for curve in kept]
+    arms = arms_at(sweep.axes, [curve.point.place for curve in kept], labels)
     plots = []
     for kind in ("tokens", "FLOPs", "seconds"):
         places = [curve.along(kind) for curve in kept]
@@ -144,8 +146,13 @@ def _plot(kind: str, curves: Sequence[Curve], kept: Sequence[Curve], arms: Seque
             _draw_training(panels[0], curve, kind, arm, marks, number_)
             if with_held_out:
                 _draw_held_out(panels[1], curve, kind, arm, marks, number_)
-        for axes, title in zip(panels, ("training", "held out"), strict=False):
+        ends = [curve.along(kind)[-1] for curve in kept]
+        for axes, title in zip(panels, ("training", "held-out"), strict=False):
             axes.set_xlabel(kind)
+            if max(ends) > LOG_SPAN * min(ends):
+                log_ticks(axes.xaxis)
+            else:
+                axes.xaxis.set_major_formatter(lambda value, _: units(value))
             axes.set_ylabel(f"{title} loss, nats")
             axes.spines[["top", "right"]].set_visible(False)
         _limit(panels[0], [curve.loss for curve in kept], [curve.high for curve in kept])

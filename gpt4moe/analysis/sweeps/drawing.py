@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt4moe.analysis.canvas import PALETTE, Chart, depth_colours, figure, svg
-from gpt4moe.analysis.sweeps.table import Axis
+from gpt4moe.analysis.sweeps.table import Axis, units
 
 FIGURES = "figures"
 DOTS_PER_INCH = 150
 # More lines than these in one picture cannot be told apart.
 MAX_ARMS = 16
+DASHES = ("-", "--", ":", "-.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +98,22 @@ def arms_of(labels: Sequence[str], *, ordered: bool = False) -> list[Arm]:
     """An arm for each label: colours along a scale where they are `ordered` by a number, else apart from each other."""
     if ordered and len(labels) > 1:
         return [Arm(label, colour) for label, colour in zip(labels, depth_colours(len(labels)), strict=True)]
-    dashes = ("-", "--", ":", "-.")
     return [
-        Arm(label, PALETTE[index % len(PALETTE)], dashes[index // len(PALETTE) % len(dashes)])
+        Arm(label, PALETTE[index % len(PALETTE)], DASHES[index // len(PALETTE) % len(DASHES)])
         for index, label in enumerate(labels)
+    ]
+
+
+def arms_at(axes: Sequence[Axis], places: Sequence[tuple[int, ...]], labels: Sequence[str]) -> list[Arm]:
+    """An arm for each place on these axes: of two, the one with more values gives colours, the other dashes."""
+    if len(axes) != 2 or min(map(len, axes)) > len(DASHES):
+        return arms_of(labels, ordered=len(axes) == 1 and axes[0].numeric)
+    coloured = 0 if len(axes[0]) >= len(axes[1]) and len(axes[1]) <= len(DASHES) else 1
+    axis = axes[coloured]
+    colours = depth_colours(len(axis)) if axis.numeric else [PALETTE[at % len(PALETTE)] for at in range(len(axis))]
+    return [
+        Arm(label, colours[place[coloured]], DASHES[place[1 - coloured]])
+        for place, label in zip(places, labels, strict=True)
     ]
 
 
@@ -115,6 +128,13 @@ def place_ticks(axes, axis: Axis, *, along_y: bool = False) -> None:
     if not axis.numeric and not along_y and max(map(len, axis.labels)) * len(axis) > 40:
         axes.tick_params(axis="x", rotation=30)
     (axes.set_ylabel if along_y else axes.set_xlabel)(axis.title)
+
+
+def log_ticks(side) -> None:
+    """A logarithmic axis of counts: labels at 1, 2 and 5 of every ten."""
+    side.axes.set_xscale("log")
+    side.set_major_formatter(lambda value, _: units(value))
+    side.set_minor_formatter(lambda value, _: units(value) if f"{value:.0e}"[0] in "25" else "")
 
 
 def _switches(arms: Sequence[Arm]) -> str:

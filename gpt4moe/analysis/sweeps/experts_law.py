@@ -15,7 +15,9 @@ from gpt4moe.analysis.sweeps.final import draw_mean
 from gpt4moe.analysis.sweeps.table import Axis, Point, Sweep, number, short
 
 LEAST_VALUES = 4
-MOST_FITS = 6
+MOST_FITS = 4
+# So few numbers of experts say nothing of where the gain ends: E_max is held.
+FEW = 5
 # Sizes within this ratio count as one: what a router weighs differs from one number of experts to the next.
 ONE_SIZE = 1.25
 # Beyond these a constant is one that the runs do not limit (`scaling.fitting.NO_LIMIT` and what comes near it).
@@ -93,7 +95,7 @@ def _fit_apart(lines: Mapping[str, Sequence[Point]], name: str, config: FitConfi
         losses, experts, _ = _runs(lines[label], name)
         size = _middle(lines[label])
         fixed = {"a": 0.0, "c": 0.0}
-        if len(set(experts)) == LEAST_VALUES:  # too few for four constants
+        if len(set(experts)) <= FEW:
             fixed["E_max"] = REFIT_S_BASE.law.E_max
         # Of one compute all: what is held out is what has the most experts.
         runs = observe(losses, active_parameters=[size] * len(losses), num_experts=experts, compute=experts)
@@ -119,6 +121,7 @@ def _plot(sweep: Sweep, fitted: Mapping[str, Fitted], name: str, together: bool)
                 draw_mean(left, marks, index, arm.colour, at, point, sweep.metric, seeds=False)
             _draw_residuals(right, fitted[label], arm, marks, index)
         _shade(left, next(iter(fitted.values())).fit)
+        _limit(left, [each.prediction.loss for each in drawn_laws.values()], sweep)
         for axes in (left, right):
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -151,11 +154,18 @@ def _draw_law(axes, drawn_law, arm: Arm, marks: Marks, index: int) -> None:
 
 def _shade(axes, found: Fit) -> None:
     low, high = found.ranges.bounds["num_experts"]
-    left, right = axes.get_xlim()
-    for span in ((max(left, 1e-3), low), (high, right)):
+    left, right = max(axes.get_xlim()[0], 0.8), axes.get_xlim()[1]
+    for span in ((1, low), (high, right)):
         if span[1] > span[0]:
             axes.axvspan(*span, color="#808080", alpha=0.12, linewidth=0)
-    axes.set_xlim(max(left, low / 2), right)
+    axes.set_xlim(left, right)
+
+
+def _limit(axes, laws: Sequence[np.ndarray], sweep: Sweep) -> None:
+    """What runs and laws need; a band that widens beyond the runs may leave the picture."""
+    runs = [value for point in sweep.measured for value in point.values(sweep.metric)]
+    low, high = min(*map(np.min, laws), *runs), max(*map(np.max, laws), *runs)
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
 
 
 def _draw_residuals(axes, each: Fitted, arm: Arm, marks: Marks, index: int) -> None:
@@ -172,7 +182,7 @@ def _said(fitted: Mapping[str, Fitted], together: bool) -> str:
     for label, each in list(fitted.items())[: 1 if together else None]:
         found = each.fit
         constants = ", ".join(
-            f"{name} = {getattr(found.law, name):.4g} ({_end(low)} to {_end(high)})"
+            f"{name} = {_end(getattr(found.law, name))} ({_end(low)} to {_end(high)})"
             for name, (low, high) in found.intervals.items()
         )
         held = [

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt4moe.analysis.sweeps.drawing import MAX_ARMS, Arm, Marks, Plot, arms_of, place_ticks
-from gpt4moe.analysis.sweeps.table import Axis, Point, Sweep
+from gpt4moe.analysis.sweeps.drawing import MAX_ARMS, Arm, Marks, Plot, arms_at, arms_of, place_ticks
+from gpt4moe.analysis.sweeps.table import Axis, Point, Sweep, units
 
 MAPPED = {"tokens_per_second": "tokens/s", "train_state_bytes": "bytes of training state"}
 LEAST_ON_MAP = 3
 # A map of more cells than these has no numbers in it.
 MAX_NUMBERS = 80
+MAX_BANDS = 4
 
 
 def final_plots(sweep: Sweep) -> list[Plot]:
@@ -39,8 +40,10 @@ def chosen_lines(sweep: Sweep, axis: Axis) -> tuple[dict[str, list[Point]], list
         names[at] for at in np.unique(np.linspace(0, len(names) - 1, min(len(names), MAX_ARMS)).round().astype(int))
     ]
     rest = f" {len(kept)} of {len(names)} lines are shown; the CSV has all." if len(kept) < len(names) else ""
-    ordered = len(others) == 1 and others[0].numeric
-    return {name: lines[name] for name in kept}, arms_of(kept, ordered=ordered), rest
+    index = sweep.axes.index(axis)
+    places = [lines[name][0].place for name in kept]
+    arms = arms_at(others, [(*place[:index], *place[index + 1 :]) for place in places], kept)
+    return {name: lines[name] for name in kept}, arms, rest
 
 
 def said(point: Point, key: str, form: str = ".4f") -> str:
@@ -112,14 +115,17 @@ def _ranked(sweep: Sweep, axis: Axis) -> Plot | None:
         for number, (arm, points) in enumerate(zip(arms, lines.values(), strict=True)):
             for point in points:
                 _lay(axes, marks, number, arm.colour, order.index(point.place[index]), point, key)
-        if math.isfinite(noise):
-            best = level[order[0]]
-            axes.axvspan(best - noise, best + noise, color="#808080", alpha=0.2, linewidth=0)
+        for number, (arm, points) in enumerate(zip(arms, lines.values(), strict=True)):
+            if math.isfinite(noise) and len(arms) <= MAX_BANDS:
+                best = min(point.mean(key) for point in points)
+                band = {"color": arm.colour, "alpha": 0.12, "linewidth": 0}
+                axes.axvspan(best - noise, best + noise, **band, **marks.arm(number))
         axes.set_yticks(range(len(order)), [axis.labels[at][:40] for at in order])
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.set_xlabel(sweep.metric_label)
 
-    floor = f" Grey: the best, and one seed's deviation of {noise:.4f} to each side." if math.isfinite(noise) else ""
+    floor = f" One seed deviates by {noise:.4f}" if math.isfinite(noise) else ""
+    floor += (": the band at each line's best." if len(arms) <= MAX_BANDS else ".") if floor else ""
     caption = f"Best first. Large dots: mean over seeds with its standard error; small dots: seeds.{floor}{rest}"
     rows = [point_row(sweep, point, key) for at in order for point in by_value[at]]
     size, facts = (5.4, 1.2 + 0.3 * len(order)), {"noise": noise}
@@ -156,7 +162,7 @@ def _map(sweep: Sweep, across: Axis, up: Axis) -> Plot | None:
             axes.set_ylabel(up.title)
             axes.set_title(MAPPED.get(key, sweep.metric_label), fontsize=9)
             _write_numbers(axes, image, maps[key], marks)
-            drawn.colorbar(image, ax=axes, pad=0.02)
+            drawn.colorbar(image, ax=axes, pad=0.02, format=lambda value, _: units(value, ".3f"))
 
     places = itertools.product(range(len(up)), range(len(across)))
     rows = [
@@ -168,7 +174,8 @@ def _map(sweep: Sweep, across: Axis, up: Axis) -> Plot | None:
     caption = f"Means over {mean}. Blank: no run is done there."
     name = f"map_{across.title}_{up.title}"
     title = f"{across.title} and {up.title}"
-    return Plot(name, title, caption, rows, draw, size=(max(3.4 * len(shown), 5.4), 3.2), wide=len(shown) > 1)
+    wide = len(shown) > 1
+    return Plot(name, title, caption, rows, draw, size=(9.0, 3.0) if wide else (5.4, 3.4), wide=wide)
 
 
 def _mean_map(sweep: Sweep, across: Axis, up: Axis, key: str) -> np.ndarray:
@@ -189,15 +196,7 @@ def _write_numbers(axes, image, values: np.ndarray, marks: Marks) -> None:
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             ink = "#111111" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "#ffffff"
-            axes.text(column, row, brief(value), ha="center", va="center", fontsize=7, color=ink)
-
-
-def brief(value: float) -> str:
-    """A number in few signs."""
-    for unit, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:.3g}{sign}"
-    return f"{value:.3f}"
+            axes.text(column, row, units(value, ".3f"), ha="center", va="center", fontsize=7, color=ink)
 
 
 def differences(sweep: Sweep, points: Sequence[Point], first: Point) -> list[tuple[float, float]]:

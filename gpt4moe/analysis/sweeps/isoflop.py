@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpt4moe.analysis.scaling import EPOCH, HOFFMANN
-from gpt4moe.analysis.sweeps.drawing import Marks, Plot, arms_of
-from gpt4moe.analysis.sweeps.final import brief, draw_mean
-from gpt4moe.analysis.sweeps.table import Point, Sweep
+from gpt4moe.analysis.sweeps.drawing import Marks, Plot, arms_of, log_ticks
+from gpt4moe.analysis.sweeps.final import draw_mean
+from gpt4moe.analysis.sweeps.table import Point, Sweep, units
 
 # Runs of one budget lie within this ratio of FLOPs; sizes of a budget span at least the other.
 ONE_BUDGET, SPAN = 1.1, 1.5
@@ -63,10 +63,9 @@ def isoflop_plots(sweep: Sweep) -> list[Plot]:
         left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
         for index, (arm, budget) in enumerate(zip(arms, found, strict=True)):
             _draw_budget(left, sweep, budget, arm.colour, marks, index)
-        left.set_xscale("log")
+        log_ticks(left.xaxis)
         left.set_xlabel("active parameters")
         left.set_ylabel(sweep.metric_label)
-        left.xaxis.set_minor_formatter(lambda value, _: "")
         _draw_optima(right, found, parameters, tokens)
 
     rows = [row for budget in found for row in _rows(budget, sweep)]
@@ -77,7 +76,7 @@ def isoflop_plots(sweep: Sweep) -> list[Plot]:
     }
     caption = (
         "Left: each budget's loss over the size of the model, its parabola, and a star at the minimum. Right: sizes "
-        f"and tokens at the minima. {_said(found, parameters, tokens)} Dotted and dash-dotted: Hoffmann et al. 2022 and "
+        f"and tokens at the minima. {_said(found, parameters, tokens)} Dotted, dash-dotted: Hoffmann et al. 2022 and "
         "Epoch's replication of it, carried on from runs of 70M parameters and more."
     )
     return [Plot("isoflop", "Best size of each budget", caption, rows, draw, arms, (9.0, 3.8), wide=True, facts=facts)]
@@ -163,7 +162,7 @@ def _draw_budget(axes, sweep: Sweep, budget: Budget, colour: str, marks: Marks, 
     losses = np.polyval(budget.coefficients, np.log(along) - np.log(sizes).mean())
     axes.plot(along, losses, color=colour, linewidth=1.2, **marks.arm(index))
     if budget.inside:
-        tip = f"least at {brief(budget.best)} parameters, {brief(budget.tokens)} tokens: {budget.loss:.4f}"
+        tip = f"least at {units(budget.best)} parameters, {units(budget.tokens)} tokens: {budget.loss:.4f}"
         axes.plot([budget.best], [budget.loss], "*", color=colour, markersize=11, **marks.arm(index, tip))
 
 
@@ -182,14 +181,15 @@ def _draw_optima(axes, found: Sequence[Budget], parameters: Power | None, tokens
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("training FLOPs")
+    axes.set_ylabel("at the minimum")
     axes.legend(fontsize=8, frameon=False)
 
 
 def _said(found: Sequence[Budget], parameters: Power | None, tokens: Power | None) -> str:
     minima = [
-        f"{brief(budget.best)} at {budget.flops:.3g} FLOPs"
+        f"{units(budget.best)} at {budget.flops:.3g} FLOPs"
         + (
-            f" ({brief(budget.interval[0])} to {brief(budget.interval[1])})"
+            f" ({units(budget.interval[0])} to {units(budget.interval[1])})"
             if math.isfinite(budget.interval[0])
             else ""
         )

@@ -26,6 +26,8 @@ from gpt4moe.analysis.sweeps.table import Sweep, read_sweep
 from gpt4moe.analysis.sweeps.tables import cell_rows, point_rows, table
 
 PAGE = "report.html"
+# Of the fits, so that a report takes seconds.
+POLISHED, REPLICATES = 8, 100
 FORMS = {"mean": ".4f", "standard error": ".4f", "to the first": "+.4f", "in standard errors": "+.1f"}
 FORMS |= {"to the best": "+.4f", "in its standard errors": "+.1f", "tokens to match the first": ".0%"}
 FORMS |= {"skipped steps": ".0f", "held_out_loss": ".4f", "loss": ".4f", "model_flops_utilization": ".1%"}
@@ -38,6 +40,7 @@ def write_sweep_report(folder: str | pathlib.Path, config: FitConfig | None = No
     """
     sweep = read_sweep(folder)
     (sweep.folder / FIGURES).mkdir(exist_ok=True)
+    config = config or FitConfig(polished=POLISHED, replicates=REPLICATES)
     curves = read_curves(sweep)
     sections = {name: plots for name, plots in _sections(sweep, curves, config).items() if plots}
     points = point_rows(sweep, curves)
@@ -71,13 +74,13 @@ def _tiles(sweep: Sweep) -> str:
     """The sweep in a row of numbers."""
     states = collections.Counter(str(row.get("state")) for row in sweep.rows)
     best = min(sweep.measured, key=lambda point: point.mean(sweep.metric), default=None)
+    at = f", at {html.escape(best.label)}" if best and best.label else ""
     found = {
         "runs": f"{len(sweep.rows):,d}",
         **{html.escape(state): f"{count:,d}" for state, count in sorted(states.items())},
         "points": f"{len(sweep.points):,d}",
         "seeds": f"{len({row['seed'] for row in sweep.rows}):,d}",
-        f"least {sweep.metric_label}": f"{best.mean(sweep.metric):.4f}" if best else None,
-        "there": html.escape(best.label) if best and best.label else None,
+        f"least {sweep.metric_label}{at}": f"{best.mean(sweep.metric):.4f}" if best else None,
         "deviation between seeds": f"{sweep.noise:.4f}" if math.isfinite(sweep.noise) else None,
     }
     return tiles(found)
@@ -115,7 +118,9 @@ STYLE = """\
 .legend i { width: 18px; height: 3px; border-radius: 2px }
 .legend i.dashed { mask: repeating-linear-gradient(90deg, #000 0 4px, #0000 4px 7px) }
 .files a { margin-right: 8px } .off { display: none }
-.tiles b { overflow-wrap: anywhere }
+.tiles span { overflow-wrap: anywhere } .scroll:has(.sortable) { max-height: 560px; overflow: auto }
+.sortable thead { position: sticky; top: 0; background: var(--card) }
+.sortable th { white-space: normal; vertical-align: bottom }
 .sortable { font-size: 13px } .sortable th, .sortable td { padding: 5px 10px }
 .sortable button { all: unset; cursor: pointer } .sortable button:focus-visible { outline: 2px solid }
 .sortable th[aria-sort=ascending] button::after { content: " ↑" }

@@ -32,8 +32,13 @@ class Axis:
 
     @property
     def title(self) -> str:
-        """The names, each without its module."""
-        return ", ".join(short(name) for name in self.names)
+        """The names, each without its module; of numbers the first, whose values they are."""
+        return ", ".join(short(name) for name in (self.names[:1] if self.numeric else self.names))
+
+    def named(self, at: int) -> str:
+        """A value with the name of the axis, unless it is a name itself."""
+        says_itself = len(self.names) == 1 and isinstance(json.loads(self.keys[at])[0], str)
+        return self.labels[at] if says_itself else f"{self.title} {self.labels[at]}"
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -168,12 +173,17 @@ def shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def units(value: float, form: str = ".3g") -> str:
+    """A number in few signs, its thousands as k, M, G, T, P."""
+    for unit, sign in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}{sign}" if abs(value) < 1e18 else f"{value:.3g}"
+    return format(value, form)
+
+
 def name_of(axes: Sequence[Axis], place: Sequence[int]) -> str:
     """What a place on these axes is called."""
-    return ", ".join(
-        axis.labels[at] if len(axis.names) > 1 or not axis.numeric else f"{axis.title} {axis.labels[at]}"
-        for axis, at in zip(axes, place, strict=True)
-    )
+    return ", ".join(axis.named(at) for axis, at in zip(axes, place, strict=True))
 
 
 def _manifest(root: pathlib.Path) -> dict:
@@ -218,7 +228,7 @@ def _axis(names: tuple[str, ...], rows: Sequence[dict]) -> Axis:
 
 
 def _said(value: object) -> str:
-    return value.removeprefix("@") if isinstance(value, str) else shown(value)
+    return value.removeprefix("@") if isinstance(value, str) else "None" if value is None else shown(value)
 
 
 def _are_numbers(values: Sequence[object]) -> bool:
