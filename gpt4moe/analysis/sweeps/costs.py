@@ -21,16 +21,16 @@ COSTS = {
 
 
 def cost_plots(sweep: Sweep) -> list[Plot]:
-    """Loss against each cost in one figure; none where there is one point only."""
-    keys = [key for key in COSTS if sweep.has(key)]
+    """Loss against each cost that differs between points, in one figure."""
+    keys = [key for key in COSTS if _differs(sweep, key)]
     if len(sweep.measured) < 2 or not keys or not sweep.axes:
         return []
-    axis = sweep.axes[0]
+    axis, num_rows = sweep.axes[0], -(-len(keys) // 2)
     arms = arms_of([axis.named(at) for at in range(len(axis))], ordered=axis.numeric)
     fronts = {key: front(sweep.measured, key, sweep.metric, more=COSTS[key][1]) for key in keys}
 
     def draw(drawn, marks: Marks) -> None:
-        panels = drawn.subplots(-(-len(keys) // 2), 2, squeeze=False, sharey=True).flat
+        panels = drawn.subplots(num_rows, 2, squeeze=False, sharey=True).flat
         for panel, key in zip(panels, keys, strict=False):
             _panel(panel, sweep, key, fronts[key], arms, marks)
         for panel in panels[len(keys) :]:
@@ -44,7 +44,13 @@ def cost_plots(sweep: Sweep) -> list[Plot]:
         "Means over seeds. Rings joined by a line: the Pareto front, points that no other beats in both. "
         "Seconds and speed are those of the machine that ran the sweep."
     )
-    return [Plot("costs", "What the loss costs", caption, rows, draw, arms, size=(9.0, 5.8), wide=True)]
+    return [Plot("costs", "What the loss costs", caption, rows, draw, arms, size=(9.0, 2.9 * num_rows), wide=True)]
+
+
+def _differs(sweep: Sweep, key: str) -> bool:
+    values = np.array([point.mean(key) for point in sweep.measured])
+    values = values[np.isfinite(values)]
+    return len(values) > 1 and values.max() > 1.01 * values.min()
 
 
 def front(points: Sequence[Point], cost: str, loss: str, *, more: bool) -> list[Point]:

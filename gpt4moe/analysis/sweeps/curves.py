@@ -151,6 +151,7 @@ def _plot(kind: str, curves: Sequence[Curve], kept: Sequence[Curve], arms: Seque
             axes.set_xlabel(kind)
             if max(ends) > LOG_SPAN * min(ends):
                 log_ticks(axes.xaxis)
+                axes.set_xlim(left=CUT / 2 * min(ends))
             else:
                 axes.xaxis.set_major_formatter(lambda value, _: units(value))
             axes.set_ylabel(f"{title} loss, nats")

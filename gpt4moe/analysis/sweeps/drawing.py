@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from gpt4moe.analysis.canvas import PALETTE, Chart, depth_colours, figure, svg
 from gpt4moe.analysis.sweeps.table import Axis, units
 
@@ -17,6 +19,8 @@ FIGURES = "figures"
 DOTS_PER_INCH = 150
 # More lines than these in one picture cannot be told apart.
 MAX_ARMS = 16
+# So many letters go below a picture of half the page's width.
+LETTERS = 60
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -117,24 +121,34 @@ def arms_at(axes: Sequence[Axis], places: Sequence[tuple[int, ...]], labels: Seq
     ]
 
 
-def place_ticks(axes, axis: Axis, *, along_y: bool = False) -> None:
-    """Ticks at the values of a swept axis, on its scale."""
-    side = axes.yaxis if along_y else axes.xaxis
+def place_ticks(axes, axis: Axis) -> None:
+    """Ticks at the values of a swept axis, on its scale, where there is room for them."""
+    axes.set_xlabel(axis.title)
+    places = np.log2(axis.at) if axis.log else np.array(axis.at)
+    letters = LETTERS * np.diff(places).min() / np.ptp(places)
+    longest = max(map(len, axis.labels))
     if axis.log:
-        (axes.set_yscale if along_y else axes.set_xscale)("log", base=2)
-    if len(axis) <= 12:
-        side.set_ticks(axis.at, [label if len(label) < 18 else label[:17] + "…" for label in axis.labels])
-        side.set_ticks([], minor=True)
-    if not axis.numeric and not along_y and max(map(len, axis.labels)) * len(axis) > 40:
-        axes.tick_params(axis="x", rotation=30)
-    (axes.set_ylabel if along_y else axes.set_xlabel)(axis.title)
+        axes.set_xscale("log", base=2)
+    if not axis.numeric or longest < letters:
+        labels = [label if len(label) < 18 else label[:17] + "…" for label in axis.labels]
+        axes.set_xticks(axis.at, labels, rotation=0 if longest < letters else 30)
+        axes.set_xticks([], minor=True)
+    elif axis.log:
+        log_ticks(axes.xaxis)
+    else:
+        axes.xaxis.set_major_formatter(lambda value, _: units(value))
 
 
 def log_ticks(side) -> None:
-    """A logarithmic axis of counts: labels at 1, 2 and 5 of every ten."""
+    """A logarithmic axis of counts: labels at 1, of short ones at 2 and 5 too of every ten."""
+
+    def minor(value: float, _) -> str:
+        low, high = side.get_view_interval()
+        return units(value) if f"{value:.0e}"[0] in "25" and high < 200 * low else ""
+
     side.axes.set_xscale("log")
     side.set_major_formatter(lambda value, _: units(value))
-    side.set_minor_formatter(lambda value, _: units(value) if f"{value:.0e}"[0] in "25" else "")
+    side.set_minor_formatter(minor)
 
 
 def _switches(arms: Sequence[Arm]) -> str:
