@@ -224,6 +224,7 @@ def _sweep(args: argparse.Namespace) -> int:
     rows = engine.run(sweep, executor, _progress, show_table=not args.json)
     from gpt4moe.analysis.sweeps.report import write_sweep_report
 
+    _progress("drawing the report")
     report = write_sweep_report(sweep.folder)
     document = {"folder": str(sweep.folder), "report": str(report), "rows": rows}
     _print(args, document, lambda _: f"{results.format_rows(rows, sweep.folder)}\nreport: {report}")

@@ -42,7 +42,8 @@ def expert_law_plots(sweep: Sweep, config: FitConfig | None = None) -> list[Plot
     sizes = {label: _sizes(points) for label, points in lines.items()}
     lines = {label: points for label, points in lines.items() if _is_one(sizes[label])}
     together = _is_grid_of_sizes(sweep, lines, sizes)
-    fitted = _fit_together(lines, name, config) if together else _fit_apart(lines, name, config)
+    names = (sweep.metric, name)
+    fitted = _fit_together(lines, names, config) if together else _fit_apart(lines, names, config)
     return [_plot(sweep, fitted, name, together)] if fitted else []
 
 
@@ -75,24 +76,30 @@ def _is_grid_of_sizes(sweep: Sweep, lines: Mapping[str, Sequence[Point]], sizes:
     return len(sweep.axes) == 2 and len(means) >= 3 and apart and _is_one(tokens, 1.01)
 
 
-def _runs(points: Sequence[Point], name: str) -> tuple[list[float], list[float], list[float]]:
-    """Of every run: loss, experts, active parameters."""
-    rows = [(row, point) for point in points for row in point.done]
-    losses = [number(row, "held_out_loss" if "held_out_loss" in row else "loss") for row, _ in rows]
-    return losses, [number(row, name) for row, _ in rows], [number(row, "active_parameters") for row, _ in rows]
+def _runs(points: Sequence[Point], *names: str) -> list[list[float]]:
+    """These columns of every run that is done."""
+    return [[number(row, name) for point in points for row in point.done] for name in names]
 
 
-def _fit_together(lines: Mapping[str, Sequence[Point]], name: str, config: FitConfig | None) -> dict[str, Fitted]:
-    losses, experts, sizes = _runs([point for points in lines.values() for point in points], name)
+def _fit_together(
+    lines: Mapping[str, Sequence[Point]], names: Sequence[str], config: FitConfig | None
+) -> dict[str, Fitted]:
+    points = [point for line in lines.values() for point in line]
+    losses, experts, sizes = _runs(points, *names, "active_parameters")
     found = fit(Routed, observe(losses, active_parameters=sizes, num_experts=experts), config)
     return {label: Fitted(found, _middle(points), points) for label, points in lines.items()}
 
 
-def _fit_apart(lines: Mapping[str, Sequence[Point]], name: str, config: FitConfig | None) -> dict[str, Fitted]:
-    """A law for each line. At one size its terms in the size are constants: a and c are held at 0."""
+def _fit_apart(
+    lines: Mapping[str, Sequence[Point]], names: Sequence[str], config: FitConfig | None
+) -> dict[str, Fitted]:
+    """A law for each line; `names`: the columns of loss and experts.
+
+    At one size the terms in the size are constants: a and c are held at 0.
+    """
     fitted = {}
     for label in list(lines)[:MOST_FITS]:
-        losses, experts, _ = _runs(lines[label], name)
+        losses, experts = _runs(lines[label], *names)
         size = _middle(lines[label])
         fixed = {"a": 0.0, "c": 0.0}
         if len(set(experts)) <= FEW:
