@@ -16,6 +16,7 @@ from gpt4moe.analysis.scaling import DataConstrained, FitConfig, Routed
 from gpt4moe.analysis.sweeps.costs import front
 from gpt4moe.analysis.sweeps.curves import read_curves, tokens_to_match
 from gpt4moe.analysis.sweeps.experts_law import expert_law_plots
+from gpt4moe.analysis.sweeps.granularity import granularity_plots
 from gpt4moe.analysis.sweeps.isoflop import budgets, isoflop_plots
 from gpt4moe.analysis.sweeps.repeats import repeat_plots
 from gpt4moe.analysis.sweeps.report import write_sweep_report
@@ -231,8 +232,9 @@ def test_minima_of_planted_parabolas_are_found(isoflop):
     (plot,) = isoflop_plots(isoflop)
     assert abs(plot.facts["parameters"]["exponent"] - 0.5) < 0.03
     assert abs(plot.facts["tokens"]["exponent"] - 0.5) < 0.03
-    low, high = plot.facts["parameters"]["interval"]
-    assert low < 0.5 < high
+    for kind in ("parameters", "tokens"):
+        low, high = plot.facts[kind]["interval"]
+        assert low < 0.5 < high and 0.001 < high - low < 0.1
 
 
 def test_budgets_need_sizes_that_differ(experts):
@@ -268,6 +270,9 @@ def test_one_law_is_fitted_to_a_grid_of_sizes():
     (plot,) = expert_law_plots(make_sweep("", rows, {}), QUICK)
     (facts,) = plot.facts.values()
     assert facts["fixed"] == {} and facts["num_cells"] == 16 and facts["rms"] < 1e-3
+    dense = float(law.dense_multiplier(200**2 * 100, 64))
+    assert facts["dense_multiplier"]["WIDTH 200"]["64"] == pytest.approx(dense, rel=0.05)
+    assert facts["dense_multiplier"]["WIDTH 200"]["1"] == pytest.approx(1)
     assert [arm.label for arm in plot.arms] == [f"WIDTH {width}" for width in (100, 200, 400, 800)]
 
 
@@ -288,6 +293,24 @@ def test_axes_are_told_apart_with_and_without_a_manifest():
     derived = {"cells": [{"derived": {"hidden_dim": 3}}]}
     held = [{"NUM_EXPERTS": e, "hidden_dim": 64 // e} for e in (1, 2, 4)]
     assert [axis.names for axis in make_sweep("", rows_of(held), derived).axes] == [("NUM_EXPERTS",)]
+
+
+def test_runs_that_were_cut_do_not_count_although_they_have_a_loss():
+    rows = rows_of([{"LR": 0.1}, {"LR": 0.2}])
+    rows[0] |= {"state": "running", "held_out_loss": 1.0}
+    sweep = make_sweep("", rows, {})
+    assert [point.label for point in sweep.measured] == ["LR 0.2"] and len(sweep.points) == 2
+
+
+def test_granularity_stands_beside_the_published_law():
+    """Differences of Krajewski's law at one size and budget: (g / G^gamma - g) / N^alpha, level and tokens aside."""
+    rows = rows_of([{"GRANULARITY": grain} for grain in (1, 2, 4)])
+    for row, loss in zip(rows, (4.0, 3.9, 3.85), strict=True):
+        row |= {"held_out_loss": loss, "total_parameters": 1e8, "tokens": 1e9}
+    (plot,) = granularity_plots(make_sweep("", rows, {}))
+    np.testing.assert_allclose([row["difference"] for row in plot.rows], [0, -0.1, -0.15], atol=1e-12)
+    expected = [2.1 * (grain**-0.58 - 1) / 1e8**0.115 for grain in (1, 2, 4)]
+    np.testing.assert_allclose([row["published"] for row in plot.rows], expected, atol=1e-12)
 
 
 def test_names_are_an_axis_without_numbers():

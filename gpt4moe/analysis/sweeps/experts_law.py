@@ -137,7 +137,7 @@ def _plot(sweep: Sweep, fitted: Mapping[str, Fitted], name: str, together: bool)
         right.set_ylabel("log(measured / law)")
         right.axhline(0, color="#808080", linewidth=1)
 
-    said = _said(fitted, together)
+    said = _said(fitted, name, together)
     caption = (
         "Routed law (Clark et al. 2022, eq. 1) with its 95 % bootstrap band; shaded: experts beyond those it was "
         f"fitted on. Right: residuals of every run. {said}"
@@ -146,7 +146,20 @@ def _plot(sweep: Sweep, fitted: Mapping[str, Fitted], name: str, together: bool)
     once = {"": next(iter(fitted.values()))} if together else fitted
     rows += [{"line": label, "set": "run"} | row for label, each in once.items() for row in residual_rows(each.fit)]
     facts = {label or "all runs": summary(each.fit) for label, each in once.items()}
+    if together:
+        facts["all runs"]["dense_multiplier"] = multipliers(fitted, name)
     return Plot("law_experts", "Law of routed models", caption, rows, draw, arms, (9.0, 3.6), wide=True, facts=facts)
+
+
+def multipliers(fitted: Mapping[str, Fitted], name: str) -> dict[str, dict[str, float]]:
+    """By line and number of experts: how many times larger a dense model of the same loss is (Clark et al., eq. 11)."""
+    return {
+        label: {
+            f"{experts:g}": float(each.fit.law.dense_multiplier(each.active_parameters, experts))
+            for experts in sorted(_experts(each.points, name))
+        }
+        for label, each in fitted.items()
+    }
 
 
 def _draw_law(axes, drawn_law, arm: Arm, marks: Marks, index: int) -> None:
@@ -183,9 +196,15 @@ def _draw_residuals(axes, each: Fitted, arm: Arm, marks: Marks, index: int) -> N
         axes.plot([experts], [residual], "o", color=arm.colour, markersize=3.5, **marks.arm(index, tip))
 
 
-def _said(fitted: Mapping[str, Fitted], together: bool) -> str:
+def _said(fitted: Mapping[str, Fitted], name: str, together: bool) -> str:
     """The constants of each fit in words, with intervals, error and held-out error."""
     said = []
+    if together:
+        found = multipliers(fitted, name)
+        largest = "; ".join(f"{label}: {list(each.values())[-1]:.3g}" for label, each in found.items())
+        said.append(
+            f"Size of the dense model of the loss with the most experts, over the active parameters: {largest}."
+        )
     for label, each in list(fitted.items())[: 1 if together else None]:
         found = each.fit
         constants = ", ".join(

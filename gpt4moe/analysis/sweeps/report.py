@@ -19,6 +19,7 @@ from gpt4moe.analysis.sweeps.curves import Curve, curve_plots, read_curves
 from gpt4moe.analysis.sweeps.drawing import FIGURES, Plot, write_csv, write_plot
 from gpt4moe.analysis.sweeps.experts_law import expert_law_plots
 from gpt4moe.analysis.sweeps.final import final_plots
+from gpt4moe.analysis.sweeps.granularity import granularity_plots
 from gpt4moe.analysis.sweeps.isoflop import isoflop_plots
 from gpt4moe.analysis.sweeps.repeats import repeat_plots
 from gpt4moe.analysis.sweeps.routing import load_plots, source_plots
@@ -62,7 +63,12 @@ def _sections(sweep: Sweep, curves: list[Curve], config: FitConfig | None) -> di
     trained = frozenset(source for curve in curves for source in curve.epochs)
     return {
         "Final loss": final_plots(sweep),
-        "Laws": [*expert_law_plots(sweep, config), *isoflop_plots(sweep), *repeat_plots(sweep, curves, config)],
+        "Laws": [
+            *expert_law_plots(sweep, config),
+            *granularity_plots(sweep),
+            *isoflop_plots(sweep),
+            *repeat_plots(sweep, curves, config),
+        ],
         "Training": curve_plots(sweep, curves),
         "Costs": cost_plots(sweep),
         "Sources": source_plots(sweep, trained),
