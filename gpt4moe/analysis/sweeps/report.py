@@ -7,6 +7,7 @@ the axes and columns of the sweep give it a meaning. `figures/summary.json` hold
 from __future__ import annotations
 
 import collections
+import dataclasses
 import html
 import json
 import math
@@ -50,8 +51,9 @@ def write_sweep_report(folder: str | pathlib.Path, config: FitConfig | None = No
     document = {"metric": sweep.metric, "noise": sweep.noise, "points": points, "fits": facts}
     (sweep.folder / FIGURES / "summary.json").write_text(json.dumps(_strict(document), indent=1) + "\n")
     parts = [f'<div class="tiles">{_tiles(sweep)}</div>', _summary(points)]
+    named = collections.Counter()
     for name, plots in sections.items():
-        drawn = [write_plot(plot, sweep.folder) for plot in plots]
+        drawn = [write_plot(_named_once(plot, named), sweep.folder) for plot in plots]
         parts.append(f"<h2>{html.escape(name)}</h2>{charts(drawn)}")
     parts.append(_cells(sweep))
     path = sweep.folder / PAGE
@@ -74,6 +76,12 @@ def _sections(sweep: Sweep, curves: list[Curve], config: FitConfig | None) -> di
         "Sources": source_plots(sweep, trained),
         "Experts": load_plots(sweep),
     }
+
+
+def _named_once(plot: Plot, named: collections.Counter[str]) -> Plot:
+    """The plot under a file name of its own: names of axes are shown without their modules, and two may be alike."""
+    named[plot.name] += 1
+    return plot if named[plot.name] == 1 else dataclasses.replace(plot, name=f"{plot.name}_{named[plot.name]}")
 
 
 def _tiles(sweep: Sweep) -> str:

@@ -222,7 +222,10 @@ def _axis(names: tuple[str, ...], rows: Sequence[dict]) -> Axis:
         names = (names[main], *names[:main], *names[main + 1 :])
         at = tuple(float(value[main]) for value in values)
         keys = tuple(json.dumps([value[main], *value[:main], *value[main + 1 :]]) for value in values)
-        return Axis(names, keys, tuple(shown(value[main]) for value in values), at, numeric=True, log=_is_log(at))
+        labels = tuple(shown(value[main]) for value in values)
+        if len(set(labels)) < len(labels):
+            labels = tuple(repr(value[main]) for value in values)
+        return Axis(names, keys, labels, at, numeric=True, log=_is_log(at))
     labels = tuple(", ".join(_said(value) for value in each) for each in values)
     return Axis(names, tuple(found), labels, tuple(map(float, range(len(values)))), numeric=False, log=False)
 
