@@ -176,6 +176,21 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    return _report_sweep(args) if args.sweep else _report_run(args)
+
+
+def _report_sweep(args: argparse.Namespace) -> int:
+    of_a_run = {"--step": args.step, "--text": args.text, "--prompt": args.prompt, "--mesh": args.mesh}
+    given = [name for name, value in of_a_run.items() if value not in (None, [], ())]
+    require(not given, "--sweep", args.sweep, f"takes no {given}", "those are for the report of a run, --workdir")
+    from gpt4moe.analysis.sweeps.report import write_sweep_report
+
+    report = write_sweep_report(args.sweep)
+    _print(args, {"report": str(report)}, lambda _: f"report: {report}")
+    return DONE
+
+
+def _report_run(args: argparse.Namespace) -> int:
     from gpt4moe.analysis.history import read_history
     from gpt4moe.analysis.report import write_report
 
@@ -207,7 +222,12 @@ def _sweep(args: argparse.Namespace) -> int:
         return DONE
     executor = engine.Executor(sweep.folder, args.executor, args.parallel, dict(args.job_parameters))
     rows = engine.run(sweep, executor, _progress, show_table=not args.json)
-    _print(args, {"folder": str(sweep.folder), "rows": rows}, lambda _: results.format_rows(rows, sweep.folder))
+    from gpt4moe.analysis.sweeps.report import write_sweep_report
+
+    _progress("drawing the report")
+    report = write_sweep_report(sweep.folder)
+    document = {"folder": str(sweep.folder), "report": str(report), "rows": rows}
+    _print(args, document, lambda _: f"{results.format_rows(rows, sweep.folder)}\nreport: {report}")
     return FAULT if any(row["state"] != "done" for row in rows) else DONE
 
 

@@ -90,8 +90,9 @@ def _work_off(sweep: Sweep, executor: Executor, refresh: Callable[[], None]) -> 
 
 
 def write_manifest(sweep: Sweep) -> None:
-    """Leaves `manifest` in the folder of the sweep."""
-    write_json(sweep.folder / "manifest.json", {"cells": manifest(sweep)})
+    """Leaves `manifest` in the folder of the sweep, with the names of each axis."""
+    names = [axis.split(",") for axis, _ in (*sweep.config.axes, *sweep.config.random)]
+    write_json(sweep.folder / "manifest.json", {"axes": names, "cells": manifest(sweep)})
 
 
 def manifest(sweep: Sweep) -> list[dict[str, Any]]:
