@@ -35,7 +35,7 @@ class Submitted:
 class Executor:
     """Starts jobs through submitit, `parallel` at a time.
 
-    parallel: jobs at a time. cluster: "local" or "slurm"; parameters: submitit's own (partition, gpus_per_node, timeout_min, ...), for Slurm with
+    cluster: "local" or "slurm"; parameters: submitit's own (partition, gpus_per_node, timeout_min, ...), for Slurm with
     or without its prefix `slurm_`.
     """
 
