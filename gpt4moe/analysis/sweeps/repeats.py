@@ -62,9 +62,11 @@ def repeat_plots(sweep: Sweep, curves: Sequence[Curve], config: FitConfig | None
     epochs = np.sort([each.epochs for each in found])
     if len(epochs) < LEAST_EPOCHS or epochs[-1] < REPEATED or epochs[-1] < REPEATED * epochs[0]:
         return []
-    lines = _lines(found, "unique") or _lines(found, "tokens")
-    fits = _fits(sweep, found, config)
-    return [_plot(sweep, lines, fits)] if lines else []
+    by_unique = _lines(found, "unique")
+    lines = by_unique or _lines(found, "tokens")
+    risen = _risen(sweep, by_unique)
+    fits = _fits(sweep, [each for each in found if each.point.place not in risen], config)
+    return [_plot(sweep, lines, fits, len(risen))] if lines else []
 
 
 def _seen(sweep: Sweep, curves: Sequence[Curve]) -> list[Seen]:
@@ -114,6 +116,18 @@ def _lines(found: Sequence[Seen], kept: str) -> dict[str, list[Seen]]:
     return dict(list(named.items())[:MAX_LINES])
 
 
+def _risen(sweep: Sweep, lines: Mapping[str, list[Seen]]) -> set[tuple[int, ...]]:
+    """Places of points that more of the same tokens made worse: no worth of a token says so."""
+    risen = set()
+    for line in lines.values():
+        least = math.inf
+        for each in line:
+            if each.point.mean(sweep.metric) > least:
+                risen.add(each.point.place)
+            least = min(least, each.point.mean(sweep.metric))
+    return risen
+
+
 def _fits(sweep: Sweep, found: Sequence[Seen], config: FitConfig | None) -> dict[tuple, Fit]:
     """The law of each source and other setting, where its points are of one size and enough; beta is held for few."""
     groups: dict[tuple, list[Seen]] = {}
@@ -136,7 +150,7 @@ def _fits(sweep: Sweep, found: Sequence[Seen], config: FitConfig | None) -> dict
     return fits
 
 
-def _plot(sweep: Sweep, lines: Mapping[str, list[Seen]], fits: Mapping[tuple, Fit]) -> Plot:
+def _plot(sweep: Sweep, lines: Mapping[str, list[Seen]], fits: Mapping[tuple, Fit], num_risen: int) -> Plot:
     arms = arms_of(list(lines))
 
     def draw(drawn, marks: Marks) -> None:
@@ -171,7 +185,7 @@ def _plot(sweep: Sweep, lines: Mapping[str, list[Seen]], fits: Mapping[tuple, Fi
              for each in line}  # fmt: skip
     known = {names[key]: found for key, found in fits.items() if key in names}
     facts = {name: {"fit": summary(found), "residuals": residual_rows(found)} for name, found in known.items()}
-    caption = f"Points: means over seeds. {_said(known)}"
+    caption = f"Points: means over seeds. {_said(known, num_risen)}"
     return Plot("epochs", "Repeated data", caption, rows, draw, arms, (9.0, 3.6), wide=True, facts=facts)
 
 
@@ -189,13 +203,14 @@ def _draw_law(axes, found: Fit, line: Sequence[Seen], arm: Arm, marks: Marks, in
     axes.plot(at, fresh, ":", color=arm.colour, linewidth=0.9, **marks.arm(index, "as many fresh tokens"))
 
 
-def _said(fits: Mapping[str, Fit]) -> str:
+def _said(fits: Mapping[str, Fit], num_risen: int) -> str:
     if not fits:
         return "No law is fitted: points of one size are too few."
+    risen = f"{num_risen} points at which more epochs raised the loss are left out of the fit. " if num_risen else ""
     return (
         "Solid: tokens seen again are worth 1 + R_D (1 - exp(-(epochs - 1) / R_D)) epochs (Muennighoff et al. 2023), "
-        f"{'; '.join(_constant(name, found) for name, found in fits.items())}. The form cannot rise with epochs: where "
-        f"points do, it does not hold. Dashed: with the paper's R_D = {MUENNIGHOFF.law.R_D:.3g}. Dotted: fresh tokens."
+        f"{'; '.join(_constant(name, found) for name, found in fits.items())}. "
+        f"{risen}Dashed: with the paper's R_D = {MUENNIGHOFF.law.R_D:.3g}. Dotted: fresh tokens."
     )
 
 
