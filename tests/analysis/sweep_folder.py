@@ -51,17 +51,17 @@ def planted_row(point, planted):
 def write_run(folder, row, steps):
     """`metrics.jsonl` of a run that falls to the losses of its row, with three evaluations on the way."""
     folder.mkdir(parents=True)
-    lines = []
+    lines, source = [], row.get("source", "files")
     for step in range(1, steps + 1):
         above = 4 * math.exp(-6 * step / steps)
         at = {"step": step, "tokens": row["tokens"] * step // steps}
         logged = {"loss": row["loss"] + above, "step_seconds": row["train_seconds"] / steps}
         epochs = row.get("epochs", 0.5) * step / steps
-        lines.append(at | logged | {"loss/files": row["loss"] + above, "epoch/files": epochs})
+        lines.append(at | logged | {f"loss/{source}": row["loss"] + above, f"epoch/{source}": epochs})
         if step in (steps // 3, 2 * steps // 3, steps):
             held = {}
-            for source, tokens in SOURCES.items():
-                held |= {f"eval/{source}/loss": row[f"eval/{source}/loss"] + (above if step < steps else 0)}
-                held |= {f"eval/{source}/tokens": tokens}
+            for name, tokens in SOURCES.items():
+                held |= {f"eval/{name}/loss": row[f"eval/{name}/loss"] + (above if step < steps else 0)}
+                held |= {f"eval/{name}/tokens": tokens}
             lines.append(at | held)
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")

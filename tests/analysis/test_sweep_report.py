@@ -21,7 +21,7 @@ from gpt4moe.analysis.sweeps.isoflop import budgets, isoflop_plots
 from gpt4moe.analysis.sweeps.repeats import repeat_plots
 from gpt4moe.analysis.sweeps.report import write_sweep_report
 from gpt4moe.analysis.sweeps.table import make_sweep, read_sweep
-from tests.analysis.sweep_folder import SOURCES, write_sweep
+from tests.analysis.sweep_folder import write_sweep
 
 PLANTED = Routed(a=0.0, b=-0.06, c=0.0, d=0.62, E_start=2.0, E_max=150.0)
 QUICK = FitConfig(polished=4, replicates=20)
@@ -155,12 +155,8 @@ def test_curves_are_means_over_seeds_between_their_extremes(experts):
     held = [
         row for row in read_csv(folder, "curves_FLOPs") if row["set"] == "held out" and row["point"] == "NUM_EXPERTS 8"
     ]
-    whole = sum(SOURCES.values())
-    ends = [
-        sum(row[f"eval/{source}/loss"] * tokens for source, tokens in SOURCES.items()) / whole
-        for row in rows
-        if row["NUM_EXPERTS"] == 8
-    ]
+    # Of what was trained on: `unseen` does not count.
+    ends = [row["eval/files/loss"] for row in rows if row["NUM_EXPERTS"] == 8]
     assert len(held) == 3 and float(held[-1]["tokens"]) == TOKENS
     np.testing.assert_allclose([float(held[-1][name]) for name in ("loss", "low", "high")],
                                [statistics.mean(ends), min(ends), max(ends)])  # fmt: skip
@@ -242,21 +238,29 @@ def test_budgets_need_sizes_that_differ(experts):
     assert isoflop_plots(read_sweep(experts[0])) == []
 
 
-def test_worth_of_repeated_tokens_is_found(tmp_path):
-    law = DataConstrained(A=0.0, B=80.0, E=2.5, alpha=0.3, beta=0.32, R_D=6.0, R_N=5.0)
+def test_worth_of_repeated_tokens_is_found_for_each_source(tmp_path):
+    laws = {"code": 6.0, "text": 3.0}
 
     def planted(point, seed):
-        unique, epochs = point["UNIQUE"], point["EPOCHS"]
-        loss = law.E + law.B / law.effective_tokens(unique * epochs, unique) ** law.beta
-        row = {"active_parameters": 1_000_000, "tokens": unique * epochs, "epochs": epochs}
+        source = "code" if point["CODE_WEIGHT"] else "text"
+        law = DataConstrained(A=0.0, B=80.0, E=2.5, alpha=0.3, beta=0.32, R_D=laws[source], R_N=5.0)
+        unique, tokens = point["UNIQUE"], point["BUDGET"]
+        loss = law.E + law.B / law.effective_tokens(tokens, unique) ** law.beta
+        loss += tokens / unique == 16  # too often: what no worth of a token can say
+        row = {"active_parameters": 1_000_000, "tokens": tokens, "epochs": tokens / unique, "source": source}
         return row | {"held_out_loss": float(loss)}
 
-    write_sweep(tmp_path, {"UNIQUE": (100_000, 400_000), "EPOCHS": (1, 2, 4, 8, 16)}, planted, seeds=1, steps=6)
+    amounts = [(unique, unique * epochs) for unique in (100_000, 400_000) for epochs in (1, 2, 4, 8, 16)]
+    axes = {"CODE_WEIGHT,TEXT_WEIGHT": [(1, 0), (0, 1)], "UNIQUE,BUDGET": amounts}
+    write_sweep(tmp_path, axes, planted, seeds=1, steps=6)
     sweep = read_sweep(tmp_path)
     (plot,) = repeat_plots(sweep, read_curves(sweep), QUICK)
-    assert abs(plot.facts["fit"]["constants"]["R_D"]["value"] - 6) < 0.1
-    assert {arm.label for arm in plot.arms} == {"UNIQUE 100,000", "UNIQUE 400,000"}
-    assert [row["epochs"] for row in plot.rows] == [1, 2, 4, 8, 16] * 2
+    for source, worth in laws.items():
+        assert abs(plot.facts[source]["fit"]["constants"]["R_D"]["value"] - worth) < 0.1
+    unique = ("100k unique tokens", "400k unique tokens")
+    assert {arm.label for arm in plot.arms} == {f"{source}, {amount}" for source in laws for amount in unique}
+    assert [row["epochs"] for row in plot.rows] == [1, 2, 4, 8, 16] * 4
+    assert "4 points at which more epochs raised the loss are left out" in plot.caption
 
 
 def test_one_law_is_fitted_to_a_grid_of_sizes():
@@ -311,6 +315,13 @@ def test_granularity_stands_beside_the_published_law():
     np.testing.assert_allclose([row["difference"] for row in plot.rows], [0, -0.1, -0.15], atol=1e-12)
     expected = [2.1 * (grain**-0.58 - 1) / 1e8**0.115 for grain in (1, 2, 4)]
     np.testing.assert_allclose([row["published"] for row in plot.rows], expected, atol=1e-12)
+
+
+def test_values_of_names_that_change_together_are_told_apart_by_what_differs():
+    points = [("@a", 1, 0.1), ("@a", 1, 0.0), ("@b", 4, 0.1)]
+    rows = rows_of([dict(zip(("ROUTER", "GROUPS", "WEIGHT"), point, strict=True)) for point in points])
+    (axis,) = make_sweep("", rows, {"axes": [["ROUTER", "GROUPS", "WEIGHT"]]}).axes
+    assert axis.title == "ROUTER" and axis.labels == ("a, WEIGHT 0.1", "a, WEIGHT 0", "b") and axis.named(2) == "b"
 
 
 def test_names_are_an_axis_without_numbers():

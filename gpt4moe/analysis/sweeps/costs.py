@@ -30,12 +30,13 @@ def cost_plots(sweep: Sweep) -> list[Plot]:
     fronts = {key: front(sweep.measured, key, sweep.metric, more=COSTS[key][1]) for key in keys}
 
     def draw(drawn, marks: Marks) -> None:
-        panels = drawn.subplots(num_rows, 2, squeeze=False, sharey=True).flat
+        panels = drawn.subplots(num_rows, min(len(keys), 2), squeeze=False, sharey=True).flat
         for panel, key in zip(panels, keys, strict=False):
             _panel(panel, sweep, key, fronts[key], arms, marks)
         for panel in panels[len(keys) :]:
             panel.set_visible(False)
 
+    size = (9.0, 2.9 * num_rows) if len(keys) > 1 else (5.4, 3.4)
     rows = [
         point_row(sweep, point, sweep.metric, *keys) | {f"front_{key}": point in fronts[key] for key in keys}
         for point in sweep.measured
@@ -44,7 +45,7 @@ def cost_plots(sweep: Sweep) -> list[Plot]:
         "Means over seeds. Rings joined by a line: the Pareto front, points that no other beats in both. "
         "Seconds and speed are those of the machine that ran the sweep."
     )
-    return [Plot("costs", "What the loss costs", caption, rows, draw, arms, size=(9.0, 2.9 * num_rows), wide=True)]
+    return [Plot("costs", "What the loss costs", caption, rows, draw, arms, size, wide=len(keys) > 1)]
 
 
 def _differs(sweep: Sweep, key: str) -> bool:

@@ -102,7 +102,8 @@ def _curve(point: Point, histories: Sequence[History]) -> Curve:
     losses = np.array([_on(tokens, each.tokens, smooth(each.values)) for each in series])
     clocks = [history.series("step_seconds") for history in histories]
     spent = [(clock.tokens, np.cumsum(np.nan_to_num(clock.values))) for clock in clocks if len(clock.tokens)]
-    evaluated = [_held_out(history) for history in histories]
+    epochs = _epochs(histories)
+    evaluated = [_held_out(history, frozenset(epochs)) for history in histories]
     held_tokens = np.array(sorted(set.intersection(*(set(found) for found in evaluated))))
     held = np.array([[found[at] for at in held_tokens] for found in evaluated])
 
@@ -112,13 +113,14 @@ def _curve(point: Point, histories: Sequence[History]) -> Curve:
 
     return Curve(
         point, tokens, seconds(tokens), losses.mean(0), losses.min(0), losses.max(0),
-        held_tokens, seconds(held_tokens), held.mean(0), held.min(0), held.max(0), _epochs(histories),
+        held_tokens, seconds(held_tokens), held.mean(0), held.min(0), held.max(0), epochs,
     )  # fmt: skip
 
 
 def _epochs(histories: Sequence[History]) -> dict[str, float]:
     sources = histories[0].names(r"epoch/(.+)")
-    return {source: float(np.mean([history.last(f"epoch/{source}") for history in histories])) for source in sources}
+    seen = {source: float(np.mean([history.last(f"epoch/{source}") for history in histories])) for source in sources}
+    return {source: epochs for source, epochs in seen.items() if epochs > 0}
 
 
 def _on(places: np.ndarray, tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -126,11 +128,12 @@ def _on(places: np.ndarray, tokens: np.ndarray, values: np.ndarray) -> np.ndarra
     return np.interp(places, tokens[sound], values[sound]) if sound.any() else np.full(len(places), np.nan)
 
 
-def _held_out(history: History) -> dict[float, float]:
-    """Tokens to held-out loss over all sources, of the evaluations in which every source was finite."""
+def _held_out(history: History, trained: frozenset[str]) -> dict[float, float]:
+    """Tokens to held-out loss over the trained sources, as results have it, where every one was finite."""
     found = {}
     for row in history.rows:
         losses = {key: number(row, key) for key in row if key.startswith("eval/") and key.endswith("/loss")}
+        losses = {key: loss for key, loss in losses.items() if not trained or key.split("/")[1] in trained}
         weights = [number(row, key.removesuffix("loss") + "tokens") for key in losses]
         if losses and all(map(math.isfinite, (*losses.values(), *weights))):
             found[row["tokens"]] = float(np.average(list(losses.values()), weights=weights))

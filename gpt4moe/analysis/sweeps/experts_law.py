@@ -116,8 +116,11 @@ def _middle(points: Sequence[Point]) -> float:
 
 def _plot(sweep: Sweep, fitted: Mapping[str, Fitted], name: str, together: bool) -> Plot:
     arms = arms_of([label or "all runs" for label in fitted], ordered=together)
-    drawn_laws = {label: curve(each.fit, "num_experts", active_parameters=each.active_parameters)
-                  for label, each in fitted.items()}  # fmt: skip
+    with np.errstate(invalid="ignore"):  # a resampled law may have no value far beyond its runs
+        drawn_laws = {
+            label: curve(each.fit, "num_experts", active_parameters=each.active_parameters)
+            for label, each in fitted.items()
+        }
 
     def draw(drawn, marks: Marks) -> None:
         left, right = drawn.subplots(1, 2, width_ratios=(3, 2))

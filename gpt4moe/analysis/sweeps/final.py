@@ -16,6 +16,8 @@ LEAST_ON_MAP = 3
 # A map of more cells than these has no numbers in it.
 MAX_NUMBERS = 80
 MAX_BANDS = 4
+# Letters of a name that leave no room for its figure on half the page, and those shown on a whole one.
+LONG, LONGEST = 24, 64
 
 
 def final_plots(sweep: Sweep) -> list[Plot]:
@@ -120,7 +122,7 @@ def _ranked(sweep: Sweep, axis: Axis) -> Plot | None:
                 best = min(point.mean(key) for point in points)
                 band = {"color": arm.colour, "alpha": 0.12, "linewidth": 0}
                 axes.axvspan(best - noise, best + noise, **band, **marks.arm(number))
-        axes.set_yticks(range(len(order)), [axis.labels[at][:40] for at in order])
+        axes.set_yticks(range(len(order)), [axis.labels[at][:LONGEST] for at in order])
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.set_xlabel(sweep.metric_label)
 
@@ -128,8 +130,9 @@ def _ranked(sweep: Sweep, axis: Axis) -> Plot | None:
     floor += (": the band at each line's best." if len(arms) <= MAX_BANDS else ".") if floor else ""
     caption = f"Best first. Large dots: mean over seeds with its standard error; small dots: seeds.{floor}{rest}"
     rows = [point_row(sweep, point, key) for at in order for point in by_value[at]]
-    size, facts = (5.4, 1.2 + 0.3 * len(order)), {"noise": noise}
-    return Plot(f"loss_by_{axis.title}", f"Final loss by {axis.title}", caption, rows, draw, arms, size, facts=facts)
+    wide = max(map(len, axis.labels)) > LONG
+    size, title = (9.0 if wide else 5.4, 1.2 + 0.3 * len(order)), f"Final loss by {axis.title}"
+    return Plot(f"loss_by_{axis.title}", title, caption, rows, draw, arms, size, wide, {"noise": noise})
 
 
 def _lay(axes, marks: Marks, arm: int, colour: str, row: int, point: Point, key: str) -> None:

@@ -32,12 +32,12 @@ class Axis:
 
     @property
     def title(self) -> str:
-        """The names, each without its module; of numbers the first, whose values they are."""
-        return ", ".join(short(name) for name in (self.names[:1] if self.numeric else self.names))
+        """The first name, without its module."""
+        return short(self.names[0])
 
     def named(self, at: int) -> str:
         """A value with the name of the axis, unless it is a name itself."""
-        says_itself = len(self.names) == 1 and isinstance(json.loads(self.keys[at])[0], str)
+        says_itself = isinstance(json.loads(self.keys[at])[0], str)
         return self.labels[at] if says_itself else f"{self.title} {self.labels[at]}"
 
     def __len__(self) -> int:
@@ -226,8 +226,15 @@ def _axis(names: tuple[str, ...], rows: Sequence[dict]) -> Axis:
         if len(set(labels)) < len(labels):
             labels = tuple(repr(value[main]) for value in values)
         return Axis(names, keys, labels, at, numeric=True, log=_is_log(at))
-    labels = tuple(", ".join(_said(value) for value in each) for each in values)
+    labels = tuple(_label(names, value, values) for value in values)
     return Axis(names, tuple(found), labels, tuple(map(float, range(len(values)))), numeric=False, log=False)
+
+
+def _label(names: Sequence[str], value: Sequence, values: Sequence[Sequence]) -> str:
+    """The value of the first name, and those of the others that tell it from values with the same first."""
+    alike = [other for other in values if other[0] == value[0]]
+    telling = [at for at in range(1, len(names)) if len({json.dumps(other[at]) for other in alike}) > 1]
+    return ", ".join([_said(value[0]), *(f"{short(names[at])} {_said(value[at])}" for at in telling)])
 
 
 def _said(value: object) -> str:
