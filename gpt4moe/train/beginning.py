@@ -23,7 +23,7 @@ from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.model import routers
 from gpt4moe.parallel import multihost, sharding
 from gpt4moe.parallel.mesh import make_mesh
-from gpt4moe.train import feed, metrics, resume, schedule, upcycle
+from gpt4moe.train import feed, metrics, resume, schedule, trace, upcycle
 from gpt4moe.train import state as train_state
 from gpt4moe.train.console import say
 from gpt4moe.train.state import TrainState
@@ -68,6 +68,7 @@ def begin(
     run = resume.inherit_tokenizer(run)
     mesh = make_mesh(run.mesh)
     run.check_sizes(dict(mesh.shape))
+    trace.check_run(run)
     abstract = train_state.abstract_state(run, mesh)
     batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))
     _require_one_trainer(workdir, config_text)
@@ -76,6 +77,8 @@ def begin(
     with multihost.first_process_first("tokens"):
         store = _open_store(run, workdir, saved, progress)
         rows = _rows(run, store, saved, multihost.row_group(batch.tokens), allow_change)
+    if run.train.replay_routing:
+        _check_next_replay(run, saved, rows, batch)
     multihost.mark("the work directory")
     _describe(workdir, config_text, store)
     _require_shared(workdir)
@@ -169,6 +172,14 @@ def _rows(
         rows.set_state(progress["data"], allow_change=allow_change)
     multihost.require_same("order of rows", rows.get_state()["order"])
     return rows
+
+
+def _check_next_replay(run: RunConfig, progress: dict | None, rows: pipeline.TrainRows, batch: Batch) -> None:
+    """Raises `CallerError` where the choices to replay first are of other tokens than those that come first."""
+    step, tokens = (progress["step"], progress["tokens"]) if progress else (0, 0)
+    replay = trace.replay(run, step + 1, batch.replay_ids.shape[-1])
+    if replay is not None:
+        feed.check_replay(rows, schedule.batch_tokens_at(run.train.ramp, tokens), batch, replay)
 
 
 def _describe(workdir: epath.Path, config_text: str, store: pipeline.TokenStore) -> None:

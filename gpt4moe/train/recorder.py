@@ -59,6 +59,7 @@ class Recorder:
         self._sources = source_names
         self._log = log
         self._bar = bar
+        self._moe = run.model.moe
         self._log_every = run.train.log_every
         self._flops_per_token = flops.train_flops_per_token(run.model)
         self._peak = peak_flops_per_second(list(mesh.devices.flat), run.model.compute_dtype)
@@ -82,7 +83,8 @@ class Recorder:
         row = step_row(metrics, facts, self._sources) | self._bubble | speed
         choices = metrics.sums.moe.choices
         if choices is not None:
-            trace.write(self._workdir, facts.step, choices.expert_ids_BTK, facts.num_microbatches, facts.tokens_crc)
+            given = (choices.expert_ids_BTK, facts.num_microbatches, facts.tokens_crc, self._moe)
+            trace.write(self._workdir, facts.step, *given)
         if facts.step % self._log_every == 0:
             self._log.write(row)
         self._bar.set_postfix_str(_summary(row), refresh=False)

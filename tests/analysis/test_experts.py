@@ -184,6 +184,16 @@ def test_switch_routing_has_no_pairs(experts):
     assert to_document(switch)["strongest_pair"] == [None] * LAYERS
 
 
+def test_an_expert_of_a_few_tokens_is_no_strong_pair(experts):
+    """Expert 3 has two tokens, both shared with 0; of the forty of expert 1, thirty go to 2 as well."""
+    ids_UK = np.array([[0, 3]] * 2 + [[1, 2]] * 30 + [[1, 0]] * 10 + [[2, 0]] * 30)
+    seen = Capture(*(np.zeros(len(ids_UK), int),) * 3, ids_UK[None], np.full((1, *ids_UK.shape), 0.5), EXPERTS)
+    seen_by_few = seen.part(np.arange(2))
+    for held_out, pair in ((seen, {"of": 1, "also": 2, "share": 0.75}), (seen_by_few, None)):
+        document = to_document(Experts(1, ("x",), experts.tokenizer, held_out, (), {}))
+        assert document["strongest_pair"] == [pair]
+
+
 def test_the_document_has_numbers_by_layer(experts):
     document = json.loads(json.dumps(to_document(experts), allow_nan=False))
     assert document["tokens"] == 82 + 136 and document["step"] == 40
