@@ -33,8 +33,8 @@ def softmax_of_chosen(logits_UE: Float[Array, "U E"], inputs: RouterInputs, conf
     under any batch, row and layout. With K = 1 the gate is always 1 and the router would learn nothing: refused.
     """
     expert_ids_UK = choose(logits_UE, inputs, config)
-    chosen_UK = jnp.take_along_axis(logits_UE, expert_ids_UK, axis=-1)
-    gates_UK = jax.nn.softmax(chosen_UK, axis=-1, where=chosen(expert_ids_UK, inputs)) * config.gate_scale
+    logits_UK = jnp.take_along_axis(logits_UE, expert_ids_UK, axis=-1)
+    gates_UK = jax.nn.softmax(logits_UK, axis=-1, where=chosen(expert_ids_UK, inputs)) * config.gate_scale
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
 
@@ -94,6 +94,8 @@ def expert_choice(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: 
     its softmax probabilities as they are; `capacity_factor` None counts as 1, and U counts tokens that are not padding.
     WHETHER A TOKEN IS PICKED DEPENDS ON LATER TOKENS OF ITS ROW: a decoder trained so sees its future in the loss. In
     evaluation and decoding, which must not, each token takes its K likeliest experts instead, with the same weights.
+    The cost of the width: dispatch takes U * E choices for possible, so that combining moves U * E rows, most of them
+    empty; experts compute the rows picked, but memory is for U * E rows unless `capacity_factor` is set.
     """
     probabilities_UE = jax.nn.softmax(logits_UE, axis=-1)
     weights_UE = probabilities_UE * config.gate_scale
@@ -159,9 +161,10 @@ ROUTERS = (*READ_BIAS, *NON_CAUSAL, hashed, balanced, uniform)
 
 
 def check(config: MoeConfig) -> None:
-    """Raises `CallerError` where the router ignores a setting that is meant for it, or could not learn.
+    """Raises `CallerError` where the router does not read a bias or groups that are set, or K leaves no gradient.
 
-    Routers of the user's own are taken to know what they read.
+    Other settings that a router does not read (`router_noise`, `normalize_gates`) pass, and so does all of a router of
+    the user's own.
     """
     router = config.router or top_k
     if not is_among(router, ROUTERS):
@@ -195,7 +198,9 @@ def is_among(router: Callable | None, group: Sequence[Callable]) -> bool:
     return inspect.unwrap(router or top_k) in [inspect.unwrap(each) for each in group]
 
 
-def _by_scores(logits_UE: Array, scores_UE: Array, expert_ids_UK: Array, inputs: RouterInputs, config: MoeConfig):
+def _by_scores(
+    logits_UE: Array, scores_UE: Array, expert_ids_UK: Array, inputs: RouterInputs, config: MoeConfig
+) -> Routing:
     """The routing of choices by scores that do not sum to 1."""
     probabilities_UE = scores_UE / jnp.maximum(jnp.sum(scores_UE, axis=-1, keepdims=True), TINY)
     gates_UK = gates_of(scores_UE, expert_ids_UK, inputs, config)
