@@ -21,9 +21,8 @@ from gpt4moe.train.evaluate import trained_store
 
 # What the page of coloured text shows at most: choices (tokens times layers times K) and tokens. Some 3 MB.
 MAX_PAGE_CHOICES, MAX_PAGE_TOKENS, SAMPLE_TOKENS = 400_000, 12_000, 320
-# Tokens that an expert needs to be named in the strongest pair. One of a single token always shares all of them with
-# another expert, which says nothing; with 16 a share has a standard error of at most 1/8.
-FEWEST_OF_PAIR = 16
+# Load over the mean load below which shares of an expert's tokens say little.
+FEW = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,18 +123,17 @@ def format_document(document: dict) -> str:
 
 
 def _strongest_pairs(seen: Capture) -> list[dict | None]:
-    """By layer the experts i and j of which the largest share of i's tokens also goes to j.
+    """By layer the experts i and j of which the largest share of i's tokens also goes to j; None where K is 1.
 
-    None where K is 1 or no expert has `FEWEST_OF_PAIR` tokens.
+    Experts of less than a tenth of the mean load are left out: one token would make any pair of theirs the strongest.
     """
     pairs = []
-    for ids_UK, share_EE in zip(
-        seen.expert_ids_LUK, routing.coactivation(seen.expert_ids_LUK, seen.num_experts), strict=True
-    ):
-        tokens_E = np.bincount(ids_UK[ids_UK >= 0], minlength=seen.num_experts)
-        counted_EE = np.where(tokens_E[:, None] >= FEWEST_OF_PAIR, np.nan_to_num(share_EE), 0.0)
-        i, j = np.unravel_index(np.argmax(counted_EE), counted_EE.shape)
-        share = float(counted_EE[i, j])
+    load_LE = routing.load(seen.expert_ids_LUK, seen.num_experts)
+    coactivation_LEE = routing.coactivation(seen.expert_ids_LUK, seen.num_experts)
+    for share_EE, load_E in zip(coactivation_LEE, load_LE, strict=True):
+        share_EE = np.where(load_E[:, None] * len(load_E) >= FEW, share_EE, 0.0)
+        i, j = np.unravel_index(np.argmax(np.nan_to_num(share_EE)), share_EE.shape)
+        share = float(np.nan_to_num(share_EE[i, j]))
         pairs.append({"of": int(i), "also": int(j), "share": share} if share else None)
     return pairs
 

@@ -224,9 +224,7 @@ def _turned(a_IJ: Array, zero: Array) -> Array:
     return from_bits((turned ^ zero.astype(turned.dtype)).reshape(columns, rows))
 
 
-def _over_pieces(
-    sizes: tuple[int, ...], pieces_Z: Array, start: Array, piece: Callable[[Array, int, tuple], tuple], carried: tuple
-) -> tuple:
+def _over_pieces(sizes: tuple[int, ...], pieces_Z: Array, start: Array, piece: Callable, carried: tuple) -> tuple:
     """`piece(row, size, carried)` for every piece of one expert, from its first row to its last."""
     for z, size in enumerate(sizes):
         step = functools.partial(lambda size, start, i, carried: piece(start + i * size, size, carried), size, start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -16,6 +16,9 @@ from gpt4moe.types import Batch
 
 if TYPE_CHECKING:
     from gpt4moe.data.pipeline import TrainRows
+
+# Gives the choices to force on the tokens of microbatches.
+Replay = Callable[[list[np.ndarray]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,30 +52,19 @@ def abstract_microbatches(run: RunConfig, rows: NamedSharding) -> Batch:
     return Batch(**leaves)
 
 
-def check_replay(rows: TrainRows, batch_tokens: int, abstract: Batch, replay: trace.Replay) -> None:
-    """Raises as `replay` does where it is not for the tokens of the next batch, which is not consumed."""
-    _, microbatch_rows, length = abstract.tokens.shape
-    before = rows.get_state()
-    drawn = list(itertools.islice(rows, batch_tokens // (microbatch_rows * length)))
-    rows.set_state(before)
-    if drawn:
-        replay([microbatch.tokens for microbatch in drawn])
-
-
-def draw(rows: TrainRows, batch_tokens: int, abstract: Batch, replay: trace.Replay | None = None) -> Drawn | None:
+def draw(rows: TrainRows, batch_tokens: int, abstract: Batch, replay: Replay | None = None) -> Drawn | None:
     """The next batch of `batch_tokens`, or what the data still has of it; None where the data is exhausted.
 
     `replay` gives the expert choices to force on its microbatches' tokens.
     """
     room, microbatch_rows, length = abstract.tokens.shape
     wanted = batch_tokens // (microbatch_rows * length)
-    drawn = list(itertools.islice(rows, wanted))
+    drawn = [microbatch for _, microbatch in zip(range(wanted), rows, strict=False)]
     if not drawn:
         return None
     tokens_BT = [microbatch.tokens for microbatch in drawn]
     if replay is not None:
-        forced = zip(drawn, replay(tokens_BT), strict=True)
-        drawn = [dataclasses.replace(part, replay_ids=ids) for part, ids in forced]
+        drawn = [dataclasses.replace(part, replay_ids=ids) for part, ids in zip(drawn, replay(tokens_BT), strict=True)]
 
     def place(leaf: jax.ShapeDtypeStruct, *parts: np.ndarray) -> jax.Array:
         buffer = np.zeros((room, *parts[0].shape), leaf.dtype)

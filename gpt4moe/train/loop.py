@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from typing import NoReturn
 
@@ -134,16 +135,19 @@ def _steps(parts: Parts, at: Position) -> TrainResult:
 def _draw(parts: Parts, at: Position) -> feed.Drawn | None:
     """The next batch, with a word about sources that leave the mixture in it; None where the data has ended."""
     before, run = parts.start.rows.exhausted(), parts.start.run
-    forced = parts.start.batch.replay_ids
-    replay = None if forced is None else trace.replay(run, at.step + 1, forced.shape[-1])
-    unrecorded = forced is not None and replay is None  # asked first: a batch drawn counts as trained on
+    replay, source = None, run.train.replay_routing
+    if source:
+        record = trace.replayed(run, at.step + 1, parts.start.batch.replay_ids.shape[-1])
+        if record is None:  # before a batch is drawn, so that the next run finds it
+            say(f"no further step was recorded in {source}: the run ends at step {at.step:,}, {at.tokens:,} tokens")
+            return None
+        replay = functools.partial(record.on, source=source)
     batch_tokens = schedule.batch_tokens_at(run.train.ramp, at.tokens)
-    drawn = None if unrecorded else feed.draw(parts.start.rows, batch_tokens, parts.start.batch, replay)
+    drawn = feed.draw(parts.start.rows, batch_tokens, parts.start.batch, replay)
     for name in sorted(set(parts.start.rows.exhausted()) - set(before)):
         say(f"source {name!r} has been seen max_epochs times and leaves the mixture at step {at.step + 1:,}")
     if drawn is None:
-        why = "no further step was recorded" if unrecorded else "all sources are used up"
-        say(f"{why}: the run ends at step {at.step:,}, {at.tokens:,} tokens")
+        say(f"all sources are used up: the run ends at step {at.step:,}, {at.tokens:,} tokens")
     return drawn
 
 

@@ -59,9 +59,9 @@ class Recorder:
         self._sources = source_names
         self._log = log
         self._bar = bar
-        self._moe = run.model.moe
         self._log_every = run.train.log_every
         self._flops_per_token = flops.train_flops_per_token(run.model)
+        self._moe = run.model.moe
         self._peak = peak_flops_per_second(list(mesh.devices.flat), run.model.compute_dtype)
         self._bubble = _bubble(run, dict(mesh.shape))
         self._pending: tuple[StepMetrics, StepFacts] | None = None
@@ -83,8 +83,8 @@ class Recorder:
         row = step_row(metrics, facts, self._sources) | self._bubble | speed
         choices = metrics.sums.moe.choices
         if choices is not None:
-            given = (choices.expert_ids_BTK, facts.num_microbatches, facts.tokens_crc, self._moe)
-            trace.write(self._workdir, facts.step, *given)
+            of = (facts.num_microbatches, facts.tokens_crc, self._moe)
+            trace.write(self._workdir, facts.step, choices.expert_ids_BTK, *of)
         if facts.step % self._log_every == 0:
             self._log.write(row)
         self._bar.set_postfix_str(_summary(row), refresh=False)

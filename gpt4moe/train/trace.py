@@ -1,17 +1,16 @@
 """Records of where every token went, step by step, to look at or to force on another run.
 
 `routing/STEP.npz` in a work directory holds of one step: `expert_ids` [microbatches, B, T, L, K] int16, -1 for none,
-`num_experts` and `experts_per_token` of the model, and `tokens_crc`, the checksum of the tokens they are for.
+`tokens_crc`, the checksum of the tokens they are for, and of the model `num_experts` and `experts_per_token`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -22,17 +21,31 @@ from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
 
 FOLDER = "routing"
-Replay = Callable[[list[np.ndarray]], np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Record:
-    """The choices of one step. K of `expert_ids_WBTLK` is the router's, all experts where they choose the tokens."""
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """Where the tokens of one step went: choices [microbatches, B, T, L, K], of so many experts a layer.
+
+    K is `experts_per_token` of the model, or all experts where they choose the tokens.
+    """
 
     expert_ids_WBTLK: np.ndarray
     tokens_crc: int
     num_experts: int
     experts_per_token: int
+
+    @property
+    def width(self) -> int:
+        """Choices of a token, K."""
+        return self.expert_ids_WBTLK.shape[-1]
+
+    def on(self, tokens_BT: Sequence[np.ndarray], source: str) -> np.ndarray:
+        """The choices, int32, to force on these microbatches; `CallerError` where they were made on other tokens."""
+        same = len(self.expert_ids_WBTLK) == len(tokens_BT) and self.tokens_crc == checksum(tokens_BT)
+        mend = "train on the same data, batch and seed"
+        require(same, "replay_routing", source, "was recorded on other tokens than this run draws", mend)
+        return self.expert_ids_WBTLK.astype(np.int32)
 
 
 def write(workdir: epath.Path, step: int, chosen_WLBTK: np.ndarray, count: int, crc: int, moe: MoeConfig) -> None:
@@ -40,92 +53,80 @@ def write(workdir: epath.Path, step: int, chosen_WLBTK: np.ndarray, count: int, 
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     ids_WBTLK = np.moveaxis(chosen_WLBTK[:count], 1, 3).astype(np.int16)
-    numbers = {"num_experts": moe.num_experts, "experts_per_token": moe.experts_per_token}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, expert_ids=ids_WBTLK, tokens_crc=np.uint32(crc), **numbers)
-    partial = folder / f"{step}.npz.partial"
+    facts = {"num_experts": moe.num_experts, "experts_per_token": moe.experts_per_token}
+    np.savez_compressed(buffer, expert_ids=ids_WBTLK, tokens_crc=np.uint32(crc), **facts)
+    partial = folder / f"{step}.partial"
     partial.write_bytes(buffer.getvalue())
     partial.replace(folder / f"{step}.npz")
 
 
-def read(workdir: os.PathLike | str, step: int) -> Record | None:
+def read(workdir: os.PathLike | str, step: int) -> StepRecord | None:
     """The record of a step; None where there is none."""
     path = epath.Path(workdir) / FOLDER / f"{step}.npz"
     if not path.exists():
         return None
     with np.load(io.BytesIO(path.read_bytes())) as record:
-        whole = {"num_experts", "experts_per_token"} <= set(record.files)
+        facts = ("tokens_crc", "num_experts", "experts_per_token")
+        whole = set(facts) <= set(record.files)
         require(whole, "record", str(path), "does not say of which model it is", "record the run again")
-        numbers = (int(record[name]) for name in ("tokens_crc", "num_experts", "experts_per_token"))
-        return Record(record["expert_ids"], *numbers)
+        return StepRecord(record["expert_ids"], *(int(record[fact]) for fact in facts))
 
 
-def replay(run: RunConfig, step: int, width: int) -> Replay | None:
-    """What gives the choices [microbatches, B, T, L, K] to force on the tokens of a step; None without a record.
+def replayed(run: RunConfig, step: int, width: int | None = None) -> StepRecord | None:
+    """The record of a step that `run` replays, None where its records have ended.
 
-    `width` is the K of the first record. Raises `CallerError` where this one is of another model or shape of batch;
-    what is returned does where its tokens are others.
+    `width` is the K that the step was compiled for, that of the first record.
+    Raises `CallerError` where it is one of another shape of batch or model.
     """
-    record = read(run.train.replay_routing, step)
+    source, moe = run.train.replay_routing, run.model.moe
+    record = read(source, step)
     if record is None:
         return None
-    _check(record, run, step, width)
-    return functools.partial(_of_tokens, record, run, step)
-
-
-def check_run(run: RunConfig) -> None:
-    """Raises `CallerError` where `run` cannot record, or not replay the first record that it names."""
-    one_process = jax.process_count() == 1
-    for name in ("record_routing", "replay_routing"):
-        value = getattr(run.train, name)
-        require(one_process or not value, name, value, "needs a single process", "leave it out in a job of several")
-    if run.train.replay_routing:
-        step = _first_step(run)
-        _check(read(run.train.replay_routing, step), run, step, recorded_width(run))
+    dims = list(record.expert_ids_WBTLK.shape[1:-1])
+    wanted = [run.microbatch_rows, run.data.sequence_length, run.model.num_moe_layers]
+    constraint = f"was recorded for rows, tokens and layers {dims}; this run has {wanted}"
+    require(
+        dims == wanted, "replay_routing", source, constraint, "change MICROBATCH_ROWS, SEQUENCE_LENGTH or NUM_LAYERS"
+    )
+    same = record.num_experts == moe.num_experts
+    constraint = f"was recorded of {record.num_experts} experts a layer; this run has {moe.num_experts}"
+    require(same, "replay_routing", source, constraint, f"set NUM_EXPERTS to {record.num_experts}")
+    as_many = record.experts_per_token == moe.experts_per_token
+    constraint = f"was recorded with {record.experts_per_token} experts a token; this run has {moe.experts_per_token}"
+    require(as_many, "replay_routing", source, constraint, f"set EXPERTS_PER_TOKEN to {record.experts_per_token}")
+    ids_WBTLK = record.expert_ids_WBTLK
+    sound = ids_WBTLK.min(initial=-1) == -1 and ids_WBTLK.max(initial=-1) < moe.num_experts
+    constraint = f"names experts of step {step} that a model of {moe.num_experts} has not"
+    require(sound, "replay_routing", source, constraint, "record the run again")
+    constraint = f"has {record.width} choices a token in step {step} and {width} in its first"
+    require(width in (None, record.width), "replay_routing", source, constraint, "record the run again")
+    return record
 
 
 def recorded_width(run: RunConfig) -> int:
-    """Choices of a token (K) in the records that `run` replays. Raises `CallerError` where there are none."""
-    return read(run.train.replay_routing, _first_step(run)).expert_ids_WBTLK.shape[-1]
+    """Choices of a token (K) in the records that `run` replays.
+
+    Raises `CallerError` where there is no record, or one of another shape of batch or model.
+    """
+    source = run.train.replay_routing
+    steps = sorted(int(path.stem) for path in (epath.Path(source) / FOLDER).glob("*.npz"))
+    mend = "name the work directory of a run with record_routing=True"
+    require(bool(steps), "replay_routing", source, f"has no {FOLDER}/STEP.npz", mend)
+    return replayed(run, steps[0]).width
 
 
-def checksum(tokens_BT: list[np.ndarray]) -> int:
+def require_one_process(run: RunConfig) -> None:
+    """Raises `CallerError` where a job of several processes would record or replay: each draws rows of its own."""
+    for setting in ("record_routing", "replay_routing"):
+        value = getattr(run.train, setting)
+        alone = not value or jax.process_count() == 1
+        require(alone, setting, value, "needs a single process", "leave it out in a job of several")
+
+
+def checksum(tokens_BT: Sequence[np.ndarray]) -> int:
     """CRC-32 of the tokens of microbatches, in their order."""
     crc = 0
     for tokens in tokens_BT:
         crc = zlib.crc32(np.ascontiguousarray(tokens), crc)
     return crc
-
-
-def _first_step(run: RunConfig) -> int:
-    source = run.train.replay_routing
-    steps = [int(path.stem) for path in (epath.Path(source) / FOLDER).glob("*.npz")]
-    mend = "name the work directory of a run with record_routing=True"
-    require(bool(steps), "replay_routing", source, f"has no {FOLDER}/STEP.npz", mend)
-    return min(steps)
-
-
-def _check(record: Record, run: RunConfig, step: int, wanted_width: int) -> None:
-    """Every record is held against the run: nothing says that one run, with one configuration, wrote them all."""
-    moe, ids_WBTLK, source = run.model.moe, record.expert_ids_WBTLK, run.train.replay_routing
-    _, *dims, width = ids_WBTLK.shape
-    least, most = (int(bound(ids_WBTLK, initial=0)) for bound in (np.min, np.max))
-    checks = [
-        ("rows, tokens and layers", dims, [run.microbatch_rows, run.data.sequence_length, run.model.num_moe_layers],
-         "MICROBATCH_ROWS, SEQUENCE_LENGTH or NUM_LAYERS"),
-        ("experts", record.num_experts, moe.num_experts, "NUM_EXPERTS"),
-        ("experts per token", record.experts_per_token, moe.experts_per_token, "EXPERTS_PER_TOKEN"),
-    ]  # fmt: skip
-    for what, recorded, wanted, names in checks:
-        constraint = f"was recorded at step {step} for {what} {recorded}; this run has {wanted}"
-        require(recorded == wanted, "replay_routing", source, constraint, f"change {names}")
-    sound = least >= -1 and most < record.num_experts and width == wanted_width
-    constraint = f"names experts at step {step} that the model recorded has not, or another number of choices"
-    require(sound, "replay_routing", source, constraint, "record the run again")
-
-
-def _of_tokens(record: Record, run: RunConfig, step: int, tokens_BT: list[np.ndarray]) -> np.ndarray:
-    same = len(record.expert_ids_WBTLK) == len(tokens_BT) and record.tokens_crc == checksum(tokens_BT)
-    constraint = f"was recorded on other tokens than those of step {step}"
-    require(same, "replay_routing", run.train.replay_routing, constraint, "train on the same data, batch and seed")
-    return record.expert_ids_WBTLK.astype(np.int32)

@@ -1,6 +1,7 @@
 """Where tokens went in one run, recorded and forced on another."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from tests.train import tiny
 from tests.train.test_loop import rows, train, without_clock
 
 STEPS = 4
+MANY_EXPERTS = dataclasses.replace(tiny.MODEL.moe, num_experts=64)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,8 @@ def test_another_router_is_forced(recorded, tmp_path):
     forced = tiny.with_train(other_router(run), record_routing=True, replay_routing=str(workdir))
     train(forced, tmp_path / "forced")
     for step in range(1, STEPS + 1):
-        got, want = (trace.read(place, step).expert_ids_WBTLK for place in (tmp_path / "forced", workdir))
-        np.testing.assert_array_equal(got, want)
+        forced_ids, ids = (trace.read(folder, step).expert_ids_WBTLK for folder in (tmp_path / "forced", workdir))
+        np.testing.assert_array_equal(forced_ids, ids)
 
 
 def test_a_replay_ends_where_the_records_do(recorded, tmp_path, capsys):
@@ -79,9 +81,9 @@ def test_a_replay_ends_where_the_records_do(recorded, tmp_path, capsys):
     longer = tiny.with_train(run, steps=STEPS + 3, record_routing=False, replay_routing=str(workdir))
     result = train(longer, tmp_path / "longer")
     assert (result.step, result.data_ended) == (STEPS, True)
-    assert "no further step was recorded: the run ends at step 4" in capsys.readouterr().err
-    ends = [checkpoint.restore_progress(place, STEPS)["data"] for place in (tmp_path / "longer", workdir)]
-    assert ends[0] == ends[1]  # nothing is drawn that is not trained on
+    assert "no further step was recorded" in capsys.readouterr().err
+    progress = checkpoint.restore_progress(tmp_path / "longer", STEPS)
+    assert progress["data"]["next_row"] * tiny.LENGTH == progress["tokens"], "no batch is drawn and lost"
 
 
 @pytest.mark.parametrize(
@@ -99,66 +101,89 @@ def test_what_cannot_be_replayed_is_refused(recorded, corpus, tmp_path, change, 
     assert not (tmp_path / "refused").exists()
 
 
-def with_moe(run, **settings):
-    model = dataclasses.replace(run.model, moe=dataclasses.replace(run.model.moe, **settings))
-    return dataclasses.replace(run, model=model)
-
-
-def refuse(run, workdir, place, message):
-    """`run` replays what `workdir` holds: refused before anything is compiled or the work directory made."""
-    again = tiny.with_train(run, record_routing=False, replay_routing=str(workdir))
-    with pytest.raises(CallerError, match=message):
-        loop.train(again, place, config_text="", show_progress=False)
-    assert not place.exists()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_experts": 2}, "for experts 4; this run has 2; change NUM_EXPERTS"),
-        ({"experts_per_token": 3}, "for experts per token 2; this run has 3; change EXPERTS_PER_TOKEN"),
+        ({"num_experts": 2}, "was recorded of 4 experts a layer; this run has 2; set NUM_EXPERTS to 4"),
+        ({"num_experts": 8}, "was recorded of 4 experts a layer; this run has 8; set NUM_EXPERTS to 4"),
+        ({"experts_per_token": 4}, "was recorded with 2 experts a token; this run has 4; set EXPERTS_PER_TOKEN to 2"),
+        ({"experts_per_token": 3}, "was recorded with 2 experts a token; this run has 3; set EXPERTS_PER_TOKEN to 2"),
     ],
 )
-def test_choices_of_another_model_are_refused(recorded, tmp_path, change, message):
+def test_records_of_other_experts_are_refused(recorded, tmp_path, change, message):
     run, workdir = recorded
-    refuse(with_moe(run, **change), workdir, tmp_path / "refused", message)
+    model = dataclasses.replace(run.model, moe=dataclasses.replace(run.model.moe, **change))
+    other = tiny.with_train(dataclasses.replace(run, model=model), record_routing=False, replay_routing=str(workdir))
+    with pytest.raises(CallerError, match=message):
+        train(other, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_later_record_that_does_not_fit_is_refused(recorded, tmp_path):
+    run, workdir = recorded
+    shutil.copytree(workdir / trace.FOLDER, tmp_path / "mended" / trace.FOLDER)
+    record = trace.read(workdir, 2)
+    ids_WLBTK = np.moveaxis(record.expert_ids_WBTLK, 3, 1)
+    trace.write(epath.Path(tmp_path / "mended"), 2, ids_WLBTK, len(ids_WLBTK), record.tokens_crc, MANY_EXPERTS)
+    other = tiny.with_train(run, record_routing=False, replay_routing=str(tmp_path / "mended"))
+    with pytest.raises(CallerError, match="was recorded of 64 experts"):
+        train(other, tmp_path / "stops")
 
 
 def test_choices_of_other_tokens_are_refused(recorded, tmp_path):
     run, workdir = recorded
-    other = dataclasses.replace(run, data=dataclasses.replace(run.data, seed=run.data.seed + 1))
-    refuse(other, workdir, tmp_path / "refused", "other tokens")
+    other = tiny.with_train(run, record_routing=False, replay_routing=str(workdir))
+    other = dataclasses.replace(other, data=dataclasses.replace(run.data, seed=run.data.seed + 1))
+    with pytest.raises(CallerError, match="other tokens"):
+        loop.train(other, tmp_path / "other", config_text="", show_progress=False)
+    assert not (tmp_path / "other" / "config.gin").exists(), "refused before anything is compiled"
+
+
+def test_a_model_whose_k_is_the_number_of_experts_is_told_from_one_of_all_choices(recorded, tmp_path):
+    """Records of all experts are as wide as those of experts that choose, and yet of another K."""
+    run, place = recorded[0], epath.Path(tmp_path)
+    ids_WLBTK = np.broadcast_to(np.arange(4), (1, 2, 4, tiny.LENGTH, 4))
+    again = tiny.with_train(run, record_routing=False, replay_routing=str(tmp_path))
+    trace.write(place, 1, ids_WLBTK, 1, 0, run.model.moe)
+    assert trace.replayed(again, 1).width == trace.recorded_width(again) == 4
+    trace.write(place, 1, ids_WLBTK, 1, 0, dataclasses.replace(run.model.moe, experts_per_token=4))
+    with pytest.raises(CallerError, match="recorded with 4 experts a token; this run has 2"):
+        trace.replayed(again, 1)
 
 
 @pytest.mark.parametrize("damage", ["an expert too many", "a choice too many", "a row too many"])
 def test_every_record_is_held_against_the_run(recorded, tmp_path, damage):
     run, workdir = recorded
-    source = epath.Path(tmp_path / "source")
-    for step in (1, 2):
-        ids_WLBTK = np.moveaxis(trace.read(workdir, step).expert_ids_WBTLK, 3, 1).copy()
-        if step == 2 and damage == "an expert too many":
-            ids_WLBTK[0, 0, 0, 0, 0] = 4
-        elif step == 2:
-            dim = 4 if damage == "a choice too many" else 2
-            ids_WLBTK = np.concatenate([ids_WLBTK, ids_WLBTK.take([0], axis=dim)], axis=dim)
-        crc = trace.read(workdir, step).tokens_crc
-        trace.write(source, step, ids_WLBTK, len(ids_WLBTK), crc, run.model.moe)
-    again = tiny.with_train(run, record_routing=False, replay_routing=str(source))
-    trace.check_run(again)
-    assert trace.replay(again, 1, 2) is not None
-    with pytest.raises(CallerError, match=r"^replay_routing=.* at step 2 "):
-        trace.replay(again, 2, 2)
+    record = trace.read(workdir, 2)
+    ids_WLBTK = np.moveaxis(record.expert_ids_WBTLK, 3, 1).copy()
+    if damage == "an expert too many":
+        ids_WLBTK[0, 0, 0, 0, 0] = 4
+    else:
+        dim = 4 if damage == "a choice too many" else 2
+        ids_WLBTK = np.concatenate([ids_WLBTK, ids_WLBTK.take([0], axis=dim)], axis=dim)
+    trace.write(epath.Path(tmp_path), 2, ids_WLBTK, len(ids_WLBTK), record.tokens_crc, run.model.moe)
+    damaged, whole = (tiny.with_train(run, replay_routing=str(place)) for place in (tmp_path, workdir))
+    assert trace.replayed(whole, 2, width=2) is not None
+    with pytest.raises(CallerError, match=r"^replay_routing="):
+        trace.replayed(damaged, 2, width=2)
+
+
+def test_a_record_that_does_not_say_of_which_model_it_is_is_refused(recorded, tmp_path):
+    (tmp_path / trace.FOLDER).mkdir()
+    ids_WBTLK = trace.read(recorded[1], 1).expert_ids_WBTLK
+    np.savez(tmp_path / trace.FOLDER / "1.npz", expert_ids=ids_WBTLK, tokens_crc=np.uint32(0))
+    with pytest.raises(CallerError, match="does not say of which model it is; record the run again"):
+        trace.read(tmp_path, 1)
 
 
 @pytest.mark.parametrize("setting", [{"record_routing": True}, {"record_routing": False, "replay_routing": "there"}])
-def test_a_job_of_several_processes_neither_records_nor_replays(recorded, tmp_path, monkeypatch, setting):
+def test_a_job_of_several_processes_neither_records_nor_replays(recorded, monkeypatch, setting):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(CallerError, match=r"_routing=.* needs a single process; leave it out"):
-        trace.check_run(tiny.with_train(recorded[0], **setting))
+        trace.require_one_process(tiny.with_train(recorded[0], **setting))
 
 
 def test_a_killed_writer_leaves_no_half_record(recorded, tmp_path, monkeypatch):
-    """Whatever is written under the name of a record is all of it."""
     run, place = recorded[0], epath.Path(tmp_path)
 
     def killed(path, data):
@@ -168,5 +193,5 @@ def test_a_killed_writer_leaves_no_half_record(recorded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(place), "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
-        trace.write(place, 1, np.zeros((1, 2, 4, 32, 2), np.int32), 1, 0, run.model.moe)
+        trace.write(place, 1, np.zeros((1, 2, 4, tiny.LENGTH, 2), np.int32), 1, 0, run.model.moe)
     assert trace.read(place, 1) is None

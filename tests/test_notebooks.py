@@ -1,0 +1,127 @@
+"""Notebooks run from their first cell to their last on small sizes, and are kept as they are before anyone ran them."""
+
+import json
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# Seconds for one cell, on a machine that runs the other tests beside it.
+CELL_SECONDS = 400
+TINY = "gin_configs/run/tiny.gin"
+PATHS = [str(ROOT / "gpt4moe/config"), str(ROOT / "gpt4moe/accounting")]
+
+
+def read(name):
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def run(name, folder, monkeypatch, parameters, asked):
+    """Returns the values of the expressions `asked` at the end of the notebook, and the notebook as it then is.
+
+    `parameters` stand in the place of those with the same names in the cell tagged so. The kernel works in `folder`,
+    and imports the code that this test belongs to.
+    """
+    notebook = read(name)
+    (cell,) = [cell for cell in code(notebook) if "parameters" in cell.metadata.get("tags", ())]
+    settings = {}
+    exec(cell.source, settings)
+    assert not parameters.keys() - settings.keys(), "a setting that the notebook does not have"
+    cell.source = "\n".join([cell.source, *(f"{parameter} = {value!r}" for parameter, value in parameters.items())])
+    document = ", ".join(f"{key!r}: {expression}" for key, expression in asked.items())
+    notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({{{document}}}))"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    client = nbclient.NotebookClient(
+        notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute()
+    return json.loads(notebook.cells[-1].outputs[0].text), notebook
+
+
+def shown(notebook, cell_id):
+    """All that a cell left below it, as one text."""
+    (cell,) = [cell for cell in notebook.cells if cell.id == cell_id]
+    said = [output.text for output in cell.outputs if output.output_type == "stream" and output.name == "stdout"]
+    kinds = ("text/html", "image/png")
+    return "".join(
+        [*said, *(output.data[kind] for output in cell.outputs for kind in kinds if kind in output.get("data", {}))]
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stored_without_what_a_machine_put_out(path):
+    for cell in code(read(path.stem)):
+        assert cell.outputs == [] and cell.execution_count is None, f"clear all outputs of {path.name}"
+        assert set(cell.metadata) <= {"tags"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_first_cell_installs_from_the_repository_where_nothing_is_installed(path, monkeypatch):
+    called = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda command, check: called.append(command))
+    monkeypatch.chdir(path.parent)
+    first = code(read(path.stem))[0].source
+    exec(first, {})
+    exec(first.replace('REPOSITORY = ".."', 'REPOSITORY = "https://example.org/gpt4moe"'), {})
+    assert [command[-1] for command in called] == [
+        f"gpt4moe @ {ROOT.as_uri()}",
+        "gpt4moe @ git+https://example.org/gpt4moe",
+    ]
+
+
+def test_quickstart_trains_shows_experts_and_answers_its_questions(tmp_path, monkeypatch):
+    parameters = {
+        "GIN_FILE": TINY,
+        "WORKDIR": "runs/tiny",
+        "STEPS": 12,
+        "NUM_EXPERTS": 4,
+        "NEW_TOKENS": 8,
+        "OVERRIDES": [f"DATA_PATHS={PATHS}"],
+        "ASK": True,
+    }
+    asked = {
+        "losses": "[row['loss'] for row in history.rows if 'loss' in row]",
+        "answers": "answers",
+        "said": "said.text",
+    }
+    found, notebook = run("quickstart", tmp_path, monkeypatch, parameters, asked)
+    assert len(found["losses"]) == 12 and found["losses"][-1] < found["losses"][0] - 0.3
+    assert set(found["answers"]) == {"as above", "sigmoid-router", "twice-the-experts"}
+    assert len(set(found["answers"].values())) == 3
+    assert "<svg" in shown(notebook, "curves") and shown(notebook, "experts").count("<svg") == 3
+    assert "srcdoc=" in shown(notebook, "colours") and found["said"]
+    assert (tmp_path / "runs/tiny/metrics.jsonl").exists()
+
+
+def test_sweep_runs_every_cell_and_fits_a_law_that_warns(tmp_path, monkeypatch):
+    parameters = {
+        "GIN_FILE": TINY,
+        "WORKDIR": "runs/sweep",
+        "EXPERTS": [1, 2, 4],
+        "SEEDS": 2,
+        "STEPS": 6,
+        "SMALLER": {"BATCH_TOKENS": 128, "DATA_PATHS": PATHS},
+    }
+    asked = {
+        "rows": "rows",
+        "constants": "list(found.intervals)",
+        "warning": "said.warning",
+        "losses": "observed.loss.tolist()",
+    }
+    found, notebook = run("sweep", tmp_path, monkeypatch, parameters, asked)
+    cells = [(row["NUM_EXPERTS"], row["seed"], row["state"]) for row in found["rows"]]
+    assert cells == [(experts, seed, "done") for experts in (1, 2, 4) for seed in (0, 1)]
+    assert found["constants"] == ["b", "d"] and "num_experts 4 .. 16 (fitted on 1 .. 4)" in found["warning"]
+    assert len(set(found["losses"])) == 6
+    assert "± 0.0" in shown(notebook, "results") and len(shown(notebook, "predict")) > 5000
+    assert (tmp_path / "runs/sweep/results.parquet").exists()
