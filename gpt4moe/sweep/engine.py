@@ -76,7 +76,7 @@ def _work_off(sweep: Sweep, executor: Executor, refresh: Callable[[], None]) -> 
         while True:
             jobs = [job for job in jobs if not job.done()]
             waiting = _waiting(sweep, jobs)
-            for tasks in _grouped(waiting, sweep.config.runs_per_job)[: executor.room(len(jobs))]:
+            for tasks in _grouped(waiting, sweep.config.runs_per_job, executor.parallel)[: executor.room(len(jobs))]:
                 jobs.append(executor.submit(_job(sweep, tasks)))
             refresh()
             write_manifest(sweep)
@@ -158,7 +158,9 @@ def _elsewhere(sweep: Sweep) -> bool:
     return False
 
 
-def _grouped(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+def _grouped(tasks: Sequence[Task], most: int, parallel: int) -> list[list[Task]]:
+    """Tasks of one process each, fewer towards the end, so that no process works on alone for long."""
+    size = min(most, max(-(-len(tasks) // (2 * parallel)), 1)) if parallel > 1 else most
     return [list(tasks[start : start + size]) for start in range(0, len(tasks), size)]
 
 

@@ -8,6 +8,7 @@ from gpt4moe.config.check import CallerError
 from gpt4moe.config.sweep import SweepConfig, spaced
 from gpt4moe.configure import build_sweep
 from gpt4moe.sweep.cells import address, make_cells
+from gpt4moe.sweep.engine import _grouped
 from gpt4moe.sweep.hold import quantity
 
 TINY = ["gin_configs/run/tiny.gin"]
@@ -140,3 +141,14 @@ def test_a_held_quantity_may_itself_be_an_axis(build):
         assert cell.deviations["train_flops"] == pytest.approx(spent / cell.point["train_flops"] - 1)
     with pytest.raises(CallerError, match=r"train_flops.* are quantities, which follow from other settings; name in"):
         SweepConfig(axes)
+
+
+def test_processes_get_fewer_runs_towards_the_end_and_each_run_once():
+    assert [len(group) for group in _grouped(list(range(21)), 8, 1)] == [8, 8, 5]
+    waiting, sizes = list(range(21)), []
+    while waiting:  # two at a time, as long as they last
+        for group in _grouped(waiting, 8, 2)[:1]:
+            sizes.append(len(group))
+            waiting = waiting[len(group) :]
+    assert sizes == [6, 4, 3, 2, 2, 1, 1, 1, 1] and sum(sizes) == 21
+    assert len(_grouped(list(range(100)), 8, 2)[0]) == 8
