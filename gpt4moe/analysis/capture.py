@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from gpt4moe.config.check import require
 from gpt4moe.config.data import DataConfig
 from gpt4moe.config.rules import ShardingRules
-from gpt4moe.data.pipeline import held_out_batches
+from gpt4moe.data.pipeline import held_out_of_source
 from gpt4moe.data.store import TokenStore
 from gpt4moe.model.moe import Choices
 from gpt4moe.model.transformer import Transformer
@@ -81,13 +81,15 @@ def capture(model: Transformer, batches: Iterable[Batch], rules: ShardingRules |
 def held_out_text(store: TokenStore, config: DataConfig, *, rows: int, max_tokens: int) -> Iterator[Batch]:
     """Batches of [rows, T] with the first held-out tokens of every source, at most an even share of `max_tokens`."""
     share = max(max_tokens // len(store.source_names), 1)
-    room = dict.fromkeys(store.source_names, share)
-    for source, batch in held_out_batches(store, config, rows=rows):
-        if room[source]:
+    for source in store.source_names:
+        room = share
+        for batch in held_out_of_source(store, config, source, rows=rows):
             real_BT = batch.segment_ids > 0
-            kept_BT = real_BT & (np.cumsum(real_BT).reshape(real_BT.shape) <= room[source])
-            room[source] -= int(kept_BT.sum())
+            kept_BT = real_BT & (np.cumsum(real_BT).reshape(real_BT.shape) <= room)
+            room -= int(kept_BT.sum())
             yield dataclasses.replace(batch, segment_ids=np.where(kept_BT, batch.segment_ids, 0))
+            if not room:
+                break
 
 
 def given_text(texts_U: Sequence[np.ndarray], *, rows: int, length: int) -> Iterator[Batch]:

@@ -165,13 +165,19 @@ def held_out_batches(store: TokenStore, config: DataConfig, *, rows: int) -> Ite
 
     The last batch of a source is filled up with empty rows.
     """
+    for source in store.source_names:
+        for batch in held_out_of_source(store, config, source, rows=rows):
+            yield source, batch
+
+
+def held_out_of_source(store: TokenStore, config: DataConfig, source: str, *, rows: int) -> Iterator[Batch]:
+    """What `held_out_batches` has of one source; rows are read as they are asked for."""
     require_count("rows", rows)
-    for index, source in enumerate(store.source_names):
-        plan = row_plan(store, config, source, "held_out")
-        packed = PackedRows(store.stream(source, "held_out"), plan, index)
-        for first in range(0, len(packed), rows):
-            chosen = [packed[row] for row in range(first, min(first + rows, len(packed)))]
-            yield source, stack_rows(chosen, rows, config.sequence_length)
+    plan = row_plan(store, config, source, "held_out")
+    packed = PackedRows(store.stream(source, "held_out"), plan, store.source_names.index(source))
+    for first in range(0, len(packed), rows):
+        taken = [packed[row] for row in range(first, min(first + rows, len(packed)))]
+        yield stack_rows(taken, rows, config.sequence_length)
 
 
 def _mixed(source: SourceConfig) -> tuple:

@@ -183,10 +183,9 @@ class Transformer(nnx.Module):
         caches = []
         for index, block in enumerate(self.leading_blocks):
             step, parameters = self._layers([block], mode, in_loop=False)
+            layer = jnp.int32(-1)  # numbers are of layers with experts, for their routers
             before = None if cache is None else cache.leading[index]
-            x_BTD, layer_cache, _ = step(
-                x_BTD, (parameters, jnp.int32(-1)), before, tokens
-            )  # no router asks which it is
+            x_BTD, layer_cache, _ = step(x_BTD, (parameters, layer), before, tokens)
             caches.append(layer_cache)
         return x_BTD, tuple(caches)
 

@@ -137,7 +137,7 @@ def _draw(parts: Parts, at: Position) -> feed.Drawn | None:
     before, run = parts.start.rows.exhausted(), parts.start.run
     replay, source = None, run.train.replay_routing
     if source:
-        record = trace.replayed(run, at.step + 1)
+        record = trace.replayed(run, at.step + 1, parts.start.batch.replay_ids.shape[-1])
         if record is None:  # before a batch is drawn, so that the next run finds it
             say(f"no further step was recorded in {source}: the run ends at step {at.step:,}, {at.tokens:,} tokens")
             return None

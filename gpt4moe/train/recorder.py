@@ -61,7 +61,7 @@ class Recorder:
         self._bar = bar
         self._log_every = run.train.log_every
         self._flops_per_token = flops.train_flops_per_token(run.model)
-        self._num_experts = run.model.moe.num_experts
+        self._moe = run.model.moe
         self._peak = peak_flops_per_second(list(mesh.devices.flat), run.model.compute_dtype)
         self._bubble = _bubble(run, dict(mesh.shape))
         self._pending: tuple[StepMetrics, StepFacts] | None = None
@@ -83,7 +83,7 @@ class Recorder:
         row = step_row(metrics, facts, self._sources) | self._bubble | speed
         choices = metrics.sums.moe.choices
         if choices is not None:
-            of = (facts.num_microbatches, facts.tokens_crc, self._num_experts)
+            of = (facts.num_microbatches, facts.tokens_crc, self._moe)
             trace.write(self._workdir, facts.step, choices.expert_ids_BTK, *of)
         if facts.step % self._log_every == 0:
             self._log.write(row)

@@ -1,7 +1,7 @@
 """Records of where every token went, step by step, to look at or to force on another run.
 
 `routing/STEP.npz` in a work directory holds of one step: `expert_ids` [microbatches, B, T, L, K] int16, -1 for none,
-`tokens_crc`, the checksum of the tokens they are for, and `num_experts`.
+`tokens_crc`, the checksum of the tokens they are for, and of the model `num_experts` and `experts_per_token`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from gpt4moe.config.check import require
+from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
 
 FOLDER = "routing"
@@ -24,11 +25,15 @@ FOLDER = "routing"
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """Where the tokens of one step went: choices [microbatches, B, T, L, K], of so many experts a layer."""
+    """Where the tokens of one step went: choices [microbatches, B, T, L, K], of so many experts a layer.
+
+    K is `experts_per_token` of the model, or all experts where they choose the tokens.
+    """
 
     expert_ids_WBTLK: np.ndarray
     tokens_crc: int
     num_experts: int
+    experts_per_token: int
 
     @property
     def width(self) -> int:
@@ -43,14 +48,14 @@ class StepRecord:
         return self.expert_ids_WBTLK.astype(np.int32)
 
 
-def write(workdir: epath.Path, step: int, chosen_WLBTK: np.ndarray, count: int, crc: int, num_experts: int) -> None:
-    """Records the choices of a step's first `count` microbatches."""
+def write(workdir: epath.Path, step: int, chosen_WLBTK: np.ndarray, count: int, crc: int, moe: MoeConfig) -> None:
+    """Records the choices of a step's first `count` microbatches; no killed writer leaves half of a record."""
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     ids_WBTLK = np.moveaxis(chosen_WLBTK[:count], 1, 3).astype(np.int16)
     buffer = io.BytesIO()
-    facts = {"tokens_crc": np.uint32(crc), "num_experts": np.int32(num_experts)}
-    np.savez_compressed(buffer, expert_ids=ids_WBTLK, **facts)
+    facts = {"num_experts": moe.num_experts, "experts_per_token": moe.experts_per_token}
+    np.savez_compressed(buffer, expert_ids=ids_WBTLK, tokens_crc=np.uint32(crc), **facts)
     partial = folder / f"{step}.partial"
     partial.write_bytes(buffer.getvalue())
     partial.replace(folder / f"{step}.npz")
@@ -62,12 +67,16 @@ def read(workdir: os.PathLike | str, step: int) -> StepRecord | None:
     if not path.exists():
         return None
     with np.load(io.BytesIO(path.read_bytes())) as record:
-        return StepRecord(record["expert_ids"], int(record["tokens_crc"]), int(record["num_experts"]))
+        facts = ("tokens_crc", "num_experts", "experts_per_token")
+        whole = set(facts) <= set(record.files)
+        require(whole, "record", str(path), "does not say of which model it is", "record the run again")
+        return StepRecord(record["expert_ids"], *(int(record[fact]) for fact in facts))
 
 
-def replayed(run: RunConfig, step: int) -> StepRecord | None:
+def replayed(run: RunConfig, step: int, width: int | None = None) -> StepRecord | None:
     """The record of a step that `run` replays, None where its records have ended.
 
+    `width` is the K that the step was compiled for, that of the first record.
     Raises `CallerError` where it is one of another shape of batch or model.
     """
     source, moe = run.train.replay_routing, run.model.moe
@@ -83,10 +92,15 @@ def replayed(run: RunConfig, step: int) -> StepRecord | None:
     same = record.num_experts == moe.num_experts
     constraint = f"was recorded of {record.num_experts} experts a layer; this run has {moe.num_experts}"
     require(same, "replay_routing", source, constraint, f"set NUM_EXPERTS to {record.num_experts}")
-    # Of a run in which experts choose, a token has any number of them.
-    as_many = record.width in (moe.experts_per_token, moe.num_experts)
-    constraint = f"was recorded with {record.width} experts a token; this run has {moe.experts_per_token}"
-    require(as_many, "replay_routing", source, constraint, f"set EXPERTS_PER_TOKEN to {record.width}")
+    as_many = record.experts_per_token == moe.experts_per_token
+    constraint = f"was recorded with {record.experts_per_token} experts a token; this run has {moe.experts_per_token}"
+    require(as_many, "replay_routing", source, constraint, f"set EXPERTS_PER_TOKEN to {record.experts_per_token}")
+    ids_WBTLK = record.expert_ids_WBTLK
+    sound = ids_WBTLK.min(initial=-1) == -1 and ids_WBTLK.max(initial=-1) < moe.num_experts
+    constraint = f"names experts of step {step} that a model of {moe.num_experts} has not"
+    require(sound, "replay_routing", source, constraint, "record the run again")
+    constraint = f"has {record.width} choices a token in step {step} and {width} in its first"
+    require(width in (None, record.width), "replay_routing", source, constraint, "record the run again")
     return record
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gpt4moe.analysis import capture as capture_module
 from gpt4moe.analysis.capture import capture, given_text, held_out_text
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.rules import ShardingRules
 from gpt4moe.data.pipeline import open_store
+from gpt4moe.data.rows import PackedRows
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.layout import make_layout
 from gpt4moe.parallel.mesh import make_mesh
@@ -62,6 +64,32 @@ def test_held_out_text_is_shared_by_the_sources_and_bounded(store, batches, seen
     assert {batch.tokens.shape for batch in batches} == {(ROWS, LENGTH)}
     ends = np.flatnonzero(seen.token_ids_U == store.tokenizer.end_of_text)
     assert len(ends) > 1 and (seen.positions_U[ends] == 0).all()  # documents begin with it
+
+
+def test_no_more_rows_are_read_than_shown(run, store, batches, monkeypatch):
+    read = []
+    one_row = PackedRows.__getitem__
+    monkeypatch.setattr(PackedRows, "__getitem__", lambda rows, number: read.append(number) or one_row(rows, number))
+    list(held_out_text(store, run.data, rows=1, max_tokens=2))
+    assert len(read) == len(store.source_names)
+
+
+def test_choices_are_ordered_by_their_gates(monkeypatch, model, batches):
+    """A model may report them in any order: here the other way round, some of them none."""
+
+    def reversed_choices(*given):
+        found = _choices(*given)
+        ids, gates = found.expert_ids_BTK[..., ::-1], found.gates_BTK[..., ::-1]
+        some = ids[..., 1:] != 0
+        ids = np.concatenate([ids[..., :1], np.where(some, ids[..., 1:], -1)], axis=-1)
+        return dataclasses.replace(found, expert_ids_BTK=ids, gates_BTK=np.where(ids < 0, 0, gates))
+
+    _choices = capture_module._choices
+    monkeypatch.setattr(capture_module, "_choices", reversed_choices)
+    seen = capture(model, batches)
+    assert (seen.expert_ids_LUK < 0).any() and (seen.expert_ids_LUK[..., 0] >= 0).all()
+    assert (np.diff(seen.gates_LUK) <= 0).all()
+    np.testing.assert_array_equal(seen.gates_LUK > 0, seen.expert_ids_LUK >= 0)
 
 
 def test_every_token_has_the_choices_of_its_own_pass(model, batches, seen):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gpt4moe.config.rules import ShardingRules
+from gpt4moe.model import router
 from gpt4moe.parallel import sharding
 from gpt4moe.parallel.mesh import make_mesh
 from gpt4moe.train import feed, state, step
@@ -123,6 +124,28 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     ):
         np.testing.assert_array_equal(a, b)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(at.params))
+
+
+def test_what_a_router_draws_is_of_its_step_microbatch_layer_and_row():
+    train = {"batch_tokens": 4 * tiny.LENGTH, "microbatch_rows": 2, "record_routing": True}
+    model = dataclasses.replace(tiny.MODEL, moe=dataclasses.replace(tiny.MODEL.moe, router=drawn_at_random))
+    run = tiny.run_config(pathlib.Path("unused"), model=model, **train)
+    mesh = make_mesh(run.mesh)
+    abstract = state.abstract_state(run, mesh)
+    batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))
+    full = dataclasses.replace(tiny.random_batch(4), segment_ids=np.ones((4, tiny.LENGTH), np.int32))
+    train_step, at, choices = step.make_step(run, 2, abstract), state.create_state(run, abstract), []
+    for tokens in (0, full.tokens.size):
+        drawn = feed.draw(iter(cut(full, 2)), full.tokens.size, batch)
+        at, metrics = train_step(at, drawn.microbatches, jnp.int32(2), jnp.float32(tokens))
+        choices.append(jax.device_get(metrics.sums.moe.choices.expert_ids_BTK))
+    ids = np.concatenate(choices).reshape(-1, 2 * tiny.LENGTH)
+    assert len(ids) == 2 * 2 * 2 * 2 and (ids >= 0).all()
+    assert len(np.unique(ids, axis=0)) == len(ids)
+
+
+def drawn_at_random(logits_UE, inputs, config):
+    return router.top_k(jax.random.normal(inputs.key, logits_UE.shape) + 0 * logits_UE, inputs, config)
 
 
 def test_training_learns_a_batch_by_heart():

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -14,6 +15,7 @@ from tests.train import tiny
 from tests.train.test_loop import rows, train, without_clock
 
 STEPS = 4
+MANY_EXPERTS = dataclasses.replace(tiny.MODEL.moe, num_experts=64)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,7 @@ def test_what_cannot_be_replayed_is_refused(recorded, corpus, tmp_path, change, 
     [
         ({"num_experts": 2}, "was recorded of 4 experts a layer; this run has 2; set NUM_EXPERTS to 4"),
         ({"num_experts": 8}, "was recorded of 4 experts a layer; this run has 8; set NUM_EXPERTS to 4"),
+        ({"experts_per_token": 4}, "was recorded with 2 experts a token; this run has 4; set EXPERTS_PER_TOKEN to 2"),
         ({"experts_per_token": 3}, "was recorded with 2 experts a token; this run has 3; set EXPERTS_PER_TOKEN to 2"),
     ],
 )
@@ -121,7 +124,7 @@ def test_a_later_record_that_does_not_fit_is_refused(recorded, tmp_path):
     shutil.copytree(workdir / trace.FOLDER, tmp_path / "mended" / trace.FOLDER)
     record = trace.read(workdir, 2)
     ids_WLBTK = np.moveaxis(record.expert_ids_WBTLK, 3, 1)
-    trace.write(epath.Path(tmp_path / "mended"), 2, ids_WLBTK, len(ids_WLBTK), record.tokens_crc, 64)
+    trace.write(epath.Path(tmp_path / "mended"), 2, ids_WLBTK, len(ids_WLBTK), record.tokens_crc, MANY_EXPERTS)
     other = tiny.with_train(run, record_routing=False, replay_routing=str(tmp_path / "mended"))
     with pytest.raises(CallerError, match="was recorded of 64 experts"):
         train(other, tmp_path / "stops")
@@ -134,3 +137,61 @@ def test_choices_of_other_tokens_are_refused(recorded, tmp_path):
     with pytest.raises(CallerError, match="other tokens"):
         loop.train(other, tmp_path / "other", config_text="", show_progress=False)
     assert not (tmp_path / "other" / "config.gin").exists(), "refused before anything is compiled"
+
+
+def test_a_model_whose_k_is_the_number_of_experts_is_told_from_one_of_all_choices(recorded, tmp_path):
+    """Records of all experts are as wide as those of experts that choose, and yet of another K."""
+    run, place = recorded[0], epath.Path(tmp_path)
+    ids_WLBTK = np.broadcast_to(np.arange(4), (1, 2, 4, tiny.LENGTH, 4))
+    again = tiny.with_train(run, record_routing=False, replay_routing=str(tmp_path))
+    trace.write(place, 1, ids_WLBTK, 1, 0, run.model.moe)
+    assert trace.replayed(again, 1).width == trace.recorded_width(again) == 4
+    trace.write(place, 1, ids_WLBTK, 1, 0, dataclasses.replace(run.model.moe, experts_per_token=4))
+    with pytest.raises(CallerError, match="recorded with 4 experts a token; this run has 2"):
+        trace.replayed(again, 1)
+
+
+@pytest.mark.parametrize("damage", ["an expert too many", "a choice too many", "a row too many"])
+def test_every_record_is_held_against_the_run(recorded, tmp_path, damage):
+    run, workdir = recorded
+    record = trace.read(workdir, 2)
+    ids_WLBTK = np.moveaxis(record.expert_ids_WBTLK, 3, 1).copy()
+    if damage == "an expert too many":
+        ids_WLBTK[0, 0, 0, 0, 0] = 4
+    else:
+        dim = 4 if damage == "a choice too many" else 2
+        ids_WLBTK = np.concatenate([ids_WLBTK, ids_WLBTK.take([0], axis=dim)], axis=dim)
+    trace.write(epath.Path(tmp_path), 2, ids_WLBTK, len(ids_WLBTK), record.tokens_crc, run.model.moe)
+    damaged, whole = (tiny.with_train(run, replay_routing=str(place)) for place in (tmp_path, workdir))
+    assert trace.replayed(whole, 2, width=2) is not None
+    with pytest.raises(CallerError, match=r"^replay_routing="):
+        trace.replayed(damaged, 2, width=2)
+
+
+def test_a_record_that_does_not_say_of_which_model_it_is_is_refused(recorded, tmp_path):
+    (tmp_path / trace.FOLDER).mkdir()
+    ids_WBTLK = trace.read(recorded[1], 1).expert_ids_WBTLK
+    np.savez(tmp_path / trace.FOLDER / "1.npz", expert_ids=ids_WBTLK, tokens_crc=np.uint32(0))
+    with pytest.raises(CallerError, match="does not say of which model it is; record the run again"):
+        trace.read(tmp_path, 1)
+
+
+@pytest.mark.parametrize("setting", [{"record_routing": True}, {"record_routing": False, "replay_routing": "there"}])
+def test_a_job_of_several_processes_neither_records_nor_replays(recorded, monkeypatch, setting):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(CallerError, match=r"_routing=.* needs a single process; leave it out"):
+        trace.require_one_process(tiny.with_train(recorded[0], **setting))
+
+
+def test_a_killed_writer_leaves_no_half_record(recorded, tmp_path, monkeypatch):
+    run, place = recorded[0], epath.Path(tmp_path)
+
+    def killed(path, data):
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(place), "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trace.write(place, 1, np.zeros((1, 2, 4, tiny.LENGTH, 2), np.int32), 1, 0, run.model.moe)
+    assert trace.read(place, 1) is None
