@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 
 import nbclient
 import nbformat
@@ -77,6 +78,16 @@ def test_first_cell_installs_from_the_repository_where_nothing_is_installed(path
         f"gpt4moe @ {ROOT.as_uri()}",
         "gpt4moe @ git+https://example.org/gpt4moe",
     ]
+
+
+def test_gin_files_are_installed_with_the_package(monkeypatch):
+    given = {}
+    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    folder = ROOT / "gin_configs"
+    packed = {path for pattern in given["package_data"]["gin_configs"] for path in folder.glob(pattern)}
+    assert packed == set(folder.rglob("*.gin")) and "gin_configs" in given["packages"]
 
 
 def test_quickstart_trains_shows_experts_and_answers_its_questions(tmp_path, monkeypatch):
