@@ -35,7 +35,6 @@ import jax
 import jax.numpy as jnp
 
 from gpt4moe.config.moe import MoeConfig
-from gpt4moe.model import dispatch
 from gpt4moe.model.experts import ExpertWeights, apply_experts
 from gpt4moe.model.layers import activate, matmul
 from gpt4moe.model.router import Routing
@@ -106,7 +105,7 @@ def rows_of(case: Case, arguments: argparse.Namespace) -> list[dict]:
     config = MoeConfig(case.experts, CHOICES, case.hidden, grouped_product=arguments.product)
     roomy = dataclasses.replace(config, capacity_factor=FACTOR)
     places = case.tokens * CHOICES
-    room = case.experts * dispatch.expert_capacity(case.tokens, roomy)
+    room = case.experts * roomy.expert_capacity(case.tokens)
     ways = {
         "dropless": (functools.partial(ours, config, False), places, arguments.pairs),
         "capacity": (functools.partial(ours, roomy, True), room, arguments.pairs),
@@ -226,7 +225,7 @@ def ragged(x_TD, weights: ExpertWeights, gates_TK, routing: Routing) -> jax.Arra
 
 def one_hot(config: MoeConfig, x_TD, weights: ExpertWeights, gates_TK, routing: Routing) -> jax.Array:
     """GShard: a [T, E, C] tensor says which token takes which place, and two einsums carry tokens there and back."""
-    room = dispatch.expert_capacity(len(x_TD), config)
+    room = config.expert_capacity(len(x_TD))
     chosen_TKE = jax.nn.one_hot(routing.expert_ids_UK[0], config.num_experts)
     queue_KTE = chosen_TKE.swapaxes(0, 1).reshape(-1, config.num_experts)
     place_KTE = (jnp.cumsum(queue_KTE, axis=0) - queue_KTE).reshape(CHOICES, len(x_TD), -1).swapaxes(0, 1)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib.util  # noqa: F401  gin 0.5.0 uses importlib.util without importing it
+import importlib.util  # gin 0.5.0 uses importlib.util without importing it
+import inspect
 import logging
 import os
 import pathlib
@@ -151,9 +152,40 @@ def _parse_override(gin, override: str) -> None:
         gin.parse_config(f"{_imports(gin) if '@' in value else ''}{name} = {value}")
     except SyntaxError as error:
         mend = f"quote strings: --gin.{name}=\"'{value}'\""
+        function = next((known for known in _functions(gin) if known.endswith(f".{value}")), None)
+        mend = f"a function is named so: --gin.{name}=@{function}" if function else mend
         raise CallerError(f"--gin.{name}={value} is not a Python literal; {mend}") from error
     except Exception as error:
-        raise CallerError(f"--gin.{override}: {one_line(error)}{_near(name)}") from error
+        unresolved = value.strip().startswith("@") and isinstance(error, (AttributeError, ValueError))
+        said = f"names no function{_near_function(gin, value)}" if unresolved else f"{one_line(error)}{_near(name)}"
+        raise CallerError(f"--gin.{override} {said}") from error
+
+
+def _near_function(gin, value: str) -> str:
+    """`; did you mean ...?` with functions that an override may name."""
+    module, _, name = value.strip().removeprefix("@").rpartition(".")
+    known = [each.rpartition(".")[2] for each in _functions(gin) if each.rpartition(".")[0] == module]
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    listed = f"; there are {', '.join(known)}" if known else ""
+    return f"; did you mean {' or '.join(f'@{module}.{each}' for each in close)}?" if close else listed
+
+
+def _functions(gin) -> list[str]:
+    """Public functions of the modules that an override may name, as `module.function`."""
+    found = []
+    for line in _imports(gin).splitlines():
+        statement = re.fullmatch(r"from ([\w.]+) import (\w+)(?: as (\w+))?", line.strip())
+        if statement and statement[1] != "__gin__":
+            module = importlib.import_module(f"{statement[1]}.{statement[2]}")
+            prefix = statement[3] or statement[2]
+            found += [
+                f"{prefix}.{name}" for name, value in vars(module).items() if _is_its_function(module, name, value)
+            ]
+    return sorted(found)
+
+
+def _is_its_function(module, name: str, value: object) -> bool:
+    return inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
 
 
 def _imports(gin) -> str:

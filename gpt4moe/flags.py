@@ -49,7 +49,7 @@ def _cpu_devices_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu_devices", type=_positive, metavar="N", help="emulate N CPU devices, per process")
 
 
-def _workdir_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def _workdir_flag(parser: argparse._ActionsContainer, required: bool = True) -> None:
     parser.add_argument(
         "--workdir", required=required, type=_folder, metavar="DIR", help="work directory, local or gs://"
     )
@@ -79,6 +79,10 @@ def _job_flags(parser: argparse.ArgumentParser) -> None:
 
 def _trained_flags(parser: argparse.ArgumentParser) -> None:
     _workdir_flag(parser)
+    _checkpoint_flags(parser)
+
+
+def _checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
     mesh = "lay the model over devices, e.g. tensor=4,stage=2; -1: the rest of them (default: one device)"
     parser.add_argument("--mesh", type=_axis_sizes, default=(), metavar="AXIS=N,...", help=mesh)
@@ -101,7 +105,11 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
-    _trained_flags(parser)
+    of_what = parser.add_mutually_exclusive_group(required=True)
+    _workdir_flag(of_what, required=False)
+    folder = "write the report of a whole sweep instead, with PNG and CSV of its figures in DIR/figures"
+    of_what.add_argument("--sweep", type=_folder, metavar="DIR", help=folder)
+    _checkpoint_flags(parser)
     text = "colour this text too in experts.html; - reads standard input; may be repeated"
     parser.add_argument("--text", action="append", default=[], type=_folder, metavar="FILE", help=text)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the same, of TEXT itself")
@@ -187,7 +195,7 @@ COMMANDS = {
     "evaluate": Flags("held-out loss and bits per byte of each source", _trained_flags),
     "generate": Flags("continue prompts with a trained model", _generate_flags),
     "prepare": Flags("tokenise the sources of a run ahead of time; resumable", _prepare_flags),
-    "report": Flags("write report.html and experts.html, text coloured by expert, of a run", _report_flags),
+    "report": Flags("write report.html of a run, with text coloured by expert, or of a sweep", _report_flags),
     "sweep": Flags("run a grid of settings and seeds; goes on where it was cut", _sweep_flags),
     "compile": Flags("compile a run for a machine that is not here: bytes, FLOPs, collectives", _compile_flags),
     "inspect": Flags("count parameters, FLOPs and bytes of a gin file", _gin_flags),

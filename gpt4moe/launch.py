@@ -176,6 +176,21 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    return _report_sweep(args) if args.sweep else _report_run(args)
+
+
+def _report_sweep(args: argparse.Namespace) -> int:
+    of_a_run = {"--step": args.step, "--text": args.text, "--prompt": args.prompt, "--mesh": args.mesh}
+    given = [name for name, value in of_a_run.items() if value not in (None, [], ())]
+    require(not given, "--sweep", args.sweep, f"takes no {given}", "those are for the report of a run, --workdir")
+    from gpt4moe.analysis.sweeps.report import write_sweep_report
+
+    report = write_sweep_report(args.sweep)
+    _print(args, {"report": str(report)}, lambda _: f"report: {report}")
+    return DONE
+
+
+def _report_run(args: argparse.Namespace) -> int:
     from gpt4moe.analysis.history import read_history
     from gpt4moe.analysis.report import write_report
 
@@ -207,7 +222,12 @@ def _sweep(args: argparse.Namespace) -> int:
         return DONE
     executor = engine.Executor(sweep.folder, args.executor, args.parallel, dict(args.job_parameters))
     rows = engine.run(sweep, executor, _progress, show_table=not args.json)
-    _print(args, {"folder": str(sweep.folder), "rows": rows}, lambda _: results.format_rows(rows, sweep.folder))
+    from gpt4moe.analysis.sweeps.report import write_sweep_report
+
+    _progress("drawing the report")
+    report = write_sweep_report(sweep.folder)
+    document = {"folder": str(sweep.folder), "report": str(report), "rows": rows}
+    _print(args, document, lambda _: f"{results.format_rows(rows, sweep.folder)}\nreport: {report}")
     return FAULT if any(row["state"] != "done" for row in rows) else DONE
 
 
@@ -226,15 +246,29 @@ def _examine(args: argparse.Namespace, given: dict[str, str]):
 
 def _given_texts(args: argparse.Namespace) -> dict[str, str]:
     """The texts of --prompt and --text by the names that the page gives them."""
-    texts = {f"prompt {number}": text.encode(errors="surrogateescape") for number, text in enumerate(args.prompt, 1)}
+    given = bool(args.prompt or args.text)
+    require(not (given and args.no_capture), "--no_capture", True, "leaves no model to read texts", "leave it out")
+    texts = {}
+    for number, prompt in enumerate(args.prompt, 1):
+        texts[f"prompt {number}"] = _as_text("--prompt", prompt, prompt.encode(errors="surrogateescape"))
     for path in args.text:
-        name = "standard input" if path == "-" else path
-        texts[name] = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
-    require(not (texts and args.no_capture), "--no_capture", True, "leaves no model to read texts", "leave it out")
-    for name, raw in texts.items():
-        is_text = raw.decode(errors="ignore").encode() == raw
-        require(bool(raw) and is_text, "--text", name, "must be UTF-8 and not empty", "give plain text")
-    return {name: raw.decode() for name, raw in texts.items()}
+        texts["standard input" if path == "-" else path] = _as_text("--text", path, _bytes_of(path))
+    return texts
+
+
+def _bytes_of(path: str) -> bytes:
+    """A file, or standard input."""
+    if path == "-":
+        return sys.stdin.buffer.read()
+    require(os.path.isfile(path), "--text", path, "is not a file", "name a text file, or - for standard input")
+    return pathlib.Path(path).read_bytes()
+
+
+def _as_text(flag: str, name: str, raw: bytes) -> str:
+    require(bool(raw), flag, name, "is empty", "give some text")
+    is_text = raw.decode(errors="ignore").encode() == raw
+    require(is_text, flag, name, "is not UTF-8", "convert it, as with iconv -t utf-8")
+    return raw.decode()
 
 
 def _compile(args: argparse.Namespace) -> int:

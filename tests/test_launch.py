@@ -65,6 +65,10 @@ def test_the_saved_configuration_builds_the_same_run(tmp_path):
         ("SEED", "must have the form --gin.NAME=VALUE"),
         ("EXPERTS_PER_TOKEN=9", "experts_per_token=9 must be at most num_experts (4)"),
         ("BATCH_TOKENS=100", "batch_tokens=100 must be a multiple of sequence_length"),
+        ("ROUTER=@routers.sigmod_top_k", "names no function; did you mean @routers.sigmoid_top_k"),
+        ("ROUTER=@routers.zzz", "names no function; there are balanced, "),
+        ("ROUTER=sigmoid_top_k", "a function is named so: --gin.ROUTER=@routers.sigmoid_top_k"),
+        ("moe.MoeConfig.drop_priority='gate'", "is read where capacity is short; this layer drops none"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(override, message, capsys, tmp_path):
@@ -77,6 +81,44 @@ def test_a_mistake_is_one_line_and_exit_code_two(override, message, capsys, tmp_
     assert message in error
     assert error.count("\n") == 1
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["moe.MoeConfig.grouped_product='triton'"], "runs on cuda or rocm only; leave it out"),
+        (["moe.MoeConfig.router_noise=2"], "router_noise=2 is not read by the router top_k; leave it at 1.0 or"),
+        (
+            ["ROUTER=@routers.softmax_of_chosen", "EXPERTS_PER_TOKEN=1"],
+            "for the Switch router leave ROUTER out and set",
+        ),
+    ],
+)
+def test_what_the_model_cannot_be_is_refused_before_anything_is_written(overrides, message, capsys, tmp_path):
+    flags = [f"--gin.{override}" for override in overrides]
+    assert main(["train", f"--gin_file={TINY}", *flags, f"--workdir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt="], "--prompt='' is empty"),
+        (["--text=empty.txt"], "--text='empty.txt' is empty; give some text"),
+        (["--text=latin.txt"], "--text='latin.txt' is not UTF-8; convert it"),
+        (["--text=nowhere.txt"], "--text='nowhere.txt' is not a file; name a text file, or -"),
+        (["--text=."], "--text='.' is not a file"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes("\u00e9".encode("latin-1"))
+    (tmp_path / "metrics.jsonl").touch()
+    assert main(["report", f"--workdir={tmp_path}", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_macro_misspelt_in_a_file_is_refused_too(tmp_path):

@@ -135,4 +135,5 @@ def test_sweep_runs_every_cell_and_fits_a_law_that_warns(tmp_path, monkeypatch):
     assert found["constants"] == ["b", "d"] and "num_experts 4 .. 16 (fitted on 1 .. 4)" in found["warning"]
     assert len(set(found["losses"])) == 6
     assert "± 0.0" in shown(notebook, "results") and len(shown(notebook, "predict")) > 5000
+    assert "srcdoc=" in shown(notebook, "report")
     assert (tmp_path / "runs/sweep/results.parquet").exists()

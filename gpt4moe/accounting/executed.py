@@ -155,9 +155,7 @@ def _places(run: RunConfig, sizes: Mapping[str, int], rows: float) -> float:
     sharing = [axis for axis in ("context", "tensor") if axis not in run.rules.axes_of("mlp")]
     if moe.capacity_factor is None:
         return rows * length * moe.experts_per_token / _degree(sizes, *sharing)
-    share = length * moe.experts_per_token / moe.num_experts
-    room = min(length, math.ceil(share * moe.capacity_factor))
-    return rows * moe.num_experts * room / _degree(sizes, *sharing)
+    return rows * moe.num_experts * moe.expert_capacity(length) / _degree(sizes, *sharing)
 
 
 def _passes(remat: str, *, saved: bool) -> int:

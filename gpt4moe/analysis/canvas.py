@@ -29,12 +29,16 @@ SMOOTHED_OVER = 0.03
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """One figure: its title, a sentence on how to read it, its SVG, whether it takes the page's width."""
+    """One figure: its title, a sentence on how to read it, its SVG, whether it takes the page's width.
+
+    foot: HTML under the picture.
+    """
 
     title: str
     caption: str
     svg: str
     wide: bool = False
+    foot: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +192,7 @@ def svg(drawn) -> str:
     written = io.StringIO()
     drawn.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     text = written.getvalue()[written.getvalue().index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     # The page sets the font and the size; the viewBox keeps the proportions.
     text = re.sub(r"font-family: [^;]*; ?", "", text)
     return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)

@@ -21,6 +21,8 @@ from gpt4moe.train.evaluate import trained_store
 
 # What the page of coloured text shows at most: choices (tokens times layers times K) and tokens. Some 3 MB.
 MAX_PAGE_CHOICES, MAX_PAGE_TOKENS, SAMPLE_TOKENS = 400_000, 12_000, 320
+# Load over the mean load below which shares of an expert's tokens say little.
+FEW = 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,9 +123,15 @@ def format_document(document: dict) -> str:
 
 
 def _strongest_pairs(seen: Capture) -> list[dict | None]:
-    """By layer the experts i and j of which the largest share of i's tokens also goes to j; None where K is 1."""
+    """By layer the experts i and j of which the largest share of i's tokens also goes to j; None where K is 1.
+
+    Experts of less than a tenth of the mean load are left out: one token would make any pair of theirs the strongest.
+    """
     pairs = []
-    for share_EE in routing.coactivation(seen.expert_ids_LUK, seen.num_experts):
+    load_LE = routing.load(seen.expert_ids_LUK, seen.num_experts)
+    coactivation_LEE = routing.coactivation(seen.expert_ids_LUK, seen.num_experts)
+    for share_EE, load_E in zip(coactivation_LEE, load_LE, strict=True):
+        share_EE = np.where(load_E[:, None] * len(load_E) >= FEW, share_EE, 0.0)
         i, j = np.unravel_index(np.argmax(np.nan_to_num(share_EE)), share_EE.shape)
         share = float(np.nan_to_num(share_EE[i, j]))
         pairs.append({"of": int(i), "also": int(j), "share": share} if share else None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import string
 
 import numpy as np
 from etils import epath
@@ -18,6 +17,7 @@ from etils import epath
 from gpt4moe.analysis.canvas import Chart
 from gpt4moe.analysis.figures import expert_figures, run_figures
 from gpt4moe.analysis.history import History, read_history, read_json, read_text
+from gpt4moe.analysis.page import charts, details, page, tiles
 from gpt4moe.analysis.routing import dead_experts
 
 
@@ -37,27 +37,26 @@ def write_report(workdir: str | epath.Path, choices: Choices | None = None) -> e
     """
     history = read_history(workdir)
     evaluation = read_json(workdir, "evaluation.json")
-    page = PAGE.substitute(
-        title=html.escape(f"gpt4moe: {epath.Path(workdir).name}"),
-        tiles=_tiles(history),
-        evaluation=_evaluation(evaluation),
-        charts=_charts(run_figures(history, evaluation)),
-        experts=_experts(expert_figures(history), choices),
-        samples=_samples(read_json(workdir, "samples.json")),
-        configuration=_details("Configuration", read_text(workdir, "config.gin")),
-        environment=_details("Environment", _pretty(read_json(workdir, "environment.json"))),
-    )
+    parts = [
+        f'<div class="tiles">{_tiles(history)}</div>',
+        _evaluation(evaluation),
+        charts(run_figures(history, evaluation)),
+        _experts(expert_figures(history), choices),
+        _samples(read_json(workdir, "samples.json")),
+        details("Configuration", read_text(workdir, "config.gin")),
+        details("Environment", _pretty(read_json(workdir, "environment.json"))),
+    ]
     path = epath.Path(workdir) / "report.html"
-    path.write_text(page)
+    path.write_text(page(f"gpt4moe: {epath.Path(workdir).name}", parts))
     return path
 
 
 def _experts(logged: list[Chart], choices: Choices | None) -> str:
     if choices is None:
         note = "<code>gpt4moe report</code> adds what held-out text shows: saturation, co-activation, specialisation."
-        return f"<h2>Experts</h2><p>{note}</p>{_charts(logged)}" if logged else ""
+        return f"<h2>Experts</h2><p>{note}</p>{charts(logged)}" if logged else ""
     link = '<p><a href="experts.html">Text coloured by expert</a></p>' if choices.has_page else ""
-    return f"<h2>Experts</h2>{link}{_charts([*logged, *choices.charts])}{choices.tables}"
+    return f"<h2>Experts</h2>{link}{charts([*logged, *choices.charts])}{choices.tables}"
 
 
 def _tiles(history: History) -> str:
@@ -76,8 +75,7 @@ def _tiles(history: History) -> str:
         "dropped assignments": _number(_mean(history.last("moe/dropped_fraction")), ".2%"),
         "skipped steps": _number(history.last("skipped_steps"), ",.0f"),
     }
-    tiles = [f"<div><b>{value}</b><span>{name}</span></div>" for name, value in shown.items() if value is not None]
-    return "".join(tiles) or "<p>No step has been logged yet.</p>"
+    return tiles(shown) or "<p>No step has been logged yet.</p>"
 
 
 def _evaluation(evaluation: dict | None) -> str:
@@ -98,17 +96,6 @@ def _evaluation(evaluation: dict | None) -> str:
     )
 
 
-def _charts(charts: list[Chart]) -> str:
-    return f'<div class="charts">{"".join(map(_chart, charts))}</div>'
-
-
-def _chart(chart: Chart) -> str:
-    return (
-        f'<figure class="{"wide" if chart.wide else "half"}"><h3>{html.escape(chart.title)}</h3>'
-        f'<div class="scroll">{chart.svg}</div><figcaption>{html.escape(chart.caption)}</figcaption></figure>'
-    )
-
-
 def _samples(samples: list[dict] | None) -> str:
     if not samples:
         return ""
@@ -117,10 +104,6 @@ def _samples(samples: list[dict] | None) -> str:
         for sample in samples
     ]
     return "<h2>Samples</h2><p>The prompt in bold, then what the model wrote.</p>" + "".join(shown)
-
-
-def _details(title: str, text: str | None) -> str:
-    return f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>" if text else ""
 
 
 def _pretty(document: dict | None) -> str | None:
@@ -134,47 +117,3 @@ def _number(value: float | None, form: str) -> str | None:
 def _mean(value: float | list | None) -> float | None:
     """Mean over layers; not a number where one of them is null."""
     return None if value is None else float(np.mean(np.array(value, np.float64)))
-
-
-PAGE = string.Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title><style>
-:root { color-scheme: light dark; --ink: #1c2430; --quiet: #5d6b7e; --page: #f6f7f9; --card: #fff; --edge: #dde2ea }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e3e8ef; --quiet: #94a3b8; --page: #10151c; --card: #182029; --edge: #2b3644 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1080px; padding: 20px 16px 48px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-h1 { font-size: 24px; margin: 8px 0 16px; overflow-wrap: anywhere } h2 { font-size: 18px; margin: 32px 0 8px }
-h3 { font-size: 15px; margin: 0 0 6px } p, figcaption { color: var(--quiet); font-size: 13px; margin: 6px 0 0 }
-.tiles, .charts { display: grid; gap: 12px }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)) }
-.charts { grid-template-columns: repeat(2, minmax(0, 1fr)); margin-top: 12px }
-.tiles div, figure, .scroll > table, pre { background: var(--card); border: 1px solid var(--edge); border-radius: 8px }
-.tiles div { padding: 10px 14px } .tiles b { display: block; font-size: 19px; font-variant-numeric: tabular-nums }
-.tiles span { color: var(--quiet); font-size: 12px }
-figure { margin: 0; padding: 14px; min-width: 0 } figure.wide { grid-column: 1 / -1 }
-figure svg { display: block; width: 100%; height: auto; color: var(--ink) }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: 7px 14px; text-align: right; border-bottom: 1px solid var(--edge) }
-th:first-child, td:first-child { text-align: left } th { font-size: 13px; color: var(--quiet); font-weight: 600 }
-tbody tr:last-child td { border-bottom: 0 }
-pre { padding: 12px 14px; overflow-x: auto; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; margin: 8px 0 }
-pre.sample { white-space: pre-wrap; overflow-wrap: anywhere }
-.vocabulary { white-space: normal } .vocabulary td:last-child { text-align: left; line-height: 2 }
-.token { white-space: nowrap; margin-right: 14px; color: var(--quiet); font-size: 12px }
-.token code { color: var(--ink); background: var(--page); border: 1px solid var(--edge); border-radius: 4px }
-a { color: inherit } details { margin-top: 16px } summary { cursor: pointer; font-weight: 600 }
-@media (max-width: 720px) { .charts { grid-template-columns: minmax(0, 1fr) } .wide svg { min-width: 640px } }
-</style></head><body>
-<h1>$title</h1>
-<div class="tiles">$tiles</div>
-$evaluation
-$charts
-$experts
-$samples
-$configuration
-$environment
-</body></html>
-""")

@@ -10,6 +10,7 @@ from gpt4moe.config.check import (
     require_count,
     require_flag,
     require_fraction,
+    require_not_negative,
     require_positive,
     require_seed,
     require_text,
@@ -26,8 +27,11 @@ class SourceConfig:
 
     `paths` are files, directories or globs of .txt .md .py .jsonl[.gz|.zst] .parquet .array_record; `text_field`
     is the text column or key of those that have one. `documents` is behind the contract of
-    `gpt4moe.data.sources`. `weight` is the share of training tokens (relative to the other sources);
-    `max_epochs` caps how often the source is seen, after which it leaves the mixture (None: no cap).
+    `gpt4moe.data.sources`. `weight` is the share of training tokens (relative to the other sources); 0: the source is
+    never trained on and all of it is held out, to see how well a model does on a kind of text that it has not met.
+    `max_epochs` caps how often the source is seen, after which it leaves the mixture (None: no cap). `unique_tokens`
+    keeps only so many of its training tokens (whole rows, drawn by the data's seed; fewer are among more), to study
+    repetition.
     """
 
     name: str
@@ -36,6 +40,7 @@ class SourceConfig:
     text_field: str = "text"
     weight: float = 1.0
     max_epochs: float | None = None
+    unique_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str), "name", self.name, "must be a plain word")
@@ -48,9 +53,18 @@ class SourceConfig:
             f"of source {self.name!r}: give either paths or documents",
             "set DATA_PATHS to files or folders, or SourceConfig.documents to a function",
         )
-        require_positive("weight", self.weight)
+        require_not_negative("weight", self.weight)
         if self.max_epochs is not None:
             require_positive("max_epochs", self.max_epochs)
+            never = f"of source {self.name!r} has no meaning with weight=0: it is never trained on"
+            require(self.is_trained, "max_epochs", self.max_epochs, never, "set max_epochs to None")
+        if self.unique_tokens is not None:
+            require_count("unique_tokens", self.unique_tokens)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the source is trained on, and not held out as a whole."""
+        return self.weight > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +93,8 @@ class DataConfig:
         require(bool(self.sources), "sources", self.sources, "must name at least one source")
         names = [source.name for source in self.sources]
         require(len(set(names)) == len(names), "sources", names, "must have different names")
+        trained = any(source.is_trained for source in self.sources)
+        require(trained, "weight", 0, "of every source: none would be trained on", "give one of them a weight")
         require_count("sequence_length", self.sequence_length)
         require_fraction("held_out_fraction", self.held_out_fraction)
         require_count("held_out_tokens", self.held_out_tokens)
@@ -89,5 +105,9 @@ class DataConfig:
         require_text("store", self.store)
         require_flag("exhaust_together", self.exhaust_together)
         if self.exhaust_together:
-            capped = all(source.max_epochs is not None for source in self.sources)
+            capped = all(source.max_epochs is not None for source in self.sources if source.is_trained)
             require(capped, "exhaust_together", True, "needs max_epochs on every source")
+
+    def held_out_fraction_of(self, source: SourceConfig) -> float:
+        """The share of a source's documents that is held out."""
+        return self.held_out_fraction if source.is_trained else 1.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from fractions import Fraction
 
 from gpt4moe.config.check import require, require_count, require_flag, require_not_negative, require_positive
 
@@ -19,7 +21,8 @@ class MoeConfig:
 
     `gated` experts are SwiGLU (three matrices), others plain GELU (two). `capacity_factor` None is dropless;
     a number c gives every expert room for ceil(T * K / E * c) tokens of each row, evaluation and decoding are
-    always dropless. `load_balance_weight` multiplies E * sum_e f_e P_e, which is 1 at uniform routing;
+    always dropless. What is dropped in training is not causal (but for K = 1 by `position`): a later token may take
+    the place of an earlier one. `load_balance_weight` multiplies E * sum_e f_e P_e, which is 1 at uniform routing;
     `router_z_weight` multiplies the mean squared log-partition of the router logits (ST-MoE, eq. 5).
     `load_balance_scope` is what f and P are taken over: each `row`, each `microbatch`, or the whole `batch`.
     `router` is a function behind the contract of `gpt4moe.model.router`: one of `gpt4moe.model.routers` or of the
@@ -64,11 +67,11 @@ class MoeConfig:
             "lower EXPERTS_PER_TOKEN or raise NUM_EXPERTS",
         )
         require(
-            not (self.normalize_gates and self.experts_per_token == 1 and self.num_experts > 1),
+            not (self.router is None and self.normalize_gates and self.experts_per_token == 1 and self.num_experts > 1),
             "normalize_gates",
             self.normalize_gates,
             "gives the router no gradient when experts_per_token is 1 (the gate is always 1)",
-            "set normalize_gates=False",
+            "set moe.MoeConfig.normalize_gates=False",
         )
         require_count("shared_hidden_dim", self.shared_hidden_dim, least=0)
         if self.capacity_factor is not None:
@@ -80,8 +83,19 @@ class MoeConfig:
         for name, choices in (listed | {"grouped_product": (None, *GROUPED_PRODUCTS)}).items():
             value = getattr(self, name)
             require(value in choices, name, value, f"must be in {choices}")
+        placed = self.drop_priority == "position" or self.capacity_factor is not None
+        mend = "set CAPACITY_FACTOR, or leave drop_priority out"
+        require(
+            placed, "drop_priority", self.drop_priority, "is read where capacity is short; this layer drops none", mend
+        )
         self._check_groups()
         require(self.router is None or callable(self.router), "router", self.router, "must be a function or None")
+
+    def expert_capacity(self, tokens: int) -> int:
+        """Places at one expert for a group of `tokens`: ceil(U * K / E * capacity_factor), at most U; None is 1."""
+        # The factor is the decimal that was written: 1.1 of ten places are eleven, in binary fractions twelve.
+        share = Fraction(tokens * self.experts_per_token, self.num_experts)
+        return min(tokens, math.ceil(share * Fraction(str(self.capacity_factor or 1))))
 
     def _check_groups(self) -> None:
         for name in ("num_groups", "groups_per_token"):

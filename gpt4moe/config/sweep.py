@@ -24,8 +24,9 @@ class SweepConfig:
     Names joined by commas change together, each value a list of as many. `random` maps names to distributions, of
     which `num_samples` draws are taken, the same for every point of the axes. `seeds` is how many, or which: all cells
     are run with each (paired), bound to the names of `seed_names`. `hold` maps a quantity to the integer binding that
-    is derived to keep it where the run file without the axes has it, or to [binding, target]; derived values are
-    multiples of `multiples[binding]`, 1 by default. `retries`: times that a failed run is tried again. `runs_per_job`:
+    is derived to keep it where the run file without the axes has it, or to [binding, target], or, where a quantity
+    itself is an axis ({"train_flops": [1e12, 1e13]}), where that says; derived values are multiples of
+    `multiples[binding]`, 1 by default. `retries`: times that a failed run is tried again. `runs_per_job`:
     how many runs share one process. `memory_limit_gb`: of one such process; a run above it fails and is reported.
     """
 
@@ -56,6 +57,9 @@ class SweepConfig:
         object.__setattr__(self, "seed_names", tuple(self.seed_names))
         if self.memory_limit_gb is not None:
             require_positive("memory_limit_gb", self.memory_limit_gb)
+        nothing = not (self.axes or self.random) and len(seeds) == 1
+        mend = "give axes, random or several seeds"
+        require(not nothing, "SweepConfig.axes", dict(self.axes), "and one seed leave nothing to compare", mend)
         self._check_names()
 
     def _set(self, name: str, pairs: tuple, parse) -> None:
@@ -67,6 +71,9 @@ class SweepConfig:
         names = [*swept, *derived, *self.seed_names]
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, "SweepConfig", twice, "are set by two of axes, random, hold and seed_names")
+        free = sorted(set(swept) & set(QUANTITIES) - {name for name, _ in self.hold})
+        mend = "name in hold the binding that is derived, as in hold = {'train_flops': 'TRAIN_STEPS'}"
+        require(not free, "SweepConfig.axes", free, "are quantities, which follow from other settings", mend)
         unknown = sorted({name for name, _ in self.multiples} - set(derived))
         require(not unknown, "SweepConfig.multiples", unknown, f"must be derived by hold ({derived})")
 
@@ -83,7 +90,7 @@ def _axis(setting: str, names: str, given: object) -> tuple[str, tuple]:
     if isinstance(given, Mapping):
         (spacing, span), *rest = given.items() or ((None, None),)
         require(not rest and spacing in SPACINGS, setting, dict(given), f"must have one key of {SPACINGS}")
-        return names, spaced(setting, spacing, span)
+        return names, spaced(f"{setting}[{spacing!r}]", spacing, span)
     values = tuple(given) if isinstance(given, (list, tuple)) else ()
     require(bool(values), setting, given, "must be a list of values that is not empty")
     count = names.count(",") + 1

@@ -26,13 +26,17 @@ BAD_EXAMPLES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Files that are tokenised together; `folder` is where the tokens go, which exists once it is complete."""
+    """Files that are tokenised together; `folder` is where the tokens go, which exists once it is complete.
+
+    `held_out_fraction` of their documents is held out.
+    """
 
     source: str
     folder: pathlib.Path
     files: tuple[FilePart, ...]
     text_field: str
     group_field: str | None
+    held_out_fraction: float
 
     @property
     def size(self) -> int:
@@ -57,7 +61,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def encode_unit(unit: Unit, tokenizer: Tokenizer, held_out_fraction: float, stop_at_bad: bool) -> UnitCounts:
+def encode_unit(unit: Unit, tokenizer: Tokenizer, stop_at_bad: bool) -> UnitCounts:
     """Writes the tokens, lengths and byte counts of `unit`'s documents to its folder; at once if that exists.
 
     Every document is stored as end-of-text followed by its tokens. ValueError at a bad record if `stop_at_bad`.
@@ -78,7 +82,7 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer, held_out_fraction: float, stop
         elif not record.text:
             empty += 1
         else:
-            writers["held_out" if is_held_out(record, held_out_fraction) else "train"].add(record.text)
+            writers["held_out" if is_held_out(record, unit.held_out_fraction) else "train"].add(record.text)
     documents, tokens, num_bytes = zip(*(writers[split].close() for split in SPLITS), strict=True)
     per_split = [dict(zip(SPLITS, counts, strict=True)) for counts in (documents, tokens, num_bytes)]
     counts = UnitCounts(*per_split, len(bad), tuple(bad[:BAD_EXAMPLES]), empty)

@@ -11,16 +11,16 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 
 from gpt4moe.config.check import CallerError, require, require_count
-from gpt4moe.config.data import DataConfig
+from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.data.mixture import MixedSource, Mixture
 from gpt4moe.data.packing import Plan, cached_plan
 from gpt4moe.data.prepare import Progress, prepare
-from gpt4moe.data.rows import PackedRows, stack_rows
+from gpt4moe.data.rows import PackedRows, Row, stack_rows
 from gpt4moe.data.store import REPORT_FILE, TokenStore
 from gpt4moe.types import Batch
 
@@ -53,7 +53,8 @@ class TrainRows:
     """Iterator over this host's rows of the global microbatches.
 
     `next()` gives a numpy Batch of [microbatch_rows // num_hosts, T]; the last one of a finite mixture is filled up
-    with empty rows, after it comes StopIteration. `source_ids` number `store.source_names`.
+    with empty rows, after it comes StopIteration. `source_ids` number `store.source_names`; sources that are held out
+    as a whole have no rows.
     """
 
     def __init__(
@@ -73,19 +74,22 @@ class TrainRows:
         self._store, self._config = store, config
         self._microbatch_rows, self._host_rows = microbatch_rows, microbatch_rows // num_hosts
         self._first_row = host * self._host_rows
-        self._plans = [row_plan(store, config, source, "train") for source in store.source_names]
-        self._mixture = _mixture(store, config, self._plans)
+        by_name = {source.name: source for source in config.sources}
+        self._sources = tuple(by_name[name] for name in store.source_names if by_name[name].is_trained)
+        self._plans = [row_plan(store, config, source.name, "train") for source in self._sources]
+        kept = [_kept_rows(source, plan) for source, plan in zip(self._sources, self._plans, strict=True)]
+        self._mixture = _mixture(self._sources, self._plans, kept, exhaust_together=config.exhaust_together)
         rows, numbers = [], []
-        for index, (source, plan) in enumerate(zip(store.source_names, self._plans, strict=True)):
-            seed = _seed(config.seed, source)
-            rows.append(_endless(PackedRows(store.stream(source, "train"), plan, index), seed))
-            numbers.append(_endless(range(plan.num_rows), seed))
+        for source, plan, count in zip(self._sources, self._plans, kept, strict=True):
+            seed, index = _seed(config.seed, source.name), store.source_names.index(source.name)
+            rows.append(_endless(PackedRows(store.stream(source.name, "train"), plan, index), seed, count))
+            numbers.append(_endless(range(plan.num_rows), seed, count))
         self._rows = grain.MapDataset.select_from_datasets(rows, self._mixture)
         # The same order over row numbers alone, for the ledger of rows that other hosts read.
         self._order = numbers
         self._next_row = 0
         self._counted_row = 0
-        self._ledger = dict.fromkeys(store.source_names, 0)
+        self._ledger = {source.name: 0 for source in self._sources}
 
     def __iter__(self) -> TrainRows:
         return self
@@ -116,14 +120,14 @@ class TrainRows:
                 "give another workdir, or --allow_config_change to begin a new order of rows"
             )
         self._next_row = self._counted_row = int(state["next_row"]) if same else 0
-        self._ledger = {name: int(state["ledger"].get(name, 0)) for name in self._store.source_names}
+        self._ledger = {source.name: int(state["ledger"].get(source.name, 0)) for source in self._sources}
 
     def ledger(self) -> dict[str, int]:
         """Tokens (targets) delivered so far by source, over all hosts."""
         for position in range(self._counted_row, self._next_row):
             source, number = self._mixture[position]
             tokens = self._plans[source].row_tokens[self._order[source][number]]
-            self._ledger[self._store.source_names[source]] += int(tokens)
+            self._ledger[self._sources[source].name] += int(tokens)
         self._counted_row = self._next_row
         return dict(self._ledger)
 
@@ -142,16 +146,16 @@ class TrainRows:
 
     def packing(self) -> dict[str, dict[str, float]]:
         """Rows, fill (share of positions that hold a token) and cut documents by source."""
-        pairs = zip(self._store.source_names, self._plans, strict=True)
+        pairs = zip(self._sources, self._plans, strict=True)
         return {
-            name: {"rows": plan.num_rows, "fill": plan.fill, "split_documents": plan.split_documents}
-            for name, plan in pairs
+            source.name: {"rows": plan.num_rows, "fill": plan.fill, "split_documents": plan.split_documents}
+            for source, plan in pairs
         }
 
     def _fingerprint(self) -> str:
         """Changes with anything that the order of rows depends on."""
         config = self._config
-        mixed = [(source.name, source.weight, source.max_epochs) for source in config.sources]
+        mixed = [_mixed(source) for source in config.sources if source.is_trained]
         fields = [self._store.digests, config.sequence_length, config.seed, config.exhaust_together, mixed]
         return hashlib.blake2b(json.dumps(fields).encode(), digest_size=8).hexdigest()
 
@@ -170,17 +174,53 @@ def held_out_batches(store: TokenStore, config: DataConfig, *, rows: int) -> Ite
             yield source, stack_rows(chosen, rows, config.sequence_length)
 
 
-def _mixture(store: TokenStore, config: DataConfig, plans: list[Plan]) -> Mixture:
-    by_name = {source.name: source for source in config.sources}
+def _mixed(source: SourceConfig) -> tuple:
+    limited = () if source.unique_tokens is None else (source.unique_tokens,)
+    return (source.name, source.weight, source.max_epochs, *limited)
+
+
+def _kept_rows(source: SourceConfig, plan: Plan) -> int:
+    """Rows that `unique_tokens` leaves of a source, at least one; rows count as equally full."""
+    if source.unique_tokens is None or not plan.num_rows:
+        return plan.num_rows
+    there = plan.num_tokens
+    constraint = f"of source {source.name!r} must be at most its {there:,} training tokens"
+    require(source.unique_tokens <= there, "unique_tokens", source.unique_tokens, constraint, "lower it, or add text")
+    return max(round(source.unique_tokens * plan.num_rows / there), 1)
+
+
+def _mixture(
+    sources: Sequence[SourceConfig], plans: Sequence[Plan], kept: Sequence[int], *, exhaust_together: bool
+) -> Mixture:
     mixed = [
-        MixedSource(name, plan.num_rows, plan.num_tokens, by_name[name].weight, by_name[name].max_epochs)
-        for name, plan in zip(store.source_names, plans, strict=True)
+        MixedSource(
+            source.name, count, count * plan.num_tokens // max(plan.num_rows, 1), source.weight, source.max_epochs
+        )
+        for source, plan, count in zip(sources, plans, kept, strict=True)
     ]
-    return Mixture(mixed, exhaust_together=config.exhaust_together)
+    return Mixture(mixed, exhaust_together=exhaust_together)
 
 
-def _endless(rows: PackedRows | range, seed: int) -> grain.MapDataset:
+def _endless(rows: PackedRows | range, seed: int, count: int) -> grain.MapDataset:
+    """`count` of the rows, all of them in a new order every epoch."""
+    if count < len(rows):
+        # A slice of a shuffled dataset would be another one every epoch.
+        order = grain.MapDataset.source(range(len(rows))).shuffle(seed=seed)
+        rows = _Kept(rows, [order[index] for index in range(count)])
     return grain.MapDataset.source(rows).shuffle(seed=seed).repeat(None)
+
+
+class _Kept:
+    """The rows at `places`."""
+
+    def __init__(self, rows: PackedRows | range, places: Sequence[int]) -> None:
+        self._rows, self._places = rows, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Row | int:
+        return self._rows[self._places[index]]
 
 
 def _seed(seed: int, source: str) -> int:

@@ -97,12 +97,16 @@ def store_hash(config: DataConfig) -> str:
         tokenizer = {"text": load_tokenizer(config.tokenizer.path).serialized}
     fields = {
         "version": STORE_VERSION,
-        "sources": {source.name: source_identity(source) for source in config.sources},
+        "sources": {source.name: source_identity(source) | _split_of(source) for source in config.sources},
         "tokenizer": tokenizer,
         "held_out_fraction": config.held_out_fraction,
         "bad_records": config.bad_records,
     }
     return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _split_of(source: SourceConfig) -> dict:
+    return {} if source.is_trained else {"held_out": "all"}
 
 
 def _build(
@@ -122,7 +126,8 @@ def _build(
 def _tokenise(
     config: DataConfig, building: pathlib.Path, workers: int | None, progress: Progress
 ) -> tuple[SourceReport, ...]:
-    units = [unit for source in config.sources for unit in _units(source, building, progress)]
+    fractions = {source.name: config.held_out_fraction_of(source) for source in config.sources}
+    units = [unit for source in config.sources for unit in _units(source, fractions[source.name], building, progress)]
     tokenizer = _tokenizer(config, units, building, progress)
     counts = _encode(config, units, tokenizer, workers, progress)
     by_source: dict[str, list[tuple[Unit, UnitCounts]]] = {source.name: [] for source in config.sources}
@@ -132,7 +137,7 @@ def _tokenise(
         if not any(sum(unit_counts.documents.values()) for _, unit_counts in done):
             bad = sum(unit_counts.bad_records for _, unit_counts in done)
             raise CallerError(f"source={name!r} has no documents ({bad} bad records); check its paths or text_field")
-    reports = [assemble(name, done, building, tokenizer, config.held_out_fraction) for name, done in by_source.items()]
+    reports = [assemble(name, done, building, tokenizer, fractions[name]) for name, done in by_source.items()]
     for report in reports:
         if report.bad_records:
             progress(f"{report.name}: {report.bad_records} bad records passed over, first {report.bad_examples[0]}")
@@ -146,7 +151,9 @@ def _write(scratch_folder: pathlib.Path, path: pathlib.Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def _units(source: SourceConfig, building: pathlib.Path, progress: Progress) -> Iterator[Unit]:
+def _units(
+    source: SourceConfig, held_out_fraction: float, building: pathlib.Path, progress: Progress
+) -> Iterator[Unit]:
     """Cuts a source into files that make about `UNIT_BYTES` together, in order."""
     text_field, group_field = source.text_field, None
     if source.documents is None:
@@ -164,7 +171,7 @@ def _units(source: SourceConfig, building: pathlib.Path, progress: Progress) -> 
         room -= file.size
     for index, group in enumerate(groups):
         folder = building / "parts" / f"{source.name}-{index:06d}"
-        yield Unit(source.name, folder, tuple(group), text_field, group_field)
+        yield Unit(source.name, folder, tuple(group), text_field, group_field, held_out_fraction)
 
 
 def _spooled(source: SourceConfig, folder: pathlib.Path, progress: Progress) -> tuple[str, ...]:
@@ -214,15 +221,12 @@ def _encode(
 
     if workers <= 1:
         for index, unit in enumerate(units):
-            done(index, encode_unit(unit, tokenizer, config.held_out_fraction, stop))
+            done(index, encode_unit(unit, tokenizer, stop))
         return [counts[index] for index in range(len(units))]
     # spawn: forking a process that runs JAX threads can deadlock.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
-        futures = {
-            pool.submit(encode_unit, unit, tokenizer, config.held_out_fraction, stop): index
-            for index, unit in enumerate(units)
-        }
+        futures = {pool.submit(encode_unit, unit, tokenizer, stop): index for index, unit in enumerate(units)}
         try:
             for future in concurrent.futures.as_completed(futures):
                 done(futures[future], future.result())

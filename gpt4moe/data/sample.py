@@ -16,12 +16,13 @@ def training_texts(config: DataConfig, units: Sequence[Unit]) -> Iterator[str]:
     """Training documents for the merges, at most `train_bytes`; each source gets an equal share, or all it has.
 
     Parts of files are taken in the order of a hash of their number, so that a large folder is sampled all over and
-    the same files give the same merges wherever they lie.
+    the same files give the same merges wherever they lie. Sources that are held out as a whole are not read.
     """
     left = config.tokenizer.train_bytes
-    sizes = {source.name: 0 for source in config.sources}
+    sizes = {source.name: 0 for source in config.sources if source.is_trained}
     for unit in units:
-        sizes[unit.source] += unit.size
+        if unit.source in sizes:
+            sizes[unit.source] += unit.size
     for rank, name in enumerate(sorted(sizes, key=sizes.get)):
         share = left / (len(sizes) - rank)
         spent = 0

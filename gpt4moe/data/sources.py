@@ -1,7 +1,8 @@
 """Sources of documents. The contract: a function without arguments that yields `Document`s or strings, in fixed order.
 
-The two functions here read what every Python brings along, so that a first run needs no download: its standard
-library as `code`, and the prose inside it as `text`. A user's own function goes into `SourceConfig.documents`.
+The functions here read what every Python brings along, so that a first run needs no download: its standard library
+as code, the prose inside it as text, or the prose of its manual alone. A user's own function goes into
+`SourceConfig.documents`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ def stdlib_text() -> Iterator[Document]:
         parts = [part for part in _docstrings(text) if _is_new(part, seen)]
         if parts:
             yield Document("\n\n".join(parts) + "\n", _group(name))
+
+
+def stdlib_manual() -> Iterator[Document]:
+    """The language topics that `help()` shows: the prose of Python's reference manual, none of it in `stdlib_code`."""
+    from pydoc_data.topics import topics
+
+    yield from (Document(topics[name]) for name in sorted(topics))
 
 
 def source_identity(source: SourceConfig) -> dict:

@@ -101,9 +101,11 @@ class TokenStore:
     def unigram_nats(self, source: str) -> float:
         """Nats a target of the held-out text costs under token frequencies of the source's training text.
 
-        Frequencies are counts plus one over all ids; what a model that ignores the context could reach.
+        Of all training text where the source has none. Frequencies are counts plus one over all ids; what a model
+        that ignores the context could reach.
         """
-        counts = np.load(self._path(source, "train", "counts.npy")) + 1.0
+        trained = (source,) if self.num_tokens(source, "train") else self.source_names
+        counts = sum(np.load(self._path(name, "train", "counts.npy")) for name in trained) + 1.0
         held_out = self.stream(source, "held_out")[1 : self.num_tokens(source, "held_out") + 1]
         return float(np.mean(math.log(counts.sum()) - np.log(counts[held_out]))) if len(held_out) else math.nan
 

@@ -71,7 +71,7 @@ def capacity(x_GUD: Float[Array, "G U D"], routing: Routing, config: MoeConfig) 
     second ones; of either, by `drop_priority`, earlier tokens before later ones (`position`: GShard, Lepikhin et al.
     2020, algorithm 1) or those of a larger gate (`gate`: batch-prioritised routing, Riquelme et al. 2021).
     """
-    room = expert_capacity(x_GUD.shape[1], config)
+    room = config.expert_capacity(x_GUD.shape[1])
     return to_places(x_GUD, routing, config.num_experts, room, QUEUES[config.drop_priority])
 
 
@@ -109,12 +109,6 @@ def largest_gate_first(gates_UK: Float[Array, "U K"]) -> Int[Array, " U"]:
 
 
 QUEUES = {"position": as_they_come, "gate": largest_gate_first}
-
-
-def expert_capacity(tokens: int, config: MoeConfig) -> int:
-    """Places at one expert for a group of `tokens`: ceil(U * K / E * capacity_factor), at most U."""
-    share = tokens * config.experts_per_token / config.num_experts
-    return min(tokens, math.ceil(share * config.capacity_factor))
 
 
 def dropless(x_GUD: Float[Array, "G U D"], routing: Routing, config: MoeConfig) -> Dispatched:

@@ -12,7 +12,7 @@ without gaps; a last piece reads into the next expert's rows, whose own pieces t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +182,9 @@ def _forward_rows(matrices: Matrices, x_CD: Array) -> tuple[Array, tuple[Array, 
     return product(_activated(*hidden), down_FD).astype(x_CD.dtype), hidden
 
 
-def _backward_rows(matrices: Matrices, dy_CD: Array, x_CD: Array, hidden: Sequence[Array], zero: Array):
+def _backward_rows(
+    matrices: Matrices, dy_CD: Array, x_CD: Array, hidden: Sequence[Array], zero: Array
+) -> tuple[Array, Matrices]:
     """Returns dx and the gradients of one expert's matrices in float32; outward comes as `_turned_outward` gave it."""
     inward, down_DF = matrices
     activated_CF, pull = jax.vjp(_activated, *hidden)
@@ -222,7 +224,7 @@ def _turned(a_IJ: Array, zero: Array) -> Array:
     return from_bits((turned ^ zero.astype(turned.dtype)).reshape(columns, rows))
 
 
-def _over_pieces(sizes: tuple[int, ...], pieces_Z: Array, start: Array, piece, carried: tuple):
+def _over_pieces(sizes: tuple[int, ...], pieces_Z: Array, start: Array, piece: Callable, carried: tuple) -> tuple:
     """`piece(row, size, carried)` for every piece of one expert, from its first row to its last."""
     for z, size in enumerate(sizes):
         step = functools.partial(lambda size, start, i, carried: piece(start + i * size, size, carried), size, start)

@@ -56,7 +56,7 @@ def feed_forward(
 
     `grouped_product` names an implementation, `platform` (None: the backend in use) where the program will run.
     """
-    if dispatched.block_expert_X is None and _in_turn(grouped_product, platform):
+    if dispatched.block_expert_X is None and _goes_in_turn(grouped_product, platform):
         return expert_loop.feed_forward_in_turn(_matrices(weights), dispatched.rows_XCD)
 
     def multiply(rows: Array, w: Array) -> Array:
@@ -83,14 +83,14 @@ def apply_experts(
     backend in use) is where the program will run: a CPU takes experts in turn where there is work for them.
     """
     many = routing.expert_ids_UK.size >= FEWEST_IN_TURN
-    if not drops and many and _in_turn(config.grouped_product, platform):
+    if not drops and many and _goes_in_turn(config.grouped_product, platform):
         return _serve_in_turn(weights, x_BTD, routing, config.num_experts), jnp.int32(0)
     dispatched = (dispatch.capacity if drops else dispatch.dropless)(x_BTD, routing, config)
     y_XCD = feed_forward(weights, dispatched, config.grouped_product, platform)
     return dispatch.combine(y_XCD, dispatched.plan, len(x_BTD)), jnp.sum(dispatched.stats.dropped_G)
 
 
-def _in_turn(grouped_product: str | None, platform: str | None) -> bool:
+def _goes_in_turn(grouped_product: str | None, platform: str | None) -> bool:
     return grouped_product is None and (platform or jax.default_backend()) == "cpu"
 
 

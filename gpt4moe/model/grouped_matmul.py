@@ -90,6 +90,8 @@ IMPLEMENTATIONS = {
     "triton": _of(grouped_triton, platforms=("cuda", "rocm"), lacks=grouped_triton.lacks),
     "mosaic": _of(grouped_tpu, platforms=("tpu",), lacks=grouped_tpu.lacks),
 }
+# What a device's platform is called where programs are lowered.
+LOWERED_FOR = {"gpu": ("cuda", "rocm")}
 # By platform, the fastest first; the last one takes all shapes. Elsewhere, on a CPU, it is the loop.
 FASTEST = {"cuda": ("triton", "loop"), "rocm": ("triton", "loop"), "tpu": ("mosaic", "ragged")}
 
@@ -161,6 +163,13 @@ def _refuse(name: str, function: Callable, *operands: object) -> Array:
     """Stands for `function` where a program is lowered for a platform without it: raises then, not while tracing."""
     result = jax.eval_shape(function, *operands)
     return _refused.bind(jnp.zeros(result.shape, result.dtype), name=name)
+
+
+def require_platform(chosen: str | None, platform: str) -> None:
+    """Raises `CallerError` where a chosen implementation does not run on a device's platform, before any lowering."""
+    platforms = IMPLEMENTATIONS[chosen].platforms if chosen else None
+    if platforms is not None and not set(platforms) & {platform, *LOWERED_FOR.get(platform, ())}:
+        _raise_refusal(None, name=chosen)
 
 
 def _raise_refusal(_context: object, *_operands: object, name: str) -> None:

@@ -17,6 +17,8 @@ from gpt4moe.config.moe import MoeConfig
 from gpt4moe.types import Array
 
 TINY = 1e-30
+# Below any logarithm of a score.
+LOWEST = -1e30
 
 
 @jax.tree_util.register_dataclass
@@ -86,9 +88,9 @@ def top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfi
     With `normalize_gates` the K probabilities are divided by their sum. With K = 1 and without it, this is the Switch
     router (Fedus et al. 2021).
     """
-    probabilities_UE = jax.nn.softmax(logits_UE, axis=-1)
-    expert_ids_UK = choose(probabilities_UE, inputs, config)
-    return assemble(logits_UE, expert_ids_UK, gates_of(probabilities_UE, expert_ids_UK, inputs, config), inputs)
+    log_probabilities_UE = jax.nn.log_softmax(logits_UE, axis=-1)
+    expert_ids_UK = choose(jnp.exp(log_probabilities_UE), inputs, config)
+    return assemble(logits_UE, expert_ids_UK, gates_of(log_probabilities_UE, expert_ids_UK, inputs, config), inputs)
 
 
 def choose(scores_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Int[Array, "U K"]:
@@ -99,17 +101,26 @@ def choose(scores_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConf
     return jax.lax.top_k(jax.lax.stop_gradient(biased_UE), config.experts_per_token)[1]
 
 
-def chosen(expert_ids_UK: Int[Array, "U K"], inputs: RouterInputs) -> Bool[Array, "U K"]:
+def is_choice(expert_ids_UK: Int[Array, "U K"], inputs: RouterInputs) -> Bool[Array, "U K"]:
     """Returns which of the choices are any: all but those that a replay leaves out."""
     replay_ids_UK = inputs.replay_ids_UK
     return jnp.ones(expert_ids_UK.shape, bool) if replay_ids_UK is None else replay_ids_UK >= 0
 
 
 def gates_of(
-    scores_UE: Float[Array, "U E"], expert_ids_UK: Int[Array, "U K"], inputs: RouterInputs, config: MoeConfig
+    log_scores_UE: Float[Array, "U E"], expert_ids_UK: Int[Array, "U K"], inputs: RouterInputs, config: MoeConfig
 ) -> Float[Array, "U K"]:
-    """Returns the scores of the chosen experts, over their sum where `normalize_gates`, times `gate_scale`."""
-    gates_UK = jnp.take_along_axis(scores_UE, expert_ids_UK, axis=-1) * chosen(expert_ids_UK, inputs)
+    """Returns the scores of the chosen experts, over their sum where `normalize_gates`, times `gate_scale`.
+
+    Scores are given as logarithms: those of a token's experts may all be too small for float32, as where a replay or a
+    bias chooses experts that the router thinks little of, and yet have a ratio and a gradient.
+    """
+    any_UK = is_choice(expert_ids_UK, inputs)
+    log_scores_UK = jnp.take_along_axis(log_scores_UE, expert_ids_UK, axis=-1)
+    if config.normalize_gates:
+        largest_U1 = jnp.max(log_scores_UK, axis=-1, keepdims=True, where=any_UK, initial=LOWEST)
+        log_scores_UK -= jax.lax.stop_gradient(largest_U1)
+    gates_UK = jnp.exp(jnp.where(any_UK, log_scores_UK, -jnp.inf))
     if config.normalize_gates:
         total_U1 = jnp.sum(gates_UK, axis=-1, keepdims=True)
         gates_UK = gates_UK / jnp.where(total_U1 > 0, total_U1, 1.0)
@@ -158,7 +169,7 @@ def assemble(
 
 
 def _used(used_UK: Array | None, expert_ids_UK: Array, inputs: RouterInputs) -> Array:
-    valid_UK = inputs.valid_U[:, None] & chosen(expert_ids_UK, inputs)
+    valid_UK = inputs.valid_U[:, None] & is_choice(expert_ids_UK, inputs)
     return valid_UK if used_UK is None else valid_UK & used_UK
 
 

@@ -7,19 +7,21 @@ router would silently ignore. Which of them see later tokens of a row stands in 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float
 
 from gpt4moe.config.check import require
 from gpt4moe.config.moe import MoeConfig
-from gpt4moe.model.router import TINY, RouterInputs, Routing, assemble, choose, chosen, gates_of, top_k
+from gpt4moe.model.router import TINY, RouterInputs, Routing, assemble, choose, gates_of, is_choice, top_k
 from gpt4moe.types import Array
 
-# Sweeps over a row: shares of experts are then equal within 1e-5 for logits of a deviation of 3, within 0.5 % for 10.
+# Sweeps over a row: shares of experts are then equal within 1e-5 for logits of a deviation of 3, some per cent for 10.
 SINKHORN_SWEEPS = 20
 # Group scores: the best expert of a group in DeepSeek-V2, the best two in DeepSeek-V3.
 BEST_OF_GROUP_V2, BEST_OF_GROUP_V3 = 1, 2
@@ -34,7 +36,7 @@ def softmax_of_chosen(logits_UE: Float[Array, "U E"], inputs: RouterInputs, conf
     """
     expert_ids_UK = choose(logits_UE, inputs, config)
     chosen_UK = jnp.take_along_axis(logits_UE, expert_ids_UK, axis=-1)
-    gates_UK = jax.nn.softmax(chosen_UK, axis=-1, where=chosen(expert_ids_UK, inputs)) * config.gate_scale
+    gates_UK = jax.nn.softmax(chosen_UK, axis=-1, where=is_choice(expert_ids_UK, inputs)) * config.gate_scale
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
 
@@ -49,9 +51,9 @@ def noisy_top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: Mo
     if inputs.training and inputs.key is not None:
         deviation = config.router_noise / logits_UE.shape[-1]
         noisy_UE = logits_UE + deviation * jax.random.normal(inputs.key, logits_UE.shape, logits_UE.dtype)
-    probabilities_UE = jax.nn.softmax(noisy_UE, axis=-1)
-    expert_ids_UK = choose(probabilities_UE, inputs, config)
-    return assemble(logits_UE, expert_ids_UK, gates_of(probabilities_UE, expert_ids_UK, inputs, config), inputs)
+    log_probabilities_UE = jax.nn.log_softmax(noisy_UE, axis=-1)
+    expert_ids_UK = choose(jnp.exp(log_probabilities_UE), inputs, config)
+    return assemble(logits_UE, expert_ids_UK, gates_of(log_probabilities_UE, expert_ids_UK, inputs, config), inputs)
 
 
 def sigmoid_top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -61,7 +63,7 @@ def sigmoid_top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: 
     all scores over their sum (eq. 17 to 20). Exact and causal under any batch, row and layout.
     """
     scores_UE = jax.nn.sigmoid(logits_UE)
-    return _by_scores(logits_UE, scores_UE, choose(scores_UE, inputs, config), inputs, config)
+    return _by_sigmoid(logits_UE, scores_UE, choose(scores_UE, inputs, config), inputs, config)
 
 
 def group_limited(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -70,10 +72,10 @@ def group_limited(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: 
     Device-limited routing of DeepSeek-V2 (2024, section 2.2.2): a group scores as its best expert. Groups are
     consecutive experts, as expert parallelism lays them out. Exact and causal.
     """
-    probabilities_UE = jax.nn.softmax(logits_UE, axis=-1)
-    reachable_UE = _of_best_groups(probabilities_UE, inputs, config, BEST_OF_GROUP_V2)
+    log_probabilities_UE = jax.nn.log_softmax(logits_UE, axis=-1)
+    reachable_UE = _of_best_groups(jnp.exp(log_probabilities_UE), inputs, config, BEST_OF_GROUP_V2)
     expert_ids_UK = choose(reachable_UE, inputs, config)
-    return assemble(logits_UE, expert_ids_UK, gates_of(probabilities_UE, expert_ids_UK, inputs, config), inputs)
+    return assemble(logits_UE, expert_ids_UK, gates_of(log_probabilities_UE, expert_ids_UK, inputs, config), inputs)
 
 
 def sigmoid_group_limited(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -84,7 +86,7 @@ def sigmoid_group_limited(logits_UE: Float[Array, "U E"], inputs: RouterInputs, 
     """
     scores_UE = jax.nn.sigmoid(logits_UE)
     reachable_UE = _of_best_groups(scores_UE, inputs, config, BEST_OF_GROUP_V3)
-    return _by_scores(logits_UE, scores_UE, choose(reachable_UE, inputs, config), inputs, config)
+    return _by_sigmoid(logits_UE, scores_UE, choose(reachable_UE, inputs, config), inputs, config)
 
 
 def expert_choice(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -94,6 +96,7 @@ def expert_choice(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: 
     its softmax probabilities as they are; `capacity_factor` None counts as 1, and U counts tokens that are not padding.
     WHETHER A TOKEN IS PICKED DEPENDS ON LATER TOKENS OF ITS ROW: a decoder trained so sees its future in the loss. In
     evaluation and decoding, which must not, each token takes its K likeliest experts instead, with the same weights.
+    A token's choices are E wide, most of them unused: dispatch moves as many rows as U * E / K choices of others.
     """
     probabilities_UE = jax.nn.softmax(logits_UE, axis=-1)
     weights_UE = probabilities_UE * config.gate_scale
@@ -116,8 +119,8 @@ def sinkhorn(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeCo
     if inputs.training:
         scores_UE = logits_UE + _balancing_bias(jax.lax.stop_gradient(logits_UE), inputs.valid_U)
     expert_ids_UK = choose(scores_UE, inputs, config)
-    weights_UE = jax.nn.sigmoid(logits_UE) if config.experts_per_token == 1 else jax.nn.softmax(logits_UE, axis=-1)
-    return assemble(logits_UE, expert_ids_UK, gates_of(weights_UE, expert_ids_UK, inputs, config), inputs)
+    log_scores_of = jax.nn.log_sigmoid if config.experts_per_token == 1 else jax.nn.log_softmax
+    return assemble(logits_UE, expert_ids_UK, gates_of(log_scores_of(logits_UE), expert_ids_UK, inputs, config), inputs)
 
 
 def hashed(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -129,7 +132,7 @@ def hashed(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConf
     keys_U = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), inputs.token_ids_U)
     draws_UE = jax.vmap(lambda key: jax.random.uniform(key, logits_UE.shape[1:]))(keys_U)
     expert_ids_UK = choose(draws_UE, inputs, config)
-    chosen_UK = chosen(expert_ids_UK, inputs).astype(logits_UE.dtype)
+    chosen_UK = is_choice(expert_ids_UK, inputs).astype(logits_UE.dtype)
     gates_UK = config.gate_scale * chosen_UK / jnp.maximum(jnp.sum(chosen_UK, axis=-1, keepdims=True), 1)
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
@@ -139,7 +142,7 @@ def balanced(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeCo
     first_U = config.experts_per_token * (jnp.cumsum(inputs.valid_U) - 1)
     turns_UE = (jnp.arange(logits_UE.shape[-1]) - first_U[:, None]) % logits_UE.shape[-1]
     expert_ids_UK = choose(-turns_UE.astype(logits_UE.dtype), inputs, config)
-    gates_UK = gates_of(jax.nn.softmax(logits_UE, axis=-1), expert_ids_UK, inputs, config)
+    gates_UK = gates_of(jax.nn.log_softmax(logits_UE, axis=-1), expert_ids_UK, inputs, config)
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
 
@@ -147,47 +150,51 @@ def uniform(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeCon
     """For benchmarks: K different experts at random, by place in the row where there is no key; gates as in `top_k`."""
     key = jax.random.key(0) if inputs.key is None else inputs.key
     expert_ids_UK = choose(jax.random.uniform(key, logits_UE.shape), inputs, config)
-    gates_UK = gates_of(jax.nn.softmax(logits_UE, axis=-1), expert_ids_UK, inputs, config)
+    gates_UK = gates_of(jax.nn.log_softmax(logits_UE, axis=-1), expert_ids_UK, inputs, config)
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
 
 READ_GROUPS = (group_limited, sigmoid_group_limited)
 READ_BIAS = (top_k, softmax_of_chosen, noisy_top_k, sigmoid_top_k, *READ_GROUPS)
+# Their gates are over their sum in any case, or never.
+FIXED_GATES = (softmax_of_chosen, expert_choice, hashed)
 # In training, what a token is routed to depends on later tokens of its row.
 NON_CAUSAL = (expert_choice, sinkhorn)
 ROUTERS = (*READ_BIAS, *NON_CAUSAL, hashed, balanced, uniform)
+NORMALIZED = tuple(router for router in ROUTERS if router not in FIXED_GATES)
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(MoeConfig)}
 
 
 def check(config: MoeConfig) -> None:
-    """Raises `CallerError` where the router ignores a setting that is meant for it, or could not learn.
+    """Raises `CallerError` where the router does not read a setting that is not at its default, or could not learn.
 
-    Routers of the user's own are taken to know what they read.
+    Checked are the settings that some routers read and others do not. Routers of the user's own are taken to know what
+    they read.
     """
     router = config.router or top_k
     if not is_among(router, ROUTERS):
         return
-    name = router.__name__
-    require(
-        config.bias_rate == 0 or is_among(router, READ_BIAS),
-        "bias_rate",
-        config.bias_rate,
-        f"moves a bias that the router {name} does not read",
-        f"set it to 0 or take one of {', '.join(each.__name__ for each in READ_BIAS)}",
-    )
-    require(
-        config.num_groups == 1 or is_among(router, READ_GROUPS),
-        "num_groups",
-        config.num_groups,
-        f"is not read by the router {name}",
-        f"set it to 1 or take one of {', '.join(each.__name__ for each in READ_GROUPS)}",
-    )
-    require(
-        not is_among(router, (softmax_of_chosen,)) or config.experts_per_token > 1 or config.num_experts == 1,
-        "experts_per_token",
-        config.experts_per_token,
-        f"gives the router {name} no gradient (the gate is always 1)",
-        "take top_k with normalize_gates=False",
-    )
+    _require_read("bias_rate", config, READ_BIAS)
+    _require_read("router_noise", config, (noisy_top_k,))
+    _require_read("num_groups", config, READ_GROUPS)
+    _require_read("groups_per_token", config, READ_GROUPS)
+    alone = config.experts_per_token == 1 and config.num_experts > 1
+    if not alone:
+        _require_read("normalize_gates", config, NORMALIZED)
+    constant = "gives the router {} no gradient when experts_per_token is 1 (the gate is always 1)"
+    mend = "for the Switch router leave ROUTER out and set moe.MoeConfig.normalize_gates=False"
+    one = is_among(router, (softmax_of_chosen,)) and alone
+    require(not one, "experts_per_token", 1, constant.format(router.__name__), mend)
+    one = is_among(router, NORMALIZED) and alone and config.normalize_gates
+    mend = "set moe.MoeConfig.normalize_gates=False"
+    require(not one, "normalize_gates", True, constant.format(router.__name__), mend)
+
+
+def _require_read(setting: str, config: MoeConfig, readers: Sequence[Callable]) -> None:
+    value, default = getattr(config, setting), DEFAULTS[setting]
+    unread = f"is not read by the router {(config.router or top_k).__name__}"
+    mend = f"leave it at {default} or set ROUTER to one of {', '.join(each.__name__ for each in readers)}"
+    require(value == default or is_among(config.router, readers), setting, value, unread, mend)
 
 
 def is_among(router: Callable | None, group: Sequence[Callable]) -> bool:
@@ -195,10 +202,12 @@ def is_among(router: Callable | None, group: Sequence[Callable]) -> bool:
     return inspect.unwrap(router or top_k) in [inspect.unwrap(each) for each in group]
 
 
-def _by_scores(logits_UE: Array, scores_UE: Array, expert_ids_UK: Array, inputs: RouterInputs, config: MoeConfig):
-    """The routing of choices by scores that do not sum to 1."""
+def _by_sigmoid(
+    logits_UE: Array, scores_UE: Array, expert_ids_UK: Array, inputs: RouterInputs, config: MoeConfig
+) -> Routing:
+    """The routing of choices by sigmoid scores, which do not sum to 1."""
     probabilities_UE = scores_UE / jnp.maximum(jnp.sum(scores_UE, axis=-1, keepdims=True), TINY)
-    gates_UK = gates_of(scores_UE, expert_ids_UK, inputs, config)
+    gates_UK = gates_of(jax.nn.log_sigmoid(logits_UE), expert_ids_UK, inputs, config)
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs, probabilities_UE=probabilities_UE)
 
 
@@ -215,9 +224,8 @@ def _of_best_groups(scores_UE: Array, inputs: RouterInputs, config: MoeConfig, b
 
 def _picked(scores_UE: Array, valid_U: Array, config: MoeConfig) -> Bool[Array, "U E"]:
     """Which tokens each expert picks: its best among the valid ones, the earlier of equals."""
-    share = config.experts_per_token / config.num_experts * (config.capacity_factor or 1.0)
-    num_valid = jnp.sum(valid_U)
-    num_picks = jnp.minimum(jnp.ceil(num_valid * share), num_valid)
+    picks_of_valid = np.array([config.expert_capacity(tokens) for tokens in range(len(valid_U) + 1)], np.int32)
+    num_picks = jnp.asarray(picks_of_valid)[jnp.sum(valid_U)]
     scores_UE = jnp.where(valid_U[:, None], jax.lax.stop_gradient(scores_UE), -1.0)
     rank_UE = jnp.argsort(jnp.argsort(-scores_UE, axis=0), axis=0)
     return rank_UE < num_picks

@@ -17,7 +17,7 @@ from typing import Any
 
 from gpt4moe.config.check import CallerError, one_line
 from gpt4moe.config.run import RunConfig
-from gpt4moe.config.sweep import SweepConfig
+from gpt4moe.config.sweep import QUANTITIES, SweepConfig
 from gpt4moe.sweep.hold import derive, quantity
 from gpt4moe.train.resume import settings
 
@@ -77,13 +77,13 @@ def _cell(
 ) -> Cell:
     overrides = overrides_of({**point, **derived, **dict.fromkeys(config.seed_names, seed)})
     run, _ = build(overrides)
-    off = {name: quantity(name, run) / target - 1 for name, target in targets.items()}
+    off = {name: quantity(name, run) / point.get(name, target) - 1 for name, target in targets.items()}
     return Cell(address(run), point, derived, seed, overrides, off)
 
 
 def overrides_of(bound: Mapping[str, Any]) -> tuple[str, ...]:
-    """Gin bindings of these values."""
-    return tuple(f"{name}={_literal(value)}" for name, value in bound.items())
+    """Gin bindings of these values; quantities that are held are none."""
+    return tuple(f"{name}={_literal(value)}" for name, value in bound.items() if name not in QUANTITIES)
 
 
 def address(run: RunConfig) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gpt4moe.config.check import require
+from gpt4moe.config.check import CallerError
 from gpt4moe.config.sweep import SweepConfig
 from gpt4moe.data.prepare import prepare
 from gpt4moe.sweep import progress, results
@@ -48,7 +48,8 @@ def plan(config: SweepConfig, build: Build, folder: str, say: Callable[[str], No
     """
     cells = make_cells(config, build, say)
     built = [cell for cell in cells if cell.refused is None]
-    require(bool(built), "SweepConfig", len(cells), f"cells cannot be built: {cells[0].refused}", "change the axes")
+    if not built:
+        raise CallerError(f"SweepConfig: none of {len(cells)} cells can be built, the first since {cells[0].refused}")
     root = pathlib.Path(folder).absolute()
     root.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(config, tuple(cells), root, build)
@@ -75,7 +76,7 @@ def _work_off(sweep: Sweep, executor: Executor, refresh: Callable[[], None]) -> 
         while True:
             jobs = [job for job in jobs if not job.done()]
             waiting = _waiting(sweep, jobs)
-            for tasks in _grouped(waiting, sweep.config.runs_per_job)[: executor.room(len(jobs))]:
+            for tasks in _grouped(waiting, sweep.config.runs_per_job, executor.parallel)[: executor.room(len(jobs))]:
                 jobs.append(executor.submit(_job(sweep, tasks)))
             refresh()
             write_manifest(sweep)
@@ -89,8 +90,9 @@ def _work_off(sweep: Sweep, executor: Executor, refresh: Callable[[], None]) -> 
 
 
 def write_manifest(sweep: Sweep) -> None:
-    """Leaves `manifest` in the folder of the sweep."""
-    write_json(sweep.folder / "manifest.json", {"cells": manifest(sweep)})
+    """Leaves `manifest` in the folder of the sweep, with the names of each axis."""
+    names = [axis.split(",") for axis, _ in (*sweep.config.axes, *sweep.config.random)]
+    write_json(sweep.folder / "manifest.json", {"axes": names, "cells": manifest(sweep)})
 
 
 def manifest(sweep: Sweep) -> list[dict[str, Any]]:
@@ -156,7 +158,9 @@ def _elsewhere(sweep: Sweep) -> bool:
     return False
 
 
-def _grouped(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+def _grouped(tasks: Sequence[Task], most: int, parallel: int) -> list[list[Task]]:
+    """Tasks of one process each, fewer towards the end, so that no process works on alone for long."""
+    size = min(most, max(-(-len(tasks) // (2 * parallel)), 1)) if parallel > 1 else most
     return [list(tasks[start : start + size]) for start in range(0, len(tasks), size)]
 
 

@@ -35,12 +35,12 @@ class Submitted:
 class Executor:
     """Starts jobs through submitit, `parallel` at a time.
 
-    cluster: "local" or "slurm"; parameters: submitit's own (partition, gpus_per_node, timeout_min, ...), for Slurm with
+    parallel: jobs at a time. cluster: "local" or "slurm"; parameters: submitit's own (partition, gpus_per_node, timeout_min, ...), for Slurm with
     or without its prefix `slurm_`.
     """
 
     def __init__(self, folder: pathlib.Path, cluster: str, parallel: int, parameters: Mapping[str, Any]):
-        self._parallel = parallel
+        self.parallel = parallel
         self._submitit = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
         try:
             self._submitit.update_parameters(**{"timeout_min": WEEK_MINUTES, "name": "gpt4moe"} | dict(parameters))
@@ -49,7 +49,7 @@ class Executor:
 
     def room(self, running: int) -> int:
         """How many more jobs may start."""
-        return max(self._parallel - running, 0)
+        return max(self.parallel - running, 0)
 
     def submit(self, job: Job) -> Submitted:
         """Starts a job."""

@@ -35,7 +35,7 @@ def derive(
     build: Callable[[Sequence[str]], tuple[RunConfig, str]],
     targets: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Returns `point` with the bindings that hold its quantities, one after the other, at their targets.
+    """Returns `point` with the bindings that hold its quantities, one after the other, at its own or their targets.
 
     Raises `CallerError` where no value of a binding comes within a tenth of its target.
     """
@@ -48,10 +48,11 @@ def derive(
             value = count * multiples.get(binding, 1)
             return quantity(name, build(overrides_of({**bound, binding: value}))[0])
 
-        count = _nearest(reached, targets[name])
-        off = reached(count) / targets[name] - 1
+        target = point.get(name, targets[name])
+        count = _nearest(reached, target)
+        off = reached(count) / target - 1
         constraint = f"cannot be held by {binding}: the nearest value is off by {off:+.1%} at {dict(point)}"
-        require(abs(off) < FARTHEST_OFF, name, f"{targets[name]:.4g}", constraint, "change multiples or the axes")
+        require(abs(off) < FARTHEST_OFF, name, f"{target:.4g}", constraint, "change multiples or the axes")
         bound[binding] = count * multiples.get(binding, 1)
     return bound
 

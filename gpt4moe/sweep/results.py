@@ -61,9 +61,10 @@ def row_of(folder: pathlib.Path, cell: Cell, build: Build) -> dict[str, Any]:
     state = state_of(work)
     row = {**cell.point, **cell.derived, "seed": cell.seed, "id": cell.id}
     row |= {name: state.get(name) for name in ("state", "reason", "attempts", "seconds")}
-    if cell.refused is None:
-        row |= _counted(build(cell.overrides)[0])
-    return row | _measured(work)
+    if cell.refused is not None:
+        return row
+    run, _ = build(cell.overrides)
+    return row | _counted(run) | _measured(work, [source.name for source in run.data.sources if source.is_trained])
 
 
 def _counted(run: RunConfig) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _counted(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _measured(work: pathlib.Path) -> dict[str, Any]:
+def _measured(work: pathlib.Path, trained: Sequence[str]) -> dict[str, Any]:
     """Final losses, speed and balance from `metrics.jsonl`."""
     path = work / "metrics.jsonl"
     if not path.exists():
@@ -98,7 +99,7 @@ def _measured(work: pathlib.Path) -> dict[str, Any]:
         "model_flops_utilization": float(np.median([row["model_flops_utilization"] for row in steps])),
         "skipped_steps": last["skipped_steps"],
     }
-    return measured | _balance(steps[-max(round(len(steps) * LAST_PART), 1) :]) | _held_out(rows)
+    return measured | _balance(steps[-max(round(len(steps) * LAST_PART), 1) :]) | _held_out(rows, trained)
 
 
 def _balance(steps: Sequence[dict]) -> dict[str, float]:
@@ -113,16 +114,16 @@ def _balance(steps: Sequence[dict]) -> dict[str, float]:
     }
 
 
-def _held_out(rows: Sequence[dict]) -> dict[str, float | None]:
-    """The newest evaluation: each source's loss and bits per byte, and the loss over all tokens."""
+def _held_out(rows: Sequence[dict], trained: Sequence[str]) -> dict[str, float | None]:
+    """The newest evaluation: each source's loss and bits per byte, and the loss over all tokens of trained sources."""
     evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)]
     if not evaluations:
         return {}
     newest = evaluations[-1]
     found = {key: value for key, value in newest.items() if key.endswith(("/loss", "/bits_per_byte"))}
-    sources = [key.split("/")[1] for key in found if key.endswith("/loss")]
+    sources = [source for source in trained if f"eval/{source}/loss" in newest]
     losses, tokens = ([newest[f"eval/{source}/{field}"] for source in sources] for field in ("loss", "tokens"))
-    whole = all(loss is not None for loss in losses)
+    whole = bool(losses) and all(loss is not None for loss in losses)
     return found | {"held_out_loss": float(np.average(losses, weights=tokens)) if whole else None}
 
 

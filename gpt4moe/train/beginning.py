@@ -17,13 +17,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from gpt4moe import checkpoint
+from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
 from gpt4moe.data.store import TOKENIZER_FILE
-from gpt4moe.model import routers
+from gpt4moe.model import grouped_matmul, routers
 from gpt4moe.parallel import multihost, sharding
 from gpt4moe.parallel.mesh import make_mesh
-from gpt4moe.train import feed, metrics, resume, schedule, upcycle
+from gpt4moe.train import feed, metrics, resume, schedule, trace, upcycle
 from gpt4moe.train import state as train_state
 from gpt4moe.train.console import say
 from gpt4moe.train.state import TrainState
@@ -68,7 +69,9 @@ def begin(
     run = resume.inherit_tokenizer(run)
     mesh = make_mesh(run.mesh)
     run.check_sizes(dict(mesh.shape))
+    grouped_matmul.require_platform(run.model.moe.grouped_product, mesh.devices.flat[0].platform)
     abstract = train_state.abstract_state(run, mesh)
+    trace.require_one_process(run)
     batch = feed.abstract_microbatches(run, sharding.batch_sharding(mesh, run.rules))
     _require_one_trainer(workdir, config_text)
     slots = train_state.run_layout(run, mesh).slots
@@ -76,6 +79,7 @@ def begin(
     with multihost.first_process_first("tokens"):
         store = _open_store(run, workdir, saved, progress)
         rows = _rows(run, store, saved, multihost.row_group(batch.tokens), allow_change)
+    _require_recorded_tokens(run, rows, saved)
     multihost.mark("the work directory")
     _describe(workdir, config_text, store)
     _require_shared(workdir)
@@ -100,6 +104,16 @@ def first_position(start: Beginning) -> Position:
     return Position(dataclasses.replace(state, params=params))
 
 
+def not_causal(moe: MoeConfig) -> str | None:
+    """How later tokens of a row reach earlier ones in training, None where they do not."""
+    if routers.is_among(moe.router, routers.NON_CAUSAL):
+        sees = f"the router {moe.router.__name__} looks at later tokens of a row in training"
+        return f"{sees}, so that its training loss is not that of a language model"
+    if moe.capacity_factor is None or (moe.experts_per_token == 1 and moe.drop_priority == "position"):
+        return None
+    return f"with capacity_factor={moe.capacity_factor:g} a later token may take an earlier one's place in training"
+
+
 def say_what_begins(start: Beginning) -> None:
     """Prints what is read, and whether it lasts."""
     run, store, rows = start.run, start.store, start.rows
@@ -120,11 +134,9 @@ def say_what_begins(start: Beginning) -> None:
         say(f"parameters are those of step {step:,} of {source}{as_experts}")
     if start.progress:
         say(f"going on from step {start.progress['step']} of {start.workdir}")
-    if routers.is_among(run.model.moe.router, routers.NON_CAUSAL):
-        say(
-            f"NOT CAUSAL: the router {run.model.moe.router.__name__} looks at later tokens of a row in training, "
-            "so that its training loss is not that of a language model; evaluation and decoding route token by token"
-        )
+    why = not_causal(run.model.moe)
+    if why:
+        say(f"NOT CAUSAL: {why}; evaluation and decoding route token by token and drop nothing")
     say("compiling the training step")
 
 
@@ -169,6 +181,18 @@ def _rows(
         rows.set_state(progress["data"], allow_change=allow_change)
     multihost.require_same("order of rows", rows.get_state()["order"])
     return rows
+
+
+def _require_recorded_tokens(run: RunConfig, rows: pipeline.TrainRows, progress: dict | None) -> None:
+    """Raises `CallerError` where a replay's next record is of other tokens, before anything is compiled."""
+    step, tokens = (progress["step"], progress["tokens"]) if progress else (0, 0)
+    record = trace.replayed(run, step + 1) if run.train.replay_routing else None
+    if record is None:
+        return
+    state, wanted = rows.get_state(), schedule.batch_tokens_at(run.train.ramp, tokens)
+    count = wanted // (run.microbatch_rows * run.data.sequence_length)
+    record.on([batch.tokens for _, batch in zip(range(count), rows, strict=False)], run.train.replay_routing)
+    rows.set_state(state)
 
 
 def _describe(workdir: epath.Path, config_text: str, store: pipeline.TokenStore) -> None:

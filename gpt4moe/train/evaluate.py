@@ -48,15 +48,20 @@ class EvalResult:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Results by source, in the store's order; a source without held-out text is not in it."""
+    """Results by source, in the store's order; a source without held-out text is not in it.
+
+    `unseen` are sources that are not trained on.
+    """
 
     sets: Mapping[str, EvalResult]
+    unseen: frozenset[str] = frozenset()
 
     @property
     def mean_loss(self) -> float:
-        """Nats a target over all sources together; not a number where nothing is held out."""
-        tokens = sum(result.tokens for result in self.sets.values())
-        nats = sum(result.loss * result.tokens for result in self.sets.values())
+        """Nats a target over all sources that are trained on; not a number where nothing is held out."""
+        seen = [result for source, result in self.sets.items() if source not in self.unseen]
+        tokens = sum(result.tokens for result in seen)
+        nats = sum(result.loss * result.tokens for result in seen)
         return nats / tokens if tokens else math.nan
 
     def row(self) -> dict[str, float]:
@@ -80,7 +85,8 @@ def evaluate(run: RunConfig, store: TokenStore, params: nnx.State) -> Evaluation
     totals = {source: np.zeros(2) for source, _ in sums}
     for source, nats_and_targets in jax.device_get(sums):
         totals[source] += nats_and_targets
-    return Evaluation({source: _result(store, source, *total) for source, total in totals.items()})
+    unseen = frozenset(source.name for source in run.data.sources if not source.is_trained)
+    return Evaluation({source: _result(store, source, *total) for source, total in totals.items()}, unseen)
 
 
 def evaluate_trained(model: Transformer, run: RunConfig, workdir: epath.PathLike, *, step: int) -> Evaluation:

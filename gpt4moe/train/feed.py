@@ -17,7 +17,8 @@ from gpt4moe.types import Batch
 if TYPE_CHECKING:
     from gpt4moe.data.pipeline import TrainRows
 
-Replay = Callable[[list[np.ndarray]], np.ndarray | None]
+# Gives the choices to force on the tokens of microbatches.
+Replay = Callable[[list[np.ndarray]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def abstract_microbatches(run: RunConfig, rows: NamedSharding) -> Batch:
 def draw(rows: TrainRows, batch_tokens: int, abstract: Batch, replay: Replay | None = None) -> Drawn | None:
     """The next batch of `batch_tokens`, or what the data still has of it; None where the data is exhausted.
 
-    `replay` gives the expert choices to force on its microbatches' tokens; None where it knows of none.
+    `replay` gives the expert choices to force on its microbatches' tokens.
     """
     room, microbatch_rows, length = abstract.tokens.shape
     wanted = batch_tokens // (microbatch_rows * length)
@@ -63,10 +64,7 @@ def draw(rows: TrainRows, batch_tokens: int, abstract: Batch, replay: Replay | N
         return None
     tokens_BT = [microbatch.tokens for microbatch in drawn]
     if replay is not None:
-        forced = replay(tokens_BT)
-        if forced is None:
-            return None
-        drawn = [dataclasses.replace(part, replay_ids=ids) for part, ids in zip(drawn, forced, strict=True)]
+        drawn = [dataclasses.replace(part, replay_ids=ids) for part, ids in zip(drawn, replay(tokens_BT), strict=True)]
 
     def place(leaf: jax.ShapeDtypeStruct, *parts: np.ndarray) -> jax.Array:
         buffer = np.zeros((room, *parts[0].shape), leaf.dtype)

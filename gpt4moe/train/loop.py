@@ -135,14 +135,19 @@ def _steps(parts: Parts, at: Position) -> TrainResult:
 def _draw(parts: Parts, at: Position) -> feed.Drawn | None:
     """The next batch, with a word about sources that leave the mixture in it; None where the data has ended."""
     before, run = parts.start.rows.exhausted(), parts.start.run
-    replay = functools.partial(trace.replayed, run, at.step + 1) if run.train.replay_routing else None
+    replay, source = None, run.train.replay_routing
+    if source:
+        record = trace.replayed(run, at.step + 1)
+        if record is None:  # before a batch is drawn, so that the next run finds it
+            say(f"no further step was recorded in {source}: the run ends at step {at.step:,}, {at.tokens:,} tokens")
+            return None
+        replay = functools.partial(record.on, source=source)
     batch_tokens = schedule.batch_tokens_at(run.train.ramp, at.tokens)
     drawn = feed.draw(parts.start.rows, batch_tokens, parts.start.batch, replay)
     for name in sorted(set(parts.start.rows.exhausted()) - set(before)):
         say(f"source {name!r} has been seen max_epochs times and leaves the mixture at step {at.step + 1:,}")
     if drawn is None:
-        why = "all sources are used up, or no further step was recorded" if replay else "all sources are used up"
-        say(f"{why}: the run ends at step {at.step:,}, {at.tokens:,} tokens")
+        say(f"all sources are used up: the run ends at step {at.step:,}, {at.tokens:,} tokens")
     return drawn
 
 

@@ -61,6 +61,7 @@ class Recorder:
         self._bar = bar
         self._log_every = run.train.log_every
         self._flops_per_token = flops.train_flops_per_token(run.model)
+        self._num_experts = run.model.moe.num_experts
         self._peak = peak_flops_per_second(list(mesh.devices.flat), run.model.compute_dtype)
         self._bubble = _bubble(run, dict(mesh.shape))
         self._pending: tuple[StepMetrics, StepFacts] | None = None
@@ -82,7 +83,8 @@ class Recorder:
         row = step_row(metrics, facts, self._sources) | self._bubble | speed
         choices = metrics.sums.moe.choices
         if choices is not None:
-            trace.write(self._workdir, facts.step, choices.expert_ids_BTK, facts.num_microbatches, facts.tokens_crc)
+            of = (facts.num_microbatches, facts.tokens_crc, self._num_experts)
+            trace.write(self._workdir, facts.step, choices.expert_ids_BTK, *of)
         if facts.step % self._log_every == 0:
             self._log.write(row)
         self._bar.set_postfix_str(_summary(row), refresh=False)

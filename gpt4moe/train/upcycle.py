@@ -4,10 +4,12 @@ The dense feed-forward, F_dense wide, is cut into G = F_dense / F slices as wide
 E / G replicas of all slices: expert r G + s holds slice s. G = 1 is sparse upcycling (Komatsuzaki et al. 2023), G > 1
 is granular (He et al. 2024, whose "virtual groups" the replicas are).
 
-The new model gives the dense model's output at step 0, whatever its fresh router chooses. The slices of a replica begin
-with one router column, so that their scores are equal; `top_k` takes equal scores in the order of the experts, and a
-token's K experts are K / G whole replicas. Gates of a replica's slices are equal and all gates of a token sum to 1, so
-that the sum of gate times slice is 1 / G of the dense output: `down` of every expert is G times the dense one's.
+The new model gives the dense model's output at step 0, whatever its fresh router chooses, where nothing is dropped: in
+dropless training, evaluation and decoding; with a capacity, training drops choices and their share of the output.
+The slices of a replica begin with one router column, so that their scores are equal; `top_k` takes equal scores in the
+order of the experts, and a token's K experts are K / G whole replicas. Gates of a replica's slices are equal and all
+gates of a token sum to 1, so that the sum of gate times slice is 1 / G of the dense output: `down` of every expert is G
+times the dense one's.
 """
 
 from __future__ import annotations

@@ -225,3 +225,13 @@ def test_every_token_is_in_one_piece_of_any_text():
         assert sum(piece.count for piece in found) == 50
     ids = np.array(tokenizer.encode("naïve 日本 🎉"))
     assert "".join(piece.text for piece in pieces(ids, np.arange(len(ids)), tokenizer)) == "naïve 日本 🎉"
+
+
+def test_an_expert_of_one_token_makes_no_strongest_pair(experts):
+    """Layer of 4 experts: 0 and 1 share half of their tokens, the only token of 3 also went to 2."""
+    ids_UK = np.array([[0, 1]] * 20 + [[0, 2]] * 20 + [[1, 2]] * 20 + [[3, 2]])
+    many = len(ids_UK)
+    seen = Capture(*np.zeros((3, many), int), ids_UK[None], np.ones((1, many, 2)), 4)
+    given = Experts(1, experts.source_names, experts.tokenizer, seen, (), {})
+    (pair,) = to_document(given)["strongest_pair"]
+    assert pair["of"] != 3 and pair["share"] == pytest.approx(0.5, abs=0.02)

@@ -42,7 +42,7 @@ REFUSED = [
     (SOURCE, {"name": "no good"}, "name='no good'"),
     (SOURCE, {"paths": ()}, "give either paths or documents"),
     (SOURCE, {"documents": print}, "give either paths or documents"),
-    (SOURCE, {"weight": 0}, "weight=0 must be a number above 0"),
+    (SOURCE, {"weight": -1}, "weight=-1 must be a number of at least 0"),
     (DATA, {"sources": ()}, "sources=()"),
     (DATA, {"sources": (SOURCE, SOURCE)}, "must have different names"),
     (DATA, {"exhaust_together": True}, "needs max_epochs on every source"),

@@ -256,3 +256,50 @@ def test_no_training_documents_is_a_one_line_error(tmp_path):
     assert sum(1 for _ in held_out_batches(everything, config, rows=4)) > 0
     with pytest.raises(ValueError, match="source='text' has no training rows"):
         TrainRows(everything, config, microbatch_rows=2)
+
+
+def test_a_source_of_weight_zero_is_held_out_as_a_whole_and_changes_nothing_else(store, tmp_path):
+    unseen = SourceConfig("unseen", documents=functools.partial(texts, 3, 30), weight=0)
+    config = config_of(sources=(unseen, *config_of().sources))
+    wider = open_store(config, tmp_path)
+    rows, alone = TrainRows(wider, config, microbatch_rows=4), TrainRows(store, config_of(), microbatch_rows=4)
+    for batch, expected in zip(rows, alone, strict=True):
+        np.testing.assert_array_equal(batch.tokens, expected.tokens)
+        seen = batch.segment_ids[:, 0] > 0
+        np.testing.assert_array_equal(batch.source_ids[seen], expected.source_ids[seen] + 1)
+    assert rows.epochs() == alone.epochs() == {"text": 2, "code": 4} and rows.ledger() == alone.ledger()
+    assert wider.num_tokens("unseen", "train") == 0
+    assert wider.num_tokens("unseen", "held_out") == sum(len(text.encode()) + 1 for text in texts(3, 30))
+    counts = 1.0 + sum(np.load(wider.directory / f"{name}.train.counts.npy") for name in ("text", "code"))
+    held_out = wider.stream("unseen", "held_out")[1:]
+    expected = np.mean([-np.log(counts[token] / counts.sum()) for token in held_out])
+    assert wider.unigram_nats("unseen") == pytest.approx(expected)
+
+
+def test_sources_of_weight_zero_alone_are_refused():
+    nothing = tuple(dataclasses.replace(source, weight=0, max_epochs=None) for source in config_of().sources)
+    with pytest.raises(ValueError, match="weight=0 of every source: none would be trained on; give one"):
+        config_of(sources=nothing)
+    with pytest.raises(ValueError, match="max_epochs=2 of source 'text' has no meaning with weight=0"):
+        config_of(sources=(dataclasses.replace(config_of().sources[0], weight=0),))
+
+
+def test_unique_tokens_are_few_rows_repeated_and_fewer_are_among_more(store):
+    def rows_of(unique_tokens, epochs, seed=0):
+        text, code = config_of(text_cap=epochs).sources
+        sources = (dataclasses.replace(text, unique_tokens=unique_tokens), code)
+        rows = TrainRows(store, config_of(sources=sources, seed=seed), microbatch_rows=1)
+        index = store.source_names.index("text")
+        found = [batch.tokens.tobytes() for batch in rows if batch.source_ids[0, 0] == index]
+        return found, rows.ledger()["text"]
+
+    whole = store.num_tokens("text", "train")
+    few, tokens = rows_of(whole // 4, 3)
+    assert set(collections.Counter(few).values()) == {3}
+    assert tokens == pytest.approx(3 * whole / 4, rel=0.1)
+    assert few[: len(few) // 3] != few[len(few) // 3 : 2 * len(few) // 3], "a new order every epoch"
+    more, _ = rows_of(whole // 2, 1)
+    assert set(few) < set(more) < set(rows_of(whole, 1)[0]) == set(rows_of(None, 1)[0])
+    assert set(rows_of(whole // 4, 3, seed=1)[0]) != set(few)
+    with pytest.raises(ValueError, match=f"unique_tokens={whole + 1} of source 'text' must be at most its"):
+        rows_of(whole + 1, 1)

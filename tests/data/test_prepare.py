@@ -222,7 +222,7 @@ def test_the_sample_is_shared_out_and_bounded_and_never_held_out(tmp_path):
     def unit(name, count):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": f"{name} {index:04d}"}) + "\n" for index in range(count)))
-        return Unit(name, tmp_path, tuple(cut_file(str(path), 500)), "text", None)
+        return Unit(name, tmp_path, tuple(cut_file(str(path), 500)), "text", None, 0.0)
 
     units = [unit("large", 900), unit("small", 20), unit("other", 900)]
     sources = tuple(SourceConfig(one.source, paths="unread") for one in units)

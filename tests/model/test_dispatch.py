@@ -75,7 +75,7 @@ def test_equals_a_loop_over_tokens(layout, name, situation):
 
     routing = _route(logits_GUE, valid_GU, config)
     ids_GUK, used_GUK = np.asarray(routing.expert_ids_UK), np.asarray(routing.used_UK)
-    room = None if factor is None else dispatch.expert_capacity(TOKENS, config)
+    room = None if factor is None else config.expert_capacity(TOKENS)
 
     def reference(x_GUD, logits_GUE, parameters):
         gates_GUK = _route(logits_GUE, valid_GU, config).gates_UK
@@ -137,7 +137,12 @@ def test_every_used_choice_has_its_own_slot_in_a_block_of_its_expert(seed):
 @pytest.mark.parametrize(("factor", "places"), [(0.7, 3), (1.0, 3), (9.0, 6)])
 def test_capacity_is_the_fair_share_times_the_factor_rounded_up_and_no_more_than_the_tokens(factor, places):
     config = MoeConfig(NUM_EXPERTS, CHOICES, hidden_dim=1, capacity_factor=factor)  # a fair share of 6 tokens is 3
-    assert dispatch.expert_capacity(TOKENS, config) == places
+    assert config.expert_capacity(TOKENS) == places
+
+
+def test_capacity_takes_the_factor_as_the_decimal_that_was_written():
+    config = MoeConfig(4, 2, hidden_dim=1, capacity_factor=1.1)
+    assert config.expert_capacity(20) == 11, "binary fractions would make it 12"
 
 
 def test_capacity_does_not_depend_on_other_rows():

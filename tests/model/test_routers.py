@@ -256,6 +256,31 @@ def test_experts_choose_as_many_tokens_as_their_capacity(factor, places):
     np.testing.assert_array_equal(routing.stats.load_E, places)
 
 
+@pytest.mark.parametrize("tokens", [20, 40])
+def test_experts_choose_as_many_tokens_as_dispatch_has_room_for_to_the_last_place(tokens):
+    """A factor that binary fractions overshoot, with and without padding."""
+    config = config_of(routers.expert_choice, capacity_factor=1.1)
+    valid = jnp.arange(40) < tokens
+    logits = jax.random.normal(jax.random.key(0), (40, NUM_EXPERTS))
+    routing = routers.expert_choice(logits, RouterInputs(jnp.arange(40), valid, KEY), config)
+    assert routing.stats.load_E.tolist() == [config.expert_capacity(tokens)] * NUM_EXPERTS
+    assert config.expert_capacity(tokens) == tokens * 11 // 20
+
+
+@pytest.mark.parametrize("router", [top_k, routers.sigmoid_top_k], ids=lambda router: router.__name__)
+@pytest.mark.parametrize("gap", [60.0, 300.0])
+def test_gates_of_experts_far_behind_have_the_gradient_of_their_ratio(router, gap):
+    """A replay chooses experts whose scores vanish in float32: the gates are still a softmax of their logits."""
+    logits = jnp.array([[0.0, 0.0, -gap, -gap - 0.5]]) - (gap if router is routers.sigmoid_top_k else 0.0)
+    inputs = RouterInputs(jnp.zeros(1, jnp.int32), jnp.ones(1, bool), replay_ids_UK=jnp.array([[3, 2]]))
+    config = config_of(router, gate_scale=1.0)
+    gates, back = jax.vjp(lambda logits: router(logits, inputs, config).gates_UK, logits)
+    share = 1 / (1 + np.exp(0.5))
+    np.testing.assert_allclose(gates, [[share, 1 - share]], rtol=1e-4)
+    slope = share * (1 - share)
+    np.testing.assert_allclose(back(jnp.array([[1.0, 0.0]]))[0], [[0, 0, -slope, slope]], atol=1e-5)
+
+
 def early_output(router, last_token):
     """What a layer gives the first token of a row, by the row's last one."""
     config = config_of(router, gate_scale=1.0)
@@ -286,6 +311,21 @@ def test_sinkhorn_evens_out_what_top_k_would_send_to_one():
     np.testing.assert_array_equal(plain.expert_ids_UK[:, 0], jnp.argmax(leaning, axis=-1))
 
 
+def test_sinkhorn_has_sweeps_enough_and_counts_no_padding():
+    """Steep logits that lean to one expert take more than a few sweeps; padding that leans away changes nothing."""
+    valid = jnp.arange(64) < 48
+    logits = 2 * jax.random.normal(jax.random.key(1), (64, NUM_EXPERTS)) + jnp.array([8.0, 4.0, 0.0, 0.0])
+    logits = jnp.where(valid[:, None], logits, jnp.array([-40.0, 40.0, 0.0, 0.0]))
+    matrix = np.exp(np.asarray(logits, np.float64)[:48])
+    for _ in range(200):
+        matrix = matrix / matrix.sum(1, keepdims=True)
+        matrix = matrix / matrix.sum(0, keepdims=True)
+    matrix = matrix / matrix.sum(1, keepdims=True)
+    routing = routers.sinkhorn(logits, RouterInputs(jnp.arange(64), valid, KEY), config_of(routers.sinkhorn, 1))
+    np.testing.assert_array_equal(routing.expert_ids_UK[:48, 0], matrix.argmax(1))
+    assert int(routing.stats.load_E.sum()) == 48
+
+
 def test_a_hash_sends_a_token_to_the_same_experts_wherever_it_stands():
     routing = routers.hashed(logits_at(), inputs_of(), config_of(routers.hashed))
     ids = np.asarray(routing.expert_ids_UK)
@@ -312,7 +352,23 @@ def test_random_choices_are_different_experts_and_change_with_the_key():
 @pytest.mark.parametrize(
     ("router", "settings", "message"),
     [
-        (routers.hashed, {"bias_rate": 0.1}, "bias_rate=0.1 moves a bias that the router hashed does not read"),
+        (routers.hashed, {"bias_rate": 0.1}, "bias_rate=0.1 is not read by the router hashed; leave it at 0.0 or set"),
+        (
+            routers.sigmoid_top_k,
+            {"router_noise": 2.0},
+            "router_noise=2.0 is not read by the router sigmoid_top_k; leave",
+        ),
+        (routers.hashed, {"normalize_gates": False}, "normalize_gates=False is not read by the router hashed; leave"),
+        (
+            None,
+            {"router_noise": 0.0},
+            "router_noise=0.0 is not read by the router top_k; leave it at 1.0 or set ROUTER",
+        ),
+        (
+            routers.sigmoid_top_k,
+            {"experts_per_token": 1},
+            "normalize_gates=True gives the router sigmoid_top_k no grad",
+        ),
         (routers.sigmoid_top_k, {"num_groups": 2, "groups_per_token": 2}, "num_groups=2 is not read by the router"),
         (routers.softmax_of_chosen, {"experts_per_token": 1, "normalize_gates": False}, "no gradient"),
     ],
@@ -415,7 +471,7 @@ def test_every_router_with_every_dispatcher_and_product_equals_a_loop(situation,
     """`product` None takes experts in turn here; kernels for accelerators are in test_grouped_matmul.py."""
     monkeypatch.setattr(experts_module, "FEWEST_IN_TURN", 0)
     x_GUD, dy_GUD, routing = situation_of(situation)
-    room = dispatch.expert_capacity(TOKENS, CAPACITY) if drops else None
+    room = CAPACITY.expert_capacity(TOKENS) if drops else None
     assert room in (ROOM, None)
     (_, want), want_gradients = by_a_loop(situation, room)
     config = dataclasses.replace(CAPACITY, grouped_product=product)
@@ -449,7 +505,7 @@ def test_who_is_dropped_where_room_is_short(priority):
     ids, used, gates = (np.asarray(leaf)[0] for leaf in (routing.expert_ids_UK, routing.used_UK, routing.gates_UK))
     queue = sorted(range(TOKENS), key=(lambda u: -gates[u].max()) if priority == "gate" else lambda u: u)
     kept = np.zeros(ids.shape, bool)
-    kept[queue] = slow.kept_choices(ids[queue], used[queue], dispatch.expert_capacity(TOKENS, config))
+    kept[queue] = slow.kept_choices(ids[queue], used[queue], config.expert_capacity(TOKENS))
     places = np.asarray(dispatched.plan.slot_of_choice_PUK)[0]
     np.testing.assert_array_equal(places < dispatched.rows_XCD.shape[0] * dispatched.rows_XCD.shape[1], kept)
     assert len(set(places[kept])) == kept.sum() < used.sum()

@@ -8,6 +8,7 @@ from gpt4moe.config.check import CallerError
 from gpt4moe.config.sweep import SweepConfig, spaced
 from gpt4moe.configure import build_sweep
 from gpt4moe.sweep.cells import address, make_cells
+from gpt4moe.sweep.engine import _grouped
 from gpt4moe.sweep.hold import quantity
 
 TINY = ["gin_configs/run/tiny.gin"]
@@ -105,15 +106,16 @@ def test_two_ways_to_one_cell_are_one_cell(build):
     [
         ({"axes": {"A": []}}, "not empty"),
         ({"axes": {"A,B": [1, 2]}}, "lists of 2 values"),
-        ({"axes": {"A": {"log": [0, 1, 3]}}}, "above 0 if log"),
+        ({"axes": {"A": {"log": [0, 1, 3]}}}, r"SweepConfig.axes\['A'\]\['log'\]=.*above 0 if log"),
+        ({}, "SweepConfig.axes={} and one seed leave nothing to compare; give axes, random or several seeds"),
         ({"axes": {"A": {"cubic": [0, 1, 3]}}}, "must have one key of"),
         ({"axes": {"SEED": [1, 2]}}, "two of axes"),
         ({"axes": {"A": [1]}, "hold": {"mass": "B"}}, "must be one of"),
         ({"axes": {"A": [1]}, "hold": {"tokens": "A"}}, "two of axes"),
         ({"random": {"A": {"uniform": [2, 1]}}}, r"\[low, high\]"),
         ({"seeds": [1, 1]}, "distinct"),
-        ({"multiples": {"A": 8}}, "derived by hold"),
-        ({"retries": -1}, "at least 0"),
+        ({"axes": {"B": [1, 2]}, "multiples": {"A": 8}}, "derived by hold"),
+        ({"seeds": 2, "retries": -1}, "at least 0"),
     ],
 )
 def test_mistakes_are_refused(settings, message):
@@ -125,3 +127,28 @@ def test_what_cannot_be_held_says_so(build):
     config = SweepConfig({"NUM_LAYERS": [1, 64]}, hold={"train_flops": "TRAIN_STEPS"})
     cells = make_cells(config, build)
     assert cells[0].refused is None and "cannot be held by TRAIN_STEPS" in cells[1].refused
+
+
+def test_a_held_quantity_may_itself_be_an_axis(build):
+    axes = {"train_flops": [3e9, 3e10], "NUM_LAYERS": [1, 2]}
+    cells = make_cells(SweepConfig(axes, hold={"train_flops": "TRAIN_STEPS"}), build)
+    assert [(cell.point["train_flops"], cell.point["NUM_LAYERS"]) for cell in cells] == [
+        (3e9, 1), (3e9, 2), (3e10, 1), (3e10, 2),
+    ]  # fmt: skip
+    for cell in cells:
+        spent = quantity("train_flops", build(cell.overrides)[0])
+        assert spent == pytest.approx(cell.point["train_flops"], rel=0.05)
+        assert cell.deviations["train_flops"] == pytest.approx(spent / cell.point["train_flops"] - 1)
+    with pytest.raises(CallerError, match=r"train_flops.* are quantities, which follow from other settings; name in"):
+        SweepConfig(axes)
+
+
+def test_processes_get_fewer_runs_towards_the_end_and_each_run_once():
+    assert [len(group) for group in _grouped(list(range(21)), 8, 1)] == [8, 8, 5]
+    waiting, sizes = list(range(21)), []
+    while waiting:  # two at a time, as long as they last
+        for group in _grouped(waiting, 8, 2)[:1]:
+            sizes.append(len(group))
+            waiting = waiting[len(group) :]
+    assert sizes == [6, 4, 3, 2, 2, 1, 1, 1, 1] and sum(sizes) == 21
+    assert len(_grouped(list(range(100)), 8, 2)[0]) == 8

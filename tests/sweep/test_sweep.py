@@ -66,6 +66,9 @@ def uncut(tmp_path_factory):
     code, document, errors = run(folder, AXES)
     assert code == 0, errors
     assert len(document["rows"]) == 4
+    report = pathlib.Path(document["report"])
+    assert report == folder / "sweep" / "report.html" and document["rows"][3]["id"] in report.read_text()
+    assert (report.parent / "figures" / "loss_by_NUM_EXPERTS.csv").read_text().count("\n") == 3
     return folder
 
 

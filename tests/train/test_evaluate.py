@@ -190,6 +190,7 @@ def test_rows_and_table_of_two_sources():
     }
     evaluation = Evaluation(results)
     assert evaluation.mean_loss == pytest.approx(2.25)
+    assert Evaluation(results, frozenset({"prose"})).mean_loss == pytest.approx(2.0)
     assert evaluation.row()["eval/prose/bits_per_byte"] == pytest.approx(2.5)
     assert evaluation.row()["eval/code/unigram_loss"] == pytest.approx(6.0)
     header, code, prose = format_evaluation(evaluation).splitlines()

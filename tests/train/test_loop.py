@@ -17,9 +17,10 @@ from gpt4moe import checkpoint
 from gpt4moe.accounting import chips, flops, pipeline
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.mesh import MeshConfig
+from gpt4moe.config.moe import MoeConfig
 from gpt4moe.infer import trained
 from gpt4moe.model import layout, router
-from gpt4moe.train import evaluate, loop, metrics, schedule, state
+from gpt4moe.train import beginning, evaluate, loop, metrics, schedule, state
 from tests.train import tiny
 from tests.train.kill_campaign import CLOCK_KEYS
 
@@ -270,3 +271,14 @@ def test_data_that_ends_ends_the_run(corpus, tmp_path):
     last = [row for row in rows(tmp_path) if "loss" in row][-1]
     assert (last["epoch/code"], last["epoch/text"]) == (4.0, 2.0)
     assert progress["tokens"] == result.tokens >= sum(progress["data"]["ledger"].values()) > 0.8 * result.tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "sees_later"),
+    [({"capacity_factor": 1.0}, True), ({"capacity_factor": None}, False),
+     ({"capacity_factor": 1.0, "experts_per_token": 1, "normalize_gates": False}, False),
+     ({"capacity_factor": 1.0, "experts_per_token": 1, "normalize_gates": False, "drop_priority": "gate"}, True)],
+)  # fmt: skip
+def test_a_run_says_where_dropping_is_not_causal(change, sees_later):
+    moe = MoeConfig(**{"num_experts": 4, "experts_per_token": 2, "hidden_dim": 8} | change)
+    assert (beginning.not_causal(moe) is not None) == sees_later

@@ -1,10 +1,13 @@
 """Where tokens went in one run, recorded and forced on another."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 
+from gpt4moe import checkpoint
 from gpt4moe.config.check import CallerError
 from gpt4moe.train import loop, trace
 from tests.train import tiny
@@ -46,7 +49,7 @@ def test_every_choice_of_every_step_is_recorded(recorded):
     logged = [row for row in rows(workdir) if "loss" in row]
     assert len(logged) == STEPS
     for row in logged:
-        ids_WBTLK, _ = trace.read(workdir, row["step"])
+        ids_WBTLK = trace.read(workdir, row["step"]).expert_ids_WBTLK
         assert ids_WBTLK.shape == (row["batch_tokens"] // (4 * tiny.LENGTH), 4, tiny.LENGTH, 2, 2)
         load_LE = [np.bincount(ids_WBTLK[..., layer, :].ravel() + 1, minlength=5)[1:] for layer in range(2)]
         np.testing.assert_allclose(row["moe/load"], load_LE / np.sum(load_LE, axis=1, keepdims=True), rtol=1e-6)
@@ -67,7 +70,8 @@ def test_another_router_is_forced(recorded, tmp_path):
     forced = tiny.with_train(other_router(run), record_routing=True, replay_routing=str(workdir))
     train(forced, tmp_path / "forced")
     for step in range(1, STEPS + 1):
-        np.testing.assert_array_equal(trace.read(tmp_path / "forced", step)[0], trace.read(workdir, step)[0])
+        forced_ids, ids = (trace.read(folder, step).expert_ids_WBTLK for folder in (tmp_path / "forced", workdir))
+        np.testing.assert_array_equal(forced_ids, ids)
 
 
 def test_a_replay_ends_where_the_records_do(recorded, tmp_path, capsys):
@@ -75,6 +79,9 @@ def test_a_replay_ends_where_the_records_do(recorded, tmp_path, capsys):
     longer = tiny.with_train(run, steps=STEPS + 3, record_routing=False, replay_routing=str(workdir))
     result = train(longer, tmp_path / "longer")
     assert (result.step, result.data_ended) == (STEPS, True)
+    assert "no further step was recorded" in capsys.readouterr().err
+    progress = checkpoint.restore_progress(tmp_path / "longer", STEPS)
+    assert progress["data"]["next_row"] * tiny.LENGTH == progress["tokens"], "no batch is drawn and lost"
 
 
 @pytest.mark.parametrize(
@@ -92,9 +99,38 @@ def test_what_cannot_be_replayed_is_refused(recorded, corpus, tmp_path, change, 
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 2}, "was recorded of 4 experts a layer; this run has 2; set NUM_EXPERTS to 4"),
+        ({"num_experts": 8}, "was recorded of 4 experts a layer; this run has 8; set NUM_EXPERTS to 4"),
+        ({"experts_per_token": 3}, "was recorded with 2 experts a token; this run has 3; set EXPERTS_PER_TOKEN to 2"),
+    ],
+)
+def test_records_of_other_experts_are_refused(recorded, tmp_path, change, message):
+    run, workdir = recorded
+    model = dataclasses.replace(run.model, moe=dataclasses.replace(run.model.moe, **change))
+    other = tiny.with_train(dataclasses.replace(run, model=model), record_routing=False, replay_routing=str(workdir))
+    with pytest.raises(CallerError, match=message):
+        train(other, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_later_record_that_does_not_fit_is_refused(recorded, tmp_path):
+    run, workdir = recorded
+    shutil.copytree(workdir / trace.FOLDER, tmp_path / "mended" / trace.FOLDER)
+    record = trace.read(workdir, 2)
+    ids_WLBTK = np.moveaxis(record.expert_ids_WBTLK, 3, 1)
+    trace.write(epath.Path(tmp_path / "mended"), 2, ids_WLBTK, len(ids_WLBTK), record.tokens_crc, 64)
+    other = tiny.with_train(run, record_routing=False, replay_routing=str(tmp_path / "mended"))
+    with pytest.raises(CallerError, match="was recorded of 64 experts"):
+        train(other, tmp_path / "stops")
+
+
 def test_choices_of_other_tokens_are_refused(recorded, tmp_path):
     run, workdir = recorded
     other = tiny.with_train(run, record_routing=False, replay_routing=str(workdir))
     other = dataclasses.replace(other, data=dataclasses.replace(run.data, seed=run.data.seed + 1))
     with pytest.raises(CallerError, match="other tokens"):
         loop.train(other, tmp_path / "other", config_text="", show_progress=False)
+    assert not (tmp_path / "other" / "config.gin").exists(), "refused before anything is compiled"
