@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 
 import nbclient
 import nbformat
@@ -79,6 +80,16 @@ def test_first_cell_installs_from_the_repository_where_nothing_is_installed(path
     ]
 
 
+def test_gin_files_are_installed_with_the_package(monkeypatch):
+    given = {}
+    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    folder = ROOT / "gin_configs"
+    packed = {path for pattern in given["package_data"]["gin_configs"] for path in folder.glob(pattern)}
+    assert packed == set(folder.rglob("*.gin")) and "gin_configs" in given["packages"]
+
+
 def test_quickstart_trains_shows_experts_and_answers_its_questions(tmp_path, monkeypatch):
     parameters = {
         "GIN_FILE": TINY,
@@ -124,4 +135,5 @@ def test_sweep_runs_every_cell_and_fits_a_law_that_warns(tmp_path, monkeypatch):
     assert found["constants"] == ["b", "d"] and "num_experts 4 .. 16 (fitted on 1 .. 4)" in found["warning"]
     assert len(set(found["losses"])) == 6
     assert "± 0.0" in shown(notebook, "results") and len(shown(notebook, "predict")) > 5000
+    assert "srcdoc=" in shown(notebook, "report")
     assert (tmp_path / "runs/sweep/results.parquet").exists()
