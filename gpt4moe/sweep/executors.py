@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
+import subprocess
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,16 +19,43 @@ from gpt4moe.sweep.worker import Job, Task, run_job
 WEEK_MINUTES = 7 * 24 * 60
 
 
+# How old an answer of Slurm's queue may be.
+QUEUE_SECONDS = 10.0
+
+
+class Queue:
+    """The numbers of this user's jobs that Slurm runs or has waiting.
+
+    submitit asks the accounting database, which small clusters have not; the queue is always there.
+    """
+
+    def __init__(self) -> None:
+        self._asked, self._jobs = -math.inf, None
+
+    def lacks(self, job_id: str) -> bool:
+        """Whether a job that was submitted is no longer there; False where Slurm does not answer."""
+        if time.monotonic() - self._asked > QUEUE_SECONDS:
+            command = ["squeue", "--noheader", "--me", "--format=%A"]
+            answer = subprocess.run(command, capture_output=True, text=True, check=False)
+            self._asked, self._jobs = time.monotonic(), None if answer.returncode else set(answer.stdout.split())
+        return self._jobs is not None and job_id not in self._jobs
+
+
 @dataclasses.dataclass(frozen=True)
 class Submitted:
-    """A job on its way: its cells, and submitit's handle."""
+    """A job on its way: its cells, submitit's handle, and where a cluster's jobs are listed."""
 
     tasks: tuple[Task, ...]
     handle: submitit.Job
+    queue: Queue | None
+    since: float
 
     def done(self) -> bool:
         """Whether its process has ended, however."""
-        return self.handle.done()
+        if self.queue is None:
+            return self.handle.done()
+        listed_by_now = time.monotonic() - self.since > 2 * QUEUE_SECONDS
+        return listed_by_now and self.queue.lacks(self.handle.job_id)
 
     def stop(self) -> None:
         """Asks its process to save and end."""
@@ -41,6 +71,7 @@ class Executor:
 
     def __init__(self, folder: pathlib.Path, cluster: str, parallel: int, parameters: Mapping[str, Any]):
         self.parallel = parallel
+        self._queue = Queue() if cluster == "slurm" else None
         self._submitit = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
         try:
             self._submitit.update_parameters(**{"timeout_min": WEEK_MINUTES, "name": "gpt4moe"} | dict(parameters))
@@ -53,4 +84,5 @@ class Executor:
 
     def submit(self, job: Job) -> Submitted:
         """Starts a job."""
-        return Submitted(tuple(job.tasks), self._submitit.submit(run_job, job))
+        handle = self._submitit.submit(run_job, job)
+        return Submitted(tuple(job.tasks), handle, self._queue, time.monotonic())

@@ -1,4 +1,4 @@
-"""A sweep on a real Slurm: submitted, run, one job cancelled and tried again, the results those of the local executor."""
+"""A sweep on a real Slurm: one job is killed and its runs tried again; results are those of the local executor."""
 
 import json
 import subprocess
