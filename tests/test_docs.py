@@ -6,8 +6,9 @@ import shlex
 
 import gpt4moe
 from gpt4moe import flags
-from gpt4moe.configure import build_model, build_run
+from gpt4moe.configure import build_model, build_run, build_sweep
 from gpt4moe.launch import main
+from gpt4moe.sweep.cells import make_cells
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -52,6 +53,29 @@ def test_the_commands_about_routers_build():
         run, _ = build_run(arguments.gin_file, arguments.overrides)
         plain, _ = build_run(arguments.gin_file)
         assert (run.model, run.train) != (plain.model, plain.train)
+
+
+def test_the_sweep_of_the_docs_has_the_cells_it_says(tmp_path):
+    text = (ROOT / "docs/sweeps.md").read_text()
+    given = tmp_path / "my_sweep.gin"
+    given.write_text(re.findall(r"```python\n(from __gin__.*?)```", text, re.DOTALL)[0])
+    config, build = build_sweep([str(given)])
+    cells = make_cells(config, build)
+    assert len(cells) == 3 * 3 * 3 and not any(cell.refused for cell in cells)
+
+
+def test_the_axis_of_functions_in_the_docs_builds(tmp_path):
+    (axes,) = re.findall(r"`(axes = .*@routers.*)`, in a file", (ROOT / "docs/sweeps.md").read_text())
+    given = tmp_path / "routers.gin"
+    lines = [
+        "from __gin__ import dynamic_registration",
+        "from gpt4moe.config import sweep",
+        "from gpt4moe.model import routers",
+    ]
+    given.write_text("\n".join([*lines, 'include "gin_configs/run/tiny.gin"', f"sweep.SweepConfig.{axes}"]) + "\n")
+    config, build = build_sweep([str(given)])
+    named = [build(cell.overrides)[0].model.moe.router.__name__ for cell in make_cells(config, build)]
+    assert named == ["noisy_top_k", "sigmoid_top_k"]
 
 
 def test_the_examples_of_the_laws_run_and_give_what_they_say(capsys):

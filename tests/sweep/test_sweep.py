@@ -115,14 +115,19 @@ def test_a_finished_sweep_is_read_not_run_again(uncut):
 
 
 def test_cells_that_diverge_or_cannot_be_built_or_run_out_of_memory_are_rows_with_reasons(tmp_path):
-    axes = {"LEARNING_RATE,NUM_EXPERTS,moe.MoeConfig.hidden_dim": [(1e-2, 4, 32), (1e-2, 1, 32), (1e-2, 4, 2_000_000)]}
-    code, document, errors = run(tmp_path, {"axes": axes, "memory_limit_gb": 4, "retries": 0, "runs_per_job": 1})
+    cells = [(1e-2, 4, 32), (1e-2, 1, 32), (1e-2, 4, 2_000_000), (1e35, 4, 64)]
+    axes = {"LEARNING_RATE,NUM_EXPERTS,moe.MoeConfig.hidden_dim": cells}
+    settings = {"axes": axes, "memory_limit_gb": 4, "retries": 1, "runs_per_job": 1}
+    code, document, errors = run(tmp_path, settings, "--gin.train.TrainConfig.max_skipped_steps=2")
     assert code == 1, errors
     rows = {(row["NUM_EXPERTS"], row["moe.MoeConfig.hidden_dim"]): row for row in document["rows"]}
     assert rows[4, 32]["state"] == "done"
     assert rows[1, 32]["state"] == "failed" and "experts_per_token=2" in rows[1, 32]["reason"]
     big = rows[4, 2_000_000]
     assert big["state"] == "failed" and "memory" in big["reason"], big["reason"]
+    diverged = rows[4, 64]
+    assert diverged["state"] == "failed" and "finite" in diverged["reason"], diverged["reason"]
+    assert (diverged["attempts"], big["attempts"]) == (1, 2), "what would diverge again is not tried again"
     assert {row["id"] for row in pq.read_table(tmp_path / "sweep" / "results.parquet").to_pylist()} == {
         row["id"] for row in document["rows"]
     }
