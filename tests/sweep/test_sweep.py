@@ -115,8 +115,8 @@ def test_a_finished_sweep_is_read_not_run_again(uncut):
 
 
 def test_cells_that_diverge_or_cannot_be_built_or_run_out_of_memory_are_rows_with_reasons(tmp_path):
-    cells = [(1e-2, 4, 32), (1e-2, 1, 32), (1e-2, 4, 2_000_000), (1e35, 4, 64)]
-    axes = {"LEARNING_RATE,NUM_EXPERTS,moe.MoeConfig.hidden_dim": cells}
+    cells = [(1e-3, 4, 32), (1e-3, 1, 32), (1e-3, 4, 2_000_000), (1e39, 4, 64)]  # the last loss is not finite
+    axes = {"moe.MoeConfig.router_z_weight,NUM_EXPERTS,moe.MoeConfig.hidden_dim": cells}
     settings = {"axes": axes, "memory_limit_gb": 4, "retries": 1, "runs_per_job": 1}
     code, document, errors = run(tmp_path, settings, "--gin.train.TrainConfig.max_skipped_steps=2")
     assert code == 1, errors
