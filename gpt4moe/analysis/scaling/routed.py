@@ -33,8 +33,9 @@ class Routed(Law):
 
     def saturated(self, num_experts: Array) -> Array:
         """Returns E^, which is E_start for one expert and never reaches E_max."""
-        offset = 1 / (1 / self.E_start - 1 / self.E_max)
-        return 1 / (1 / (num_experts - 1 + offset) + 1 / self.E_max)
+        with np.errstate(divide="ignore"):  # E_start = E_max, as a resampled fit may have it: no experts count
+            offset = 1 / (1 / self.E_start - 1 / self.E_max)
+            return 1 / (1 / (num_experts - 1 + offset) + 1 / self.E_max)
 
     def dense_parameters(self, active_parameters: Array, num_experts: Array) -> Array:
         """Returns the parameters of the dense model of the same loss, the effective parameter count (eq. 11)."""

@@ -118,7 +118,7 @@ def _plot(sweep: Sweep, fitted: Mapping[str, Fitted], name: str, together: bool)
     arms = arms_of([label or "all runs" for label in fitted], ordered=together)
     with np.errstate(invalid="ignore"):  # a resampled law may have no value far beyond its runs
         drawn_laws = {
-            label: curve(each.fit, "num_experts", active_parameters=each.active_parameters)
+            label: curve(each.fit, "num_experts", _experts_drawn(each.fit), active_parameters=each.active_parameters)
             for label, each in fitted.items()
         }
 
@@ -131,7 +131,7 @@ def _plot(sweep: Sweep, fitted: Mapping[str, Fitted], name: str, together: bool)
                 draw_mean(left, marks, index, arm.colour, at, point, sweep.metric, seeds=False)
             _draw_residuals(right, fitted[label], arm, marks, index)
         _shade(left, next(iter(fitted.values())).fit)
-        _limit(left, [each.prediction.loss for each in drawn_laws.values()], sweep)
+        _limit(left, [each.prediction.loss[~each.prediction.outside] for each in drawn_laws.values()], sweep)
         for axes in (left, right):
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -165,6 +165,12 @@ def multipliers(fitted: Mapping[str, Fitted], name: str) -> dict[str, dict[str, 
     }
 
 
+def _experts_drawn(found: Fit) -> np.ndarray:
+    """From the least number fitted, below which the law has a pole, to four times the greatest."""
+    low, high = found.ranges.bounds["num_experts"]
+    return np.geomspace(low, 4 * high, 100)
+
+
 def _draw_law(axes, drawn_law, arm: Arm, marks: Marks, index: int) -> None:
     law = drawn_law.prediction
     axes.fill_between(
@@ -185,10 +191,10 @@ def _shade(axes, found: Fit) -> None:
 
 
 def _limit(axes, laws: Sequence[np.ndarray], sweep: Sweep) -> None:
-    """What runs and laws need; a band that widens beyond the runs may leave the picture."""
+    """What runs need, and laws where there are any; what lies beyond them may leave the picture."""
     runs = [value for point in sweep.measured for value in point.values(sweep.metric)]
     low, high = min(*map(np.min, laws), *runs), max(*map(np.max, laws), *runs)
-    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    axes.set_ylim(low - 0.2 * (high - low), high + 0.1 * (high - low))
 
 
 def _draw_residuals(axes, each: Fitted, arm: Arm, marks: Marks, index: int) -> None:
