@@ -385,6 +385,7 @@ LEARNING = [
     for choices in (1, 2, 4)
     for normalized in (True, False)
     if not (choices == 1 and (normalized or router is routers.softmax_of_chosen))
+    if not (choices > 1 and not normalized and router in routers.FIXED_GATES)
 ]
 
 
