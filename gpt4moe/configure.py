@@ -158,13 +158,19 @@ def _parse_override(gin, override: str) -> None:
     except Exception as error:
         unresolved = value.strip().startswith("@") and isinstance(error, (AttributeError, ValueError))
         said = f"names no function{_near_function(gin, value)}" if unresolved else f"{one_line(error)}{_near(name)}"
+        if "not provided by an import" in said:
+            said = f"names no module that a gin file imports, see docs/plugging_in.md{_near_function(gin, value)}"
         raise CallerError(f"--gin.{override} {said}") from error
 
 
 def _near_function(gin, value: str) -> str:
     """`; did you mean ...?` with functions that an override may name."""
     module, _, name = value.strip().removeprefix("@").rpartition(".")
-    known = [each.rpartition(".")[2] for each in _functions(gin) if each.rpartition(".")[0] == module]
+    functions = _functions(gin)
+    same_name = [f"@{each}" for each in functions if each.rpartition(".")[2] == name]
+    if same_name:
+        return f"; did you mean {' or '.join(same_name)}?"
+    known = [each.rpartition(".")[2] for each in functions if each.rpartition(".")[0] == module]
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     listed = f"; there are {', '.join(known)}" if known else ""
     return f"; did you mean {' or '.join(f'@{module}.{each}' for each in close)}?" if close else listed

@@ -39,7 +39,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _gin_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gin_file", action="append", default=[], metavar="F", help="gin file; may be repeated")
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="F",
+        help="gin file; may be repeated; --gin.NAME=VALUE overrides any macro or field of it",
+    )
     paths = "folders of gin files and of your own modules"
     parser.add_argument("--gin_search_paths", type=_comma_list, default=[], metavar="A,B", help=paths)
     _cpu_devices_flag(parser)

@@ -68,6 +68,9 @@ def test_the_saved_configuration_builds_the_same_run(tmp_path):
         ("ROUTER=@routers.sigmod_top_k", "names no function; did you mean @routers.sigmoid_top_k"),
         ("ROUTER=@routers.zzz", "names no function; there are balanced, "),
         ("ROUTER=sigmoid_top_k", "a function is named so: --gin.ROUTER=@routers.sigmoid_top_k"),
+        ("ROUTER=@sigmoid_top_k", "did you mean @routers.sigmoid_top_k?"),
+        ("ROUTER=@mine.cold", "names no module that a gin file imports, see docs/plugging_in.md"),
+        ("ROUTER='sigmoid_top_k'", "must be a function or None; set --gin.ROUTER=@routers.sigmoid_top_k"),
         ("moe.MoeConfig.drop_priority='gate'", "is read where capacity is short; this layer drops none"),
     ],
 )
@@ -87,6 +90,8 @@ def test_a_mistake_is_one_line_and_exit_code_two(override, message, capsys, tmp_
     ("overrides", "message"),
     [
         (["moe.MoeConfig.grouped_product='triton'"], "runs on cuda or rocm only; leave it out"),
+        (["ROUTER=@routers.group_limited"], "num_groups=1 leaves the router group_limited no groups to limit; set it"),
+        (["INIT_FROM='nowhere'"], "init_from='nowhere' has no complete checkpoint; name the work directory of a run"),
         (["moe.MoeConfig.router_noise=2"], "router_noise=2 is not read by the router top_k; leave it at 1.0 or"),
         (
             ["ROUTER=@routers.softmax_of_chosen", "EXPERTS_PER_TOKEN=1"],

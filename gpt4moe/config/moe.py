@@ -89,7 +89,10 @@ class MoeConfig:
             placed, "drop_priority", self.drop_priority, "is read where capacity is short; this layer drops none", mend
         )
         self._check_groups()
-        require(self.router is None or callable(self.router), "router", self.router, "must be a function or None")
+        mend = (
+            f"set --gin.ROUTER=@routers.{self.router}" if isinstance(self.router, str) else "name one as @routers.top_k"
+        )
+        require(self.router is None or callable(self.router), "router", self.router, "must be a function or None", mend)
 
     def expert_capacity(self, tokens: int) -> int:
         """Places at one expert for a group of `tokens`: ceil(U * K / E * capacity_factor), at most U; None is 1."""

@@ -178,10 +178,12 @@ def check(config: MoeConfig) -> None:
     _require_read("router_noise", config, (noisy_top_k,))
     _require_read("num_groups", config, READ_GROUPS)
     _require_read("groups_per_token", config, READ_GROUPS)
+    limits = not is_among(router, READ_GROUPS) or config.num_groups > 1
+    require(limits, "num_groups", 1, f"leaves the router {router.__name__} no groups to limit", "set it above 1")
     alone = config.experts_per_token == 1 and config.num_experts > 1
     if not alone:
         _require_read("normalize_gates", config, NORMALIZED)
-    constant = "gives the router {} no gradient when experts_per_token is 1 (the gate is always 1)"
+    constant = "gives the router {} no gradient with one expert a token (the gate is always 1)"
     mend = "for the Switch router leave ROUTER out and set moe.MoeConfig.normalize_gates=False"
     one = is_among(router, (softmax_of_chosen,)) and alone
     require(not one, "experts_per_token", 1, constant.format(router.__name__), mend)

@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from gpt4moe import checkpoint
+from gpt4moe.config.check import require
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
@@ -66,6 +67,10 @@ def begin(
 
     Raises `CallerError` where the configuration does not fit the devices, the data or what the work directory holds.
     """
+    if run.train.init_from:
+        saved_there = bool(checkpoint.saved_steps(run.train.init_from))
+        mend = "name the work directory of a run that has saved one"
+        require(saved_there, "init_from", run.train.init_from, "has no complete checkpoint", mend)
     run = resume.inherit_tokenizer(run)
     mesh = make_mesh(run.mesh)
     run.check_sizes(dict(mesh.shape))
@@ -134,7 +139,7 @@ def say_what_begins(start: Beginning) -> None:
         say(f"parameters are those of step {step:,} of {source}{as_experts}")
     if start.progress:
         say(f"going on from step {start.progress['step']} of {start.workdir}")
-    why = not_causal(run.model.moe)
+    why = None if run.train.replay_routing else not_causal(run.model.moe)
     if why:
         say(f"NOT CAUSAL: {why}; evaluation and decoding route token by token and drop nothing")
     say("compiling the training step")
