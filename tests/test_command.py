@@ -188,8 +188,8 @@ def test_texts_that_cannot_be_coloured_are_refused(workdir, tmp_path, capsys):
     shutil.copy(workdir / "config.gin", bare)
     for given, message in (
         ([f"--text={tmp_path / 'missing.txt'}"], "missing.txt"),
-        ([f"--text={latin}"], "must be UTF-8 and not empty"),
-        (["--prompt="], "must be UTF-8 and not empty"),
+        ([f"--text={latin}"], "is not UTF-8; convert it"),
+        (["--prompt="], "--prompt='' is empty"),
         (["--prompt=x", "--no_capture"], "leaves no model to read texts"),
         (["--step=99"], "[4, 8]"),
     ):
