@@ -34,6 +34,10 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
 
+class NoCluster(Exception):
+    """The daemons are there, but do not run on this machine."""
+
+
 def missing():
     """What keeps a cluster from being started here; None where nothing does."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
@@ -86,7 +90,7 @@ def _wait_until_idle(environment):
         if state == "idle":
             return
         time.sleep(0.5)
-    raise RuntimeError(f"the cluster of one node did not come up: {state!r}")
+    raise NoCluster(f"the cluster of one node did not come up: {state!r}")
 
 
 def _free_ports(count):
