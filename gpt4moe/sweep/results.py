@@ -23,6 +23,8 @@ from gpt4moe.sweep.worker import run_folder, state_of, write_json
 DEAD_BELOW = 0.01
 # The training loss of a run is the mean over this last part of its steps.
 LAST_PART = 0.1
+# A step is a spike whose loss lies so many deviations above the mean of so many steps before it.
+SPIKE_DEVIATIONS, SPIKE_WINDOW = 6.0, 128
 
 
 def write(folder: pathlib.Path, cells: Sequence[Cell], build: Build) -> list[dict[str, Any]]:
@@ -76,11 +78,12 @@ def _counted(run: RunConfig) -> dict[str, Any]:
         "forward_flops_per_token": flops.forward_flops_per_token(model),
         "train_flops_per_token": flops.train_flops_per_token(model),
         "train_state_bytes": memory.train_state_bytes(model),
+        "sparsity": 1 - model.moe.experts_per_token / model.moe.num_experts,
     }
 
 
 def _measured(work: pathlib.Path, trained: Sequence[str]) -> dict[str, Any]:
-    """Final losses, speed and balance from `metrics.jsonl`."""
+    """Final losses, speed, stability and balance from `metrics.jsonl`."""
     path = work / "metrics.jsonl"
     if not path.exists():
         return {}
@@ -98,19 +101,37 @@ def _measured(work: pathlib.Path, trained: Sequence[str]) -> dict[str, Any]:
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in steps])),
         "model_flops_utilization": float(np.median([row["model_flops_utilization"] for row in steps])),
         "skipped_steps": last["skipped_steps"],
+        "loss_spikes": count_spikes([row["loss"] for row in steps]),
     }
     return measured | _balance(steps[-max(round(len(steps) * LAST_PART), 1) :]) | _held_out(rows, trained)
 
 
-def _balance(steps: Sequence[dict]) -> dict[str, float]:
-    """Of the last part of the steps, means over layers."""
+def count_spikes(losses: Sequence[float | None]) -> int:
+    """How often the loss jumps: steps far above the steps before them, neighbours counted once; None is passed over.
+
+    OLMo-core skips steps by the same measure, 6 deviations over 128 steps. The first half window tells nothing.
+    """
+    values = np.array([loss for loss in losses if loss is not None], np.float64)
+    found, jumping = 0, False
+    for at in range(SPIKE_WINDOW // 2, len(values)):
+        before = values[max(at - SPIKE_WINDOW, 0) : at]
+        jumps = bool(values[at] > before.mean() + SPIKE_DEVIATIONS * before.std())
+        found, jumping = found + (jumps and not jumping), jumps
+    return found
+
+
+def _balance(steps: Sequence[dict]) -> dict[str, float | list[float]]:
+    """Of the last part of the steps, means over layers, and of each layer how much its busiest expert has."""
     load_SLE = np.array([row["moe/load"] for row in steps], np.float64)
     load_LE = load_SLE.mean(axis=0)
+    busiest_L = load_LE.max(-1) * load_LE.shape[-1]
     return {
-        "load_max_over_mean": float(np.mean(load_LE.max(-1) * load_LE.shape[-1])),
+        "load_max_over_mean": float(np.mean(busiest_L)),
+        "load_max_over_mean_by_layer": busiest_L.tolist(),
         "dead_experts": float(np.mean(load_LE * load_LE.shape[-1] < DEAD_BELOW)),
         "dropped_fraction": float(np.mean([row["moe/dropped_fraction"] for row in steps])),
         "router_entropy": float(np.mean([row["moe/router_entropy"] for row in steps])),
+        "router_largest_logit": float(np.mean([row["moe/router_largest_logit"] for row in steps])),
     }
 
 

@@ -43,7 +43,9 @@ def planted_row(point, planted):
     row |= {"train_flops_per_token": 6 * size, "train_state_bytes": 16 * row["total_parameters"]}
     row |= {"loss": loss - 0.05, "train_seconds": 20 + experts, "tokens_per_second": 40_000 / (1 + experts / 40)}
     row |= {"load_max_over_mean": 1 + 0.1 * math.log2(experts), "dead_experts": 0.0, "dropped_fraction": 0.01}
-    row |= {"router_entropy": math.log(experts), "skipped_steps": 0, "model_flops_utilization": 0.3}
+    row |= {"load_max_over_mean_by_layer": [1.0, 1 + 0.2 * math.log2(experts)], "router_largest_logit": 2.0}
+    row |= {"router_entropy": math.log(experts), "skipped_steps": 0, "model_flops_utilization": 0.3, "loss_spikes": 1}
+    row |= {"sparsity": 1 - point.get("EXPERTS_PER_TOKEN", 1) / experts}
     row |= {"eval/files/loss": loss - 0.2, "eval/unseen/loss": loss + 0.4}
     return row | planted
 

@@ -20,6 +20,7 @@ from gpt4moe.analysis.sweeps.granularity import granularity_plots
 from gpt4moe.analysis.sweeps.isoflop import budgets, isoflop_plots
 from gpt4moe.analysis.sweeps.repeats import repeat_plots
 from gpt4moe.analysis.sweeps.report import write_sweep_report
+from gpt4moe.analysis.sweeps.sparsity import fit_surface, sparsity_plots
 from gpt4moe.analysis.sweeps.table import make_sweep, read_sweep
 from tests.analysis.sweep_folder import write_sweep
 
@@ -87,12 +88,14 @@ def test_page_is_whole_and_stands_alone(experts):
     assert page.open == []
     names = {path.stem for path in (folder / "figures").glob("*.png")}
     curves = {f"curves_{kind}" for kind in ("tokens", "FLOPs", "seconds")}
-    assert names == curves | {"loss_by_NUM_EXPERTS", "law_experts", "costs", "sources", "load"}
+    assert names == curves | {"loss_by_NUM_EXPERTS", "law_experts", "costs", "sources", "load", "load_by_layer"}
     assert page.count("svg") == len(names)
     assert {path.stem for path in (folder / "figures").glob("*.csv")} == names | {"points"}
     for _, attributes in page.tags:
         for link in (attributes.get("src"), attributes.get("href"), attributes.get("xlink:href")):
-            assert link is None or link.startswith("#") or (folder / link).stat().st_size > 100, link
+            assert (
+                link is None or link.startswith(("#", "data:image/png;base64")) or (folder / link).stat().st_size > 100
+            ), link
     assert not re.search(r"https?://(?!www\.w3\.org/(1999/xlink|2000/svg))|@import", source)
     assert "currentColor" in source and "#010203" not in source
 
@@ -278,6 +281,49 @@ def test_one_law_is_fitted_to_a_grid_of_sizes():
     assert facts["dense_multiplier"]["WIDTH 200"]["64"] == pytest.approx(dense, rel=0.05)
     assert facts["dense_multiplier"]["WIDTH 200"]["1"] == pytest.approx(1)
     assert [arm.label for arm in plot.arms] == [f"WIDTH {width}" for width in (100, 200, 400, 800)]
+
+
+def bowl(x, y):
+    """Nats at x = ln N / 10^7 and y = ln(1 - S)."""
+    return 3.0 - 0.1 * x + 0.05 * y + 0.02 * x * x - 0.01 * x * y + 0.03 * y * y
+
+
+def planted_bowl(point, seed):
+    size, experts = point["SIZE"], point["NUM_EXPERTS"]
+    total = size * (1 + 0.6 * (experts - 1))
+    loss = bowl(math.log(total / 1e7), math.log(2 / experts)) + (0.001, -0.001)[seed]
+    return {"held_out_loss": loss, "active_parameters": size, "total_parameters": total, "tokens": TOKENS}
+
+
+def test_planted_surface_over_parameters_and_sparsity_is_found(tmp_path):
+    axes = {"SIZE": [1_000_000, 3_000_000, 10_000_000], "NUM_EXPERTS,EXPERTS_PER_TOKEN": [(2, 2), (8, 2), (32, 2)]}
+    write_sweep(tmp_path, axes, planted_bowl, seeds=2)
+    sweep = read_sweep(tmp_path)
+    surface = fit_surface(sweep)
+    assert surface.rms < 1e-9
+    x, y = np.meshgrid(np.log([2e6, 5e6, 2e8]), np.log([1.0, 0.5, 0.1]))
+    expected = bowl(x - math.log(1e7), y)
+    np.testing.assert_allclose(surface.loss(np.stack([x, y], axis=-1)), expected, rtol=1e-9)
+    write_sweep_report(tmp_path, QUICK)
+    rows = read_csv(tmp_path, "sparsity")
+    assert {round(float(row["sparsity"]), 6) for row in rows} == {0, 0.75, 0.9375}
+    assert all(float(row["loss"]) == pytest.approx(float(row["surface"])) for row in rows)
+
+
+def test_a_surface_needs_parameters_and_sparsity_that_change_apart(experts):
+    assert sparsity_plots(read_sweep(experts[0])) == []
+
+
+def test_load_of_layers_and_stability_are_told(experts):
+    folder = experts[0]
+    layers = read_csv(folder, "load_by_layer")
+    assert [row["layer"] for row in layers] == ["0", "1"] * len(EXPERTS)
+    assert [float(row["load_max_over_mean"]) for row in layers[1::2]] == pytest.approx(
+        [1 + 0.2 * math.log2(count) for count in EXPERTS]
+    )
+    points = read_csv(folder, "points")
+    assert [int(float(row["loss spikes"])) for row in points] == [3, 3, 3, 3, 3, 3, 2]
+    assert [row["diverged"] for row in points] == ["0"] * len(EXPERTS)
 
 
 def rows_of(points):

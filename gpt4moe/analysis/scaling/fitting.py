@@ -3,7 +3,8 @@
 As in Hoffmann et al. 2022 (section 3.3): the Huber loss of log L, summed over runs, minimised by L-BFGS from a grid of
 starts. Summed, not averaged: small numbers end L-BFGS early, which is what Besiroglu et al. 2024 found wrong with the
 published intervals. For the same reason a trust-region Gauss-Newton goes from where L-BFGS ends to the floor of the
-valley. Gradients are exact, by a complex step. Intervals are percentiles of a bootstrap over cells.
+valley. Gradients are exact, by a complex step. Intervals are percentiles of a bootstrap over cells, widened for how few
+cells there are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import tqdm
-from scipy import optimize
+from scipy import optimize, stats
 
 from gpt4moe.analysis.scaling.law import Array, Law, Ranges, require_variables
 from gpt4moe.analysis.scaling.observations import Observations
@@ -88,15 +89,16 @@ class HeldOut:
 class Fit:
     """A law fitted to runs.
 
-    law: with the best constants. resampled: the same class with constants [replicates, 1]. residuals: log(measured /
-    predicted) [n]. intervals: constant to (low, high), e^50 where the runs
-    set no limit. ranges: of the runs. held_out: None where it was not asked for,
-    compute is unknown or too few runs remain. agreeing: share of the polished starts that ended at the best minimum to
-    1 %: where it is small, look at the intervals. seconds: of the whole fit.
+    law: with the best constants. resampled: the same class with constants [replicates, 1]. widening: how many times
+    farther from the best than resampled ones the ends of intervals lie. residuals: log(measured / predicted) [n].
+    intervals: constant to (low, high), e^50 where the runs set no limit. ranges: of the runs. held_out: None where it
+    was not asked for, compute is unknown or too few runs remain. agreeing: share of the polished starts that ended at
+    the best minimum to 1 %: where it is small, look at the intervals. seconds: of the whole fit.
     """
 
     law: Law
     resampled: Law
+    widening: float
     observations: Observations
     residuals: np.ndarray
     intervals: Mapping[str, tuple[float, float]]
@@ -118,8 +120,9 @@ class Fit:
         shape = next(iter(arrays.values())).shape
         flat = {name: np.asarray(values, np.float64).ravel() for name, values in arrays.items()}
         tails = np.array([50 - 50 * self.config.confidence, 50 + 50 * self.config.confidence])
-        low, high = np.percentile(self.resampled.loss(**flat), tails, axis=0).reshape(2, *shape)
+        ends = np.percentile(self.resampled.loss(**flat), tails, axis=0).reshape(2, *shape)
         loss = np.asarray(self.law.loss(**arrays))
+        low, high = loss * (ends / loss) ** self.widening
         return Prediction(loss, low, high, self.ranges.outside(arrays), self.ranges.warning(arrays))
 
 
@@ -145,15 +148,16 @@ def fit(
         problem = _Problem(law, names, fixed, observations, config.delta)
         best, agreeing = _minimise(problem, config, bar)
         drawn = _bootstrap(problem, best, config, bar)
-    resampled = problem.law_at(drawn)
+    widening = _widening(num_cells, len(names), config.confidence)
     tails = np.array([50 - 50 * config.confidence, 50 + 50 * config.confidence])
-    intervals = {name: tuple(np.percentile(getattr(resampled, name), tails).tolist()) for name in names}
+    ends = problem.law_at(problem.limited(best + widening * (np.percentile(drawn, tails, axis=0) - best)))
     return Fit(
         law=problem.law_at(best, scalar=True),
-        resampled=resampled,
+        resampled=problem.law_at(drawn),
+        widening=widening,
         observations=observations,
         residuals=-problem.errors(best[None])[0],
-        intervals=intervals,
+        intervals={name: tuple(getattr(ends, name).ravel().tolist()) for name in names},
         ranges=observations.ranges,
         held_out=_held_out(problem, config),
         agreeing=agreeing,
@@ -203,11 +207,16 @@ class _Problem:
     def descend(self, start: np.ndarray, tolerance: float = 1e-12) -> tuple[np.ndarray, float]:
         """Returns the point [P] where Gauss-Newton in a trust region ends from `start`, and the loss there."""
         robust = {"loss": "huber", "f_scale": self.delta} if math.isfinite(self.delta) else {}
-        found = optimize.least_squares(
-            lambda point: self.errors(point[None])[0], start, self.jacobian,
-            x_scale="jac", xtol=tolerance, ftol=tolerance, gtol=1e-14, max_nfev=300, **robust,
-        )  # fmt: skip
-        return np.where(self.logs, np.clip(found.x, -NO_LIMIT, NO_LIMIT), found.x), found.cost
+        with np.errstate(all="ignore"):  # steps overflow where a constant changes nothing, and are then refused
+            found = optimize.least_squares(
+                lambda point: self.errors(point[None])[0], start, self.jacobian,
+                x_scale="jac", xtol=tolerance, ftol=tolerance, gtol=1e-14, max_nfev=300, **robust,
+            )  # fmt: skip
+        return self.limited(found.x), found.cost
+
+    def limited(self, points: np.ndarray) -> np.ndarray:
+        """Points [..., P] with the logarithms within what counts as no limit."""
+        return np.where(self.logs, np.clip(points, -NO_LIMIT, NO_LIMIT), points)
 
     @property
     def logs(self) -> np.ndarray:
@@ -266,6 +275,16 @@ def _bootstrap(problem: _Problem, best: np.ndarray, config: FitConfig, bar: tqdm
         drawn.append(min(ends, key=lambda end: end[1])[0])
         bar.update()
     return np.array(drawn) if drawn else best[None]
+
+
+def _widening(num_cells: int, num_constants: int, confidence: float) -> float:
+    """Of deviations of a bootstrap: it scatters as residuals do, which the fit made small, and like a normal variable.
+
+    Residuals of n cells and P constants are smaller than errors by sqrt((n - P) / n), and in so few degrees of freedom
+    the quantile is Student's (Efron and Tibshirani 1993, chapter 12; Hesterberg 2015, "expanded percentile").
+    """
+    freedom, tail = num_cells - num_constants, (1 + confidence) / 2
+    return float(math.sqrt(num_cells / freedom) * stats.t.ppf(tail, freedom) / stats.norm.ppf(tail))
 
 
 def _held_out(problem: _Problem, config: FitConfig) -> HeldOut | None:

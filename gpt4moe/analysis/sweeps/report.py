@@ -23,7 +23,8 @@ from gpt4moe.analysis.sweeps.final import final_plots
 from gpt4moe.analysis.sweeps.granularity import granularity_plots
 from gpt4moe.analysis.sweeps.isoflop import isoflop_plots
 from gpt4moe.analysis.sweeps.repeats import repeat_plots
-from gpt4moe.analysis.sweeps.routing import load_plots, source_plots
+from gpt4moe.analysis.sweeps.routing import layer_plots, load_plots, source_plots
+from gpt4moe.analysis.sweeps.sparsity import sparsity_plots
 from gpt4moe.analysis.sweeps.table import Sweep, read_sweep
 from gpt4moe.analysis.sweeps.tables import cell_rows, point_rows, table
 
@@ -32,7 +33,14 @@ PAGE = "report.html"
 POLISHED, REPLICATES = 8, 100
 FORMS = {"mean": ".4f", "standard error": ".4f", "to the first": "+.4f", "in standard errors": "+.1f"}
 FORMS |= {"to the best": "+.4f", "in its standard errors": "+.1f", "tokens to match the first": ".0%"}
-FORMS |= {"skipped steps": ".0f", "held_out_loss": ".4f", "loss": ".4f", "model_flops_utilization": ".1%"}
+FORMS |= {
+    "diverged": ".0f",
+    "loss spikes": ".0f",
+    "skipped steps": ".0f",
+    "held_out_loss": ".4f",
+    "loss": ".4f",
+    "model_flops_utilization": ".1%",
+}
 
 
 def write_sweep_report(folder: str | pathlib.Path, config: FitConfig | None = None) -> pathlib.Path:
@@ -68,13 +76,14 @@ def _sections(sweep: Sweep, curves: list[Curve], config: FitConfig | None) -> di
         "Laws": [
             *expert_law_plots(sweep, config),
             *granularity_plots(sweep),
+            *sparsity_plots(sweep),
             *isoflop_plots(sweep),
             *repeat_plots(sweep, curves, config),
         ],
         "Training": curve_plots(sweep, curves),
         "Costs": cost_plots(sweep),
         "Sources": source_plots(sweep, trained),
-        "Experts": load_plots(sweep),
+        "Experts": [*load_plots(sweep), *layer_plots(sweep)],
     }
 
 

@@ -7,15 +7,19 @@ import math
 import numpy as np
 
 from gpt4moe.analysis.sweeps.drawing import Marks, Plot, arms_of, place_ticks
-from gpt4moe.analysis.sweeps.final import chosen_lines, draw_mean, point_row
-from gpt4moe.analysis.sweeps.table import Sweep
+from gpt4moe.analysis.sweeps.final import LONGEST, chosen_lines, draw_mean, point_row
+from gpt4moe.analysis.sweeps.table import Point, Sweep
 
 LOADS = {
     "load_max_over_mean": "busiest expert / mean",
     "dead_experts": "share of experts dead",
     "dropped_fraction": "share of assignments dropped",
     "router_entropy": "router entropy, nats",
+    "router_largest_logit": "largest logit of a token, mean",
 }
+# More rows than these cannot be told apart in a heat map.
+MOST_ROWS = 30
+BY_LAYER = "load_max_over_mean_by_layer"
 
 
 def load_plots(sweep: Sweep) -> list[Plot]:
@@ -45,6 +49,42 @@ def load_plots(sweep: Sweep) -> list[Plot]:
     caption = f"Of the last tenth of the steps, means over layers and seeds; bars: standard error.{rest}"
     rows = [point_row(sweep, point, *keys) for point in sweep.measured]
     return [Plot("load", "Load of the experts", caption, rows, draw, arms, size=(9.0, 5.2), wide=True)]
+
+
+def layer_plots(sweep: Sweep) -> list[Plot]:
+    """The load of each layer's busiest expert at every point, a heat map; none for one layer or without logs."""
+    loads = [(point, _by_layer(point)) for point in sorted(sweep.measured, key=lambda point: point.place)]
+    loads = [(point, load_L) for point, load_L in loads if load_L is not None and len(load_L) > 1]
+    if not loads or len({len(load_L) for _, load_L in loads}) > 1:
+        return []
+    kept = np.unique(np.linspace(0, len(loads) - 1, min(len(loads), MOST_ROWS)).round().astype(int))
+    labels = [(loads[at][0].label or "all runs")[:LONGEST] for at in kept]
+    shown_PL = np.stack([loads[at][1] for at in kept])
+
+    def draw(drawn, marks: Marks) -> None:
+        axes = drawn.subplots()
+        image = axes.imshow(shown_PL, "viridis", aspect="auto", vmin=1.0)
+        axes.grid(visible=False)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("layer")
+        drawn.colorbar(image, ax=axes, pad=0.02, label=LOADS["load_max_over_mean"])
+
+    rest = f" {len(kept)} of {len(loads)} points are shown; the CSV has all." if len(kept) < len(loads) else ""
+    caption = f"Of the last tenth of the steps, means over seeds; 1 is an even load.{rest}"
+    rows = [
+        {"point": point.label, "layer": layer, "load_max_over_mean": load}
+        for point, load_L in loads
+        for layer, load in enumerate(load_L.tolist())
+    ]
+    size = (9.0, 1.2 + 0.26 * len(labels))
+    return [Plot("load_by_layer", "Load of each layer", caption, rows, draw, size=size, wide=True)]
+
+
+def _by_layer(point: Point) -> np.ndarray | None:
+    """The busiest expert over the mean [L], mean over the seeds that have it."""
+    rows_SL = [row[BY_LAYER] for row in point.done if row.get(BY_LAYER)]
+    return np.mean(rows_SL, axis=0) if rows_SL else None
 
 
 def source_plots(sweep: Sweep, trained: frozenset[str]) -> list[Plot]:

@@ -19,7 +19,7 @@ MEASURED = (
     "train_state_bytes",
     "train_flops_per_token",
 )
-MEASURED += ("tokens", "tokens_per_second", "model_flops_utilization", "train_seconds", "skipped_steps")
+MEASURED += ("tokens", "tokens_per_second", "model_flops_utilization", "train_seconds", "loss_spikes", "skipped_steps")
 
 
 def point_rows(sweep: Sweep, curves: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -40,7 +40,9 @@ def point_rows(sweep: Sweep, curves: Sequence[Curve]) -> list[dict[str, Any]]:
         row |= {"to the first": off, "in standard errors": errors}
         row |= {"to the best": behind, "in its standard errors": behind_errors}
         row |= {"tokens to match the first": match.get(point.place, math.nan)}
-        rows.append(row | {"skipped steps": sum(point.values("skipped_steps"))})
+        row |= {"diverged": sum("not finite" in str(run.get("reason")) for run in point.rows)}
+        row |= {"loss spikes": sum(point.values("loss_spikes")), "skipped steps": sum(point.values("skipped_steps"))}
+        rows.append(row)
     return rows
 
 

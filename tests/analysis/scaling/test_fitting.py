@@ -149,6 +149,26 @@ def test_seeds_of_a_cell_are_resampled_together():
     assert widths[2] < 0.4 * widths[0]
 
 
+def test_intervals_of_five_cells_are_wide_enough():
+    """A mean of five normal numbers: percentiles of the bootstrap hold it four times in five, widened ones 19 in 20."""
+    config = FitConfig(delta=math.inf, replicates=100, polished=1, held_out=0.0)
+    rest = {"A": 1e-9, "B": 1e-9, "alpha": 1.0, "beta": 1.0}
+    held = {"widened": [], "percentiles": []}
+    for seed in range(80):
+        losses = 2.0 * np.exp(0.01 * np.random.default_rng(seed).standard_normal(5))
+        runs = observe(losses, active_parameters=np.arange(1e6, 6e6, 1e6), tokens=np.full(5, 1e9))
+        found = fit(Chinchilla, runs, config, fixed=rest)
+        for name, (low, high) in {
+            "widened": found.intervals["E"],
+            "percentiles": np.percentile(found.resampled.E, [2.5, 97.5]),
+        }.items():
+            held[name].append(low <= 2.0 <= high)
+        said = found.predict(active_parameters=1e6, tokens=1e9)
+        assert [said.low, said.high] == pytest.approx(found.intervals["E"], rel=1e-4)
+    assert np.mean(held["widened"]) > 0.9
+    assert np.mean(held["percentiles"]) < 0.88
+
+
 def test_held_out_runs_are_those_of_the_most_compute_and_no_part_of_the_fit():
     _, runs = planted("chinchilla")
     config = FitConfig(replicates=0, polished=3, held_out=0.25)
