@@ -16,7 +16,7 @@ from gpt4moe.analysis.sweeps.table import Axis, Point, Sweep, number, short
 
 LEAST_VALUES = 4
 MOST_FITS = 4
-# So few numbers of experts say nothing of where the gain ends: E_max is held.
+# So few numbers of experts say nothing of where the gain begins and ends: E_start and E_max are held.
 FEW = 5
 # Sizes within this ratio count as one: what a router weighs differs from one number of experts to the next.
 ONE_SIZE = 1.25
@@ -103,7 +103,7 @@ def _fit_apart(
         size = _middle(lines[label])
         fixed = {"a": 0.0, "c": 0.0}
         if len(set(experts)) <= FEW:
-            fixed["E_max"] = REFIT_S_BASE.law.E_max
+            fixed |= {name: getattr(REFIT_S_BASE.law, name) for name in ("E_start", "E_max")}
         # Of one compute all: what is held out is what has the most experts.
         runs = observe(losses, active_parameters=[size] * len(losses), num_experts=experts, compute=experts)
         fitted[label] = Fitted(fit(Routed, runs, config, fixed), size, lines[label])
