@@ -110,6 +110,9 @@ def _parse(gin_files: Sequence[str], overrides: Sequence[str], search_paths: Seq
 
     require(bool(gin_files), "--gin_file", None, "must be given", "e.g. --gin_file=gin_configs/run/quickstart.gin")
     gin.clear_config()
+    del gin.config._FILE_READERS[
+        1:
+    ]  # the reader of packages fails at folders without __init__.py, such as experiments/
     for path in (*search_paths, os.getcwd(), str(ROOT)):
         if path not in gin.config._LOCATION_PREFIXES:
             gin.add_config_file_search_path(path)

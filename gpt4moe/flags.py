@@ -55,10 +55,10 @@ def _cpu_devices_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu_devices", type=_positive, metavar="N", help="emulate N CPU devices, per process")
 
 
-def _workdir_flag(parser: argparse._ActionsContainer, required: bool = True) -> None:
-    parser.add_argument(
-        "--workdir", required=required, type=_folder, metavar="DIR", help="work directory, local or gs://"
-    )
+def _workdir_flag(
+    parser: argparse._ActionsContainer, required: bool = True, what: str = "work directory, local or gs://"
+) -> None:
+    parser.add_argument("--workdir", required=required, type=_folder, metavar="DIR", help=what)
 
 
 def _train_flags(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +142,7 @@ def _compile_flags(parser: argparse.ArgumentParser) -> None:
 
 def _sweep_flags(parser: argparse.ArgumentParser) -> None:
     _gin_flags(parser)
-    _workdir_flag(parser)
+    _workdir_flag(parser, what="local folder of the sweep, each run in DIR/runs/ID")
     where = "where runs are started; list: only print one command a run (default: %(default)s)"
     parser.add_argument("--executor", choices=EXECUTORS, default=EXECUTORS[0], help=where)
     parser.add_argument("--parallel", type=_positive, default=1, metavar="N", help="jobs at a time (default: 1)")

@@ -38,6 +38,13 @@ def test_a_study_builds(study, scaled):
     assert all(abs(off) < 0.05 for cell in cells for off in cell.deviations.values())
 
 
+def test_a_study_builds_from_any_folder(tmp_path, monkeypatch):
+    """What a study includes lies beside it, in a folder without `__init__.py`."""
+    monkeypatch.chdir(tmp_path)
+    config, build = build_sweep([str(STUDIES[0] / "sweep.gin")])
+    assert not make_cells(ends(config), build)[0].refused
+
+
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_a_study_says_what_it_asks_and_found(study):
     text = (study / "README.md").read_text()

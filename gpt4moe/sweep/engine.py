@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gpt4moe.config.check import CallerError
+from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.sweep import SweepConfig
 from gpt4moe.data.prepare import prepare
 from gpt4moe.sweep import progress, results
@@ -44,8 +44,10 @@ class Sweep:
 def plan(config: SweepConfig, build: Build, folder: str, say: Callable[[str], None]) -> Sweep:
     """Returns the sweep of a configuration in `folder` and writes its manifest.
 
-    Raises `CallerError` where no cell can be built at all.
+    Raises `CallerError` where no cell can be built at all, or the folder is not a local one.
     """
+    mend = "copy the folder there when the sweep has ended"
+    require("://" not in folder, "--workdir", folder, "must be a local folder, whose files processes can lock", mend)
     cells = make_cells(config, build, say)
     built = [cell for cell in cells if cell.refused is None]
     if not built:

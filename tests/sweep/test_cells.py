@@ -8,7 +8,7 @@ from gpt4moe.config.check import CallerError
 from gpt4moe.config.sweep import SweepConfig, spaced
 from gpt4moe.configure import build_sweep
 from gpt4moe.sweep.cells import address, make_cells
-from gpt4moe.sweep.engine import _grouped
+from gpt4moe.sweep.engine import _grouped, plan
 from gpt4moe.sweep.hold import quantity
 
 TINY = ["gin_configs/run/tiny.gin"]
@@ -152,3 +152,8 @@ def test_processes_get_fewer_runs_towards_the_end_and_each_run_once():
             waiting = waiting[len(group) :]
     assert sizes == [6, 4, 3, 2, 2, 1, 1, 1, 1] and sum(sizes) == 21
     assert len(_grouped(list(range(100)), 8, 2)[0]) == 8
+
+
+def test_a_sweep_in_a_store_is_refused(build):
+    with pytest.raises(CallerError, match="--workdir=.gs://bucket/sweep.? must be a local folder"):
+        plan(SweepConfig(axes={"NUM_EXPERTS": [2, 4]}), build, "gs://bucket/sweep", print)
