@@ -155,5 +155,5 @@ def test_processes_get_fewer_runs_towards_the_end_and_each_run_once():
 
 
 def test_a_sweep_in_a_store_is_refused(build):
-    with pytest.raises(CallerError, match="--workdir=.gs://bucket/sweep.? must be a local folder"):
+    with pytest.raises(CallerError, match=r"--workdir=.gs://bucket/sweep.? must be a local folder"):
         plan(SweepConfig(axes={"NUM_EXPERTS": [2, 4]}), build, "gs://bucket/sweep", print)

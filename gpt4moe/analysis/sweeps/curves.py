@@ -83,16 +83,15 @@ def curve_plots(sweep: Sweep, curves: Sequence[Curve]) -> list[Plot]:
 
 
 def tokens_to_match(curve: Curve, loss: float) -> float:
-    """Tokens at which the smoothed training loss first comes down to `loss`; not a number where it never does."""
-    reached = np.flatnonzero(curve.loss <= loss)
-    if not len(reached):
-        return math.nan
-    last = reached[0]
-    if last == 0:
+    """Tokens from which on the smoothed training loss stays at or below `loss`; not a number where it ends above."""
+    above = np.flatnonzero(curve.loss > loss)
+    if not len(above):
         return float(curve.tokens[0])
-    before = last - 1
-    share = (curve.loss[before] - loss) / (curve.loss[before] - curve.loss[last])
-    return float(curve.tokens[before] + share * (curve.tokens[last] - curve.tokens[before]))
+    before, after = above[-1], above[-1] + 1
+    if after == len(curve.loss):
+        return math.nan
+    share = (curve.loss[before] - loss) / (curve.loss[before] - curve.loss[after])
+    return float(curve.tokens[before] + share * (curve.tokens[after] - curve.tokens[before]))
 
 
 def _curve(point: Point, histories: Sequence[History]) -> Curve:

@@ -115,7 +115,7 @@ def _summary(points: list[dict]) -> str:
     note = (
         "Means over the seeds that are done. Differences are counted in standard errors of a difference of two means, "
         "from the deviation between seeds pooled over all points. Tokens to match: the share of the first point's "
-        "tokens after which the training loss is what the first point ends with. A click on a title sorts."
+        "tokens from which on the training loss stays below what the first point ends with. A click on a title sorts."
     )
     return f"<h2>Points</h2>{table(points, forms=FORMS)}<p>{note}</p>"
 

@@ -12,10 +12,10 @@ from gpt4moe.analysis.sweeps.table import Point, Sweep
 
 LOADS = {
     "load_max_over_mean": "busiest expert / mean",
-    "dead_experts": "share of experts dead",
-    "dropped_fraction": "share of assignments dropped",
+    "dead_experts": "dead experts, share",
+    "dropped_fraction": "dropped, share",
     "router_entropy": "router entropy, nats",
-    "router_largest_logit": "largest logit of a token, mean",
+    "router_largest_logit": "largest logit, mean",
 }
 # More rows than these cannot be told apart in a heat map.
 MOST_ROWS = 30
@@ -29,10 +29,14 @@ def load_plots(sweep: Sweep) -> list[Plot]:
         return []
     axis = sweep.axes[0]
     lines, arms, rest = chosen_lines(sweep, axis)
+    drawn_keys = [key for key in keys if any(point.mean(key) != 0 for point in sweep.measured)]
+    none = {"dead_experts": "no expert is dead", "dropped_fraction": "nothing is dropped"}
+    absent = "; ".join(said for key, said in none.items() if key in keys and key not in drawn_keys)
+    num_rows = -(-len(drawn_keys) // 2)
 
     def draw(drawn, marks: Marks) -> None:
-        panels = drawn.subplots(-(-len(keys) // 2), 2, squeeze=False).flat
-        for panel, key in zip(panels, keys, strict=False):
+        panels = drawn.subplots(num_rows, 2, squeeze=False).flat
+        for panel, key in zip(panels, drawn_keys, strict=False):
             for number, (arm, points) in enumerate(zip(arms, lines.values(), strict=True)):
                 at = [axis.at[point.place[0]] for point in points]
                 if axis.numeric and len(set(at)) == len(at):
@@ -43,12 +47,12 @@ def load_plots(sweep: Sweep) -> list[Plot]:
             place_ticks(panel, axis)
             panel.set_ylabel(LOADS[key])
             panel.set_ylim(bottom=min(panel.get_ylim()[0], 0) if key != "load_max_over_mean" else None)
-        for panel in panels[len(keys) :]:
+        for panel in panels[len(drawn_keys) :]:
             panel.set_visible(False)
 
-    caption = f"Of the last tenth of the steps, means over layers and seeds; bars: standard error.{rest}"
+    caption = f"Of the last tenth of the steps, means over layers and seeds; bars: standard error{f'; {absent}' if absent else ''}.{rest}"
     rows = [point_row(sweep, point, *keys) for point in sweep.measured]
-    return [Plot("load", "Load of the experts", caption, rows, draw, arms, size=(9.0, 5.2), wide=True)]
+    return [Plot("load", "Load of the experts", caption, rows, draw, arms, size=(9.0, 2.7 * num_rows), wide=True)]
 
 
 def layer_plots(sweep: Sweep) -> list[Plot]:
