@@ -31,7 +31,7 @@ def load_plots(sweep: Sweep) -> list[Plot]:
     lines, arms, rest = chosen_lines(sweep, axis)
     drawn_keys = [key for key in keys if any(point.mean(key) != 0 for point in sweep.measured)]
     none = {"dead_experts": "no expert is dead", "dropped_fraction": "nothing is dropped"}
-    absent = "; ".join(said for key, said in none.items() if key in keys and key not in drawn_keys)
+    absent = "".join(f"; {said}" for key, said in none.items() if key in keys and key not in drawn_keys)
     num_rows = -(-len(drawn_keys) // 2)
 
     def draw(drawn, marks: Marks) -> None:
@@ -50,7 +50,7 @@ def load_plots(sweep: Sweep) -> list[Plot]:
         for panel in panels[len(drawn_keys) :]:
             panel.set_visible(False)
 
-    caption = f"Of the last tenth of the steps, means over layers and seeds; bars: standard error{f'; {absent}' if absent else ''}.{rest}"
+    caption = f"Of the last tenth of the steps, means over layers and seeds; bars: standard error{absent}.{rest}"
     rows = [point_row(sweep, point, *keys) for point in sweep.measured]
     return [Plot("load", "Load of the experts", caption, rows, draw, arms, size=(9.0, 2.7 * num_rows), wide=True)]
 
