@@ -64,7 +64,8 @@ def read_csv(folder, name):
 
 
 def planted_experts(point, seed):
-    noise = random.Random(f"{point} {seed}").gauss(0, 0.004)
+    """A seed's luck, and that of a run beside others of the same seed."""
+    noise = random.Random(f"{point} {seed}").gauss(0, 0.004) + 0.008 * (seed - 1)
     loss = float(PLANTED.loss(1e6, point["NUM_EXPERTS"])) + noise
     return {"held_out_loss": loss, "active_parameters": 1_000_000 + 500 * point["NUM_EXPERTS"], "tokens": TOKENS}
 
@@ -109,21 +110,33 @@ def test_ids_on_the_page_are_not_those_of_lines(experts):
     assert not any(str(attributes.get("id", "")).startswith("arm") for _, attributes in page.tags)
 
 
+def noise_beside(rows):
+    """Deviation of a run from its point and its seed: means of either are taken off in turn until none is left."""
+    done = [row for row in rows if row["state"] == "done"]
+    left = {(row["NUM_EXPERTS"], row["seed"]): row["held_out_loss"] for row in done}
+    for turn in range(200):
+        for name in {key[turn % 2] for key in left}:
+            members = [key for key in left if key[turn % 2] == name]
+            mean = statistics.mean(left[key] for key in members)
+            left |= {key: left[key] - mean for key in members}
+    freedom = len(left) - len({count for count, _ in left}) - len({seed for _, seed in left}) + 1
+    return math.sqrt(sum(value**2 for value in left.values()) / freedom)
+
+
 def test_points_have_mean_error_and_difference(experts):
     folder, rows, source = experts
     losses = {count: [row["held_out_loss"] for row in rows if row["NUM_EXPERTS"] == count and row["state"] == "done"]
               for count in EXPERTS}  # fmt: skip
-    squares = sum(statistics.variance(each) * (len(each) - 1) for each in losses.values())
-    noise = math.sqrt(squares / (len(EXPERTS) * 2 - 1))  # one seed of one point is missing
+    noise = noise_beside(rows)
     points, dots = read_csv(folder, "points"), read_csv(folder, "loss_by_NUM_EXPERTS")
     assert [int(row["NUM_EXPERTS"]) for row in dots] == list(EXPERTS)
     for count, point, dot in zip(EXPERTS, points, dots, strict=True):
         mean, error = statistics.mean(losses[count]), statistics.stdev(losses[count]) / math.sqrt(len(losses[count]))
-        apart = mean - statistics.mean(losses[1])
+        apart = statistics.mean(own - first for own, first in zip(losses[count], losses[1], strict=False))
         np.testing.assert_allclose([float(point["mean"]), float(dot["held_out_loss"])], mean)
         np.testing.assert_allclose([float(point["standard error"]), float(dot["held_out_loss_standard_error"])], error)
         np.testing.assert_allclose(float(point["to the first"]), apart, atol=1e-12)
-        of_difference = noise * math.sqrt(1 / len(losses[count]) + 1 / 3)
+        of_difference = noise * math.sqrt(2 / len(losses[count]))
         np.testing.assert_allclose(float(point["in standard errors"]), apart / of_difference, atol=1e-9)
     assert points[-1]["seeds done"] == "2 of 3" and float(points[-1]["to the best"]) == 0
     assert f"{statistics.mean(losses[64]):.4f}" in Page(source).text
@@ -141,7 +154,7 @@ def test_planted_law_of_experts_is_found_and_extrapolates(experts):
     folder, _, source = experts
     facts = json.loads((folder / "figures" / "summary.json").read_text())["fits"]["law_experts"]["all runs"]
     assert facts["fixed"] == {"a": 0.0, "c": 0.0} and facts["num_runs"] == 20
-    assert abs(facts["constants"]["b"]["value"] + 0.06) < 0.015 and facts["rms"] < 0.003
+    assert abs(facts["constants"]["b"]["value"] + 0.06) < 0.015 and facts["rms"] < 0.004
     drawn = read_csv(folder, "law_experts")
     law = [row for row in drawn if row["set"] == "law"]
     for row in law:

@@ -203,13 +203,26 @@ def _write_numbers(axes, image, values: np.ndarray, marks: Marks) -> None:
 
 
 def differences(sweep: Sweep, points: Sequence[Point], first: Point) -> list[tuple[float, float]]:
-    """Of each point: mean loss less that of `first`, and how many standard errors of such a difference that is.
+    """Of each point: its loss less that of `first`, seed by seed, and how many standard errors of it that is.
 
-    The error is that of the seeds pooled over the sweep: three seeds of one point alone hardly tell it.
+    The error is pooled over the sweep: three seeds of one point alone hardly tell it. Points without a seed in common
+    are compared by their means.
     """
+    pair_noise, noise = sweep.pair_noise, sweep.noise
+    theirs = _by_seed(sweep, first)
     found = []
     for point in points:
-        off = point.mean(sweep.metric) - first.mean(sweep.metric)
-        error = sweep.noise * math.sqrt(1 / max(len(point.done), 1) + 1 / max(len(first.done), 1))
+        own = _by_seed(sweep, point)
+        common = own.keys() & theirs.keys()
+        if common:
+            off = float(np.mean([own[seed] - theirs[seed] for seed in common]))
+            error = pair_noise * math.sqrt(2 / len(common))
+        else:
+            off = point.mean(sweep.metric) - first.mean(sweep.metric)
+            error = noise * math.sqrt(1 / max(len(own), 1) + 1 / max(len(theirs), 1))
         found.append((off, off / error if error > 0 else math.nan))
     return found
+
+
+def _by_seed(sweep: Sweep, point: Point) -> dict[int, float]:
+    return {row["seed"]: value for row, value in zip(point.done, point.values(sweep.metric), strict=True)}

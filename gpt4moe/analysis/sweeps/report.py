@@ -113,9 +113,10 @@ def _summary(points: list[dict]) -> str:
     if not points:
         return "<p>No run is done yet.</p>"
     note = (
-        "Means over the seeds that are done. Differences are counted in standard errors of a difference of two means, "
-        "from the deviation between seeds pooled over all points. Tokens to match: the share of the first point's "
-        "tokens from which on the training loss stays below what the first point ends with. A click on a title sorts."
+        "Means over the seeds that are done. Differences are taken seed by seed and counted in their standard errors, "
+        "from what points and seeds leave unexplained in the whole sweep. Tokens to match: the share of the first "
+        "point's tokens from which on the training loss stays below what the first point ends with. A click on a title "
+        "sorts."
     )
     return f"<h2>Points</h2>{table(points, forms=FORMS)}<p>{note}</p>"
 

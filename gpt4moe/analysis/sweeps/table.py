@@ -102,6 +102,26 @@ class Sweep:
         squares = sum(float(((values - values.mean()) ** 2).sum()) for values in groups)
         return math.sqrt(squares / freedom) if freedom else math.nan
 
+    @property
+    def pair_noise(self) -> float:
+        """The same beside runs of one seed: what remains when each point and each seed has an effect of its own.
+
+        A seed gives the same data order to every point, so that its luck falls out of differences seed by seed. Not a
+        number where nothing remains, as with one seed.
+        """
+        runs = [
+            (index, row["seed"], value)
+            for index, point in enumerate(self.measured)
+            for row, value in zip(point.done, point.values(self.metric), strict=True)
+        ]
+        if not runs:
+            return math.nan
+        points, seeds, losses = map(np.array, zip(*runs, strict=True))
+        effects = np.hstack([labels[:, None] == np.unique(labels) for labels in (points, seeds)]).astype(float)
+        found, _, rank, _ = np.linalg.lstsq(effects, losses, rcond=None)
+        freedom = len(losses) - rank
+        return math.sqrt(float(((losses - effects @ found) ** 2).sum()) / freedom) if freedom else math.nan
+
     def has(self, key: str) -> bool:
         """Whether any run that is done has the column."""
         return any(np.isfinite(point.values(key)).any() for point in self.measured)
