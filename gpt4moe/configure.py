@@ -212,9 +212,31 @@ def _construct(config_type: type, gin_files: Sequence[str]) -> Any:
 
     require(_is_bound(config_type), "--gin_file", gin_files, f"configure no {config_type.__name__}", "give a run file")
     try:
-        return gin.get_configurable(config_type)()
+        return _with_parameters(gin, gin.get_configurable(config_type)())
     except Exception as error:
         raise CallerError(one_line(error)) from error
+
+
+def _with_parameters(gin, value: Any) -> Any:
+    """The configuration with its functions given the parameters that gin binds to them.
+
+    gin would look them up when a function is called, by then perhaps those of another configuration, and nothing that
+    is saved or compared would know of them.
+    """
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        bound = {name: _with_parameters(gin, item) for name, item in fields.items()}
+        changed = {name: item for name, item in bound.items() if item is not fields[name]}
+        return dataclasses.replace(value, **changed) if changed else value
+    if isinstance(value, tuple):
+        items = tuple(_with_parameters(gin, item) for item in value)
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    selector = f"{value.__module__}.{value.__qualname__}" if inspect.isfunction(value) else None
+    if ("", selector) not in gin.config._CONFIG:
+        return value
+    parameters, function = gin.get_bindings(selector), inspect.unwrap(value)
+    gin.config._OPERATIVE_CONFIG.setdefault(("", selector), {}).update(parameters)  # they go into config.gin
+    return functools.update_wrapper(functools.partial(function, **parameters), function)
 
 
 def _names(overrides: Sequence[str]) -> list[str]:

@@ -100,16 +100,21 @@ def _axis(setting: str, names: str, given: object) -> tuple[str, tuple]:
 
 
 def spaced(setting: str, spacing: str, span: object) -> tuple[float, ...]:
-    """Returns `count` values from low to high, ends included, [low, high, count] given, with steps or ratios equal."""
+    """Returns `count` values from low to high, ends included, [low, high, count] given, with steps or ratios equal.
+
+    Integers where low and high are integers and all values come out so.
+    """
     numbers = isinstance(span, (list, tuple)) and len(span) == 3
     require(numbers, setting, span, "must be [low, high, count]")
     low, high, count = span
     require_count(f"{setting} count", count, least=2)
     require(low < high and (spacing == "linear" or low > 0), setting, span, "must go up, from above 0 if log")
     steps = [index / (count - 1) for index in range(count)]
-    if spacing == "log":
-        return tuple(float(low * (high / low) ** step) for step in steps)
-    return tuple(float(low + (high - low) * step) for step in steps)
+    ratio = spacing == "log"
+    values = tuple(float(low * (high / low) ** step if ratio else low + (high - low) * step) for step in steps)
+    whole = tuple(round(value) for value in values)
+    exact = all(abs(value - count) < 1e-9 * abs(high) for value, count in zip(values, whole, strict=True))
+    return whole if isinstance(low, int) and isinstance(high, int) and exact else values
 
 
 def _distribution(setting: str, name: str, given: object) -> tuple[str, tuple[str, tuple]]:

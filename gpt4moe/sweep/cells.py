@@ -129,4 +129,7 @@ def _refused(point: Mapping[str, Any], config: SweepConfig, seed: int, reason: s
 
 
 def _once_each(cells: list[Cell]) -> list[Cell]:
-    return list({cell.id: cell for cell in reversed(cells)}.values())[::-1]
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.id, cell)
+    return list(first.values())

@@ -25,6 +25,8 @@ DEAD_BELOW = 0.01
 LAST_PART = 0.1
 # A step is a spike whose loss lies so many deviations above the mean of so many steps before it.
 SPIKE_DEVIATIONS, SPIKE_WINDOW = 6.0, 128
+# What is known of a run that has failed.
+PROGRESS = ("steps", "tokens", "train_seconds", "skipped_steps", "loss_spikes")
 
 
 def write(folder: pathlib.Path, cells: Sequence[Cell], build: Build) -> list[dict[str, Any]]:
@@ -58,7 +60,10 @@ def format_rows(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> str:
 
 
 def row_of(folder: pathlib.Path, cell: Cell, build: Build) -> dict[str, Any]:
-    """One row: the cell, its state, what the configuration counts, and what its run measured (None where it failed)."""
+    """One row: the cell, its state, what the configuration counts, and what its run measured.
+
+    Of a run that is not done, only how far it got and how: its losses would enter means as if they were final.
+    """
     work = run_folder(folder, cell.id)
     state = state_of(work)
     row = {**cell.point, **cell.derived, "seed": cell.seed, "id": cell.id}
@@ -66,14 +71,19 @@ def row_of(folder: pathlib.Path, cell: Cell, build: Build) -> dict[str, Any]:
     if cell.refused is not None:
         return row
     run, _ = build(cell.overrides)
-    return row | _counted(run) | _measured(work, [source.name for source in run.data.sources if source.is_trained])
+    measured = _measured(work, [source.name for source in run.data.sources if source.is_trained])
+    if row["state"] != "done":
+        measured = {name: measured[name] for name in PROGRESS if name in measured}
+    return row | _counted(run) | measured
 
 
 def _counted(run: RunConfig) -> dict[str, Any]:
     """Sizes and FLOPs: parameters, of a token forward, and bytes of the training state."""
     model = run.model
+    counted = parameters.count(model)
     return {
-        "total_parameters": parameters.count(model).total,
+        "total_parameters": counted.total,
+        "non_embedding_parameters": counted.total - counted.embedding - counted.head,
         "active_parameters": parameters.count_active(model),
         "forward_flops_per_token": flops.forward_flops_per_token(model),
         "train_flops_per_token": flops.train_flops_per_token(model),
@@ -84,26 +94,37 @@ def _counted(run: RunConfig) -> dict[str, Any]:
 
 def _measured(work: pathlib.Path, trained: Sequence[str]) -> dict[str, Any]:
     """Final losses, speed, stability and balance from `metrics.jsonl`."""
-    path = work / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = _logged(work / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     if not steps:
         return {}
-    last = steps[-1]
-    final = [row["loss"] for row in steps[-max(round(len(steps) * LAST_PART), 1) :] if row["loss"] is not None]
+    last_part = steps[-max(round(len(steps) * LAST_PART), 1) :]
+    final = [row["loss"] for row in last_part if row["loss"] is not None]
+    apart = np.diff([0, *(row["step"] for row in steps)])  # `log_every` steps
     measured = {
-        "steps": last["step"],
-        "tokens": last["tokens"],
+        "steps": max(row["step"] for row in rows),
+        "tokens": max(row["tokens"] for row in rows),
         "loss": float(np.mean(final)) if final else None,
-        "train_seconds": float(sum(row["step_seconds"] for row in steps)),
+        "train_seconds": float(apart @ [row["step_seconds"] for row in steps]),
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in steps])),
         "model_flops_utilization": float(np.median([row["model_flops_utilization"] for row in steps])),
-        "skipped_steps": last["skipped_steps"],
+        "skipped_steps": steps[-1]["skipped_steps"],
         "loss_spikes": count_spikes([row["loss"] for row in steps]),
     }
-    return measured | _balance(steps[-max(round(len(steps) * LAST_PART), 1) :]) | _held_out(rows, trained)
+    return measured | _balance(last_part) | _held_out(rows, trained)
+
+
+def _logged(path: pathlib.Path) -> list[dict]:
+    """The rows of a log, without a last line that a killed process left half written; none where there is no log."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+    return rows
 
 
 def count_spikes(losses: Sequence[float | None]) -> int:
@@ -120,7 +141,7 @@ def count_spikes(losses: Sequence[float | None]) -> int:
     return found
 
 
-def _balance(steps: Sequence[dict]) -> dict[str, float | list[float]]:
+def _balance(steps: Sequence[dict]) -> dict[str, Any]:
     """Of the last part of the steps, means over layers, and of each layer how much its busiest expert has."""
     load_SLE = np.array([row["moe/load"] for row in steps], np.float64)
     load_LE = load_SLE.mean(axis=0)
@@ -129,10 +150,16 @@ def _balance(steps: Sequence[dict]) -> dict[str, float | list[float]]:
         "load_max_over_mean": float(np.mean(busiest_L)),
         "load_max_over_mean_by_layer": busiest_L.tolist(),
         "dead_experts": float(np.mean(load_LE * load_LE.shape[-1] < DEAD_BELOW)),
-        "dropped_fraction": float(np.mean([row["moe/dropped_fraction"] for row in steps])),
-        "router_entropy": float(np.mean([row["moe/router_entropy"] for row in steps])),
-        "router_largest_logit": float(np.mean([row["moe/router_largest_logit"] for row in steps])),
+        "dropped_fraction": _mean(steps, "moe/dropped_fraction"),
+        "router_entropy": _mean(steps, "moe/router_entropy"),
+        "router_largest_logit": _mean(steps, "moe/router_largest_logit"),
     }
+
+
+def _mean(steps: Sequence[dict], key: str) -> float | None:
+    """Over steps and layers; None where it was not logged or is not finite."""
+    values = np.array([row.get(key) for row in steps], np.float64)
+    return float(values.mean()) if np.isfinite(values).all() else None
 
 
 def _held_out(rows: Sequence[dict], trained: Sequence[str]) -> dict[str, float | None]:

@@ -8,6 +8,7 @@ list of the differences unless the caller allows them; settings of the model's s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ FREE_SETTINGS = (
 
 
 def settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting of a configuration by its dotted name, JSON-able: functions by their import path."""
+    """Every setting of a configuration by its dotted name, JSON-able: functions by import path and parameters."""
     if dataclasses.is_dataclass(config):
         fields = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
     elif isinstance(config, tuple) and any(dataclasses.is_dataclass(item) for item in config):
@@ -141,5 +142,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        parameters = value.keywords if isinstance(value, functools.partial) else {}
+        return f"{name}({', '.join(f'{key}={item!r}' for key, item in parameters.items())})" if parameters else name
     return value

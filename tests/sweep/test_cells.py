@@ -129,6 +129,74 @@ def test_what_cannot_be_held_says_so(build):
     assert cells[0].refused is None and "cannot be held by TRAIN_STEPS" in cells[1].refused
 
 
+def test_two_quantities_are_held_together_or_refused(build):
+    """What holds the parameters also changes the FLOPs, whose steps were derived before it."""
+    hold = {"train_flops": ["TRAIN_STEPS", 10**10], "active_parameters": ["moe.MoeConfig.hidden_dim", 60_000]}
+    for cell in make_cells(SweepConfig({"NUM_EXPERTS": [2, 4]}, hold=hold), build):
+        assert cell.refused is None and all(abs(off) < 0.1 for off in cell.deviations.values())
+        assert quantity("train_flops", build(cell.overrides)[0]) == pytest.approx(1e10, rel=0.1)
+    against = {"active_parameters": ["moe.MoeConfig.hidden_dim", 60_000], "active_flops": ["NUM_LAYERS", 10**9]}
+    cells = make_cells(SweepConfig({"NUM_EXPERTS": [2, 4]}, hold=against), build)
+    assert all("cannot be held" in cell.refused for cell in cells)
+
+
+def test_what_a_binding_does_not_move_is_refused_in_a_line(build):
+    cells = make_cells(SweepConfig({"NUM_EXPERTS": [2, 4]}, hold={"tokens": ["NUM_LAYERS", 10**12]}), build)
+    assert all(
+        "does not follow from NUM_LAYERS" in cell.refused and "that changes it" in cell.refused for cell in cells
+    )
+
+
+def test_the_nearest_that_can_be_built_is_taken(build):
+    """Widths are even multiples of four heads: of those around the target, seven of eight are refused."""
+    hold = {"active_parameters": ["model.ModelConfig.model_dim", 60_000]}
+    (cell,) = make_cells(SweepConfig({"NUM_EXPERTS": [4]}, hold=hold, seeds=[0]), build)[:1]
+    chosen = cell.derived["model.ModelConfig.model_dim"]
+    found = {}
+    for width in range(max(chosen - 12, 1), chosen + 13):
+        changed = ("NUM_EXPERTS=4", f"model.ModelConfig.model_dim={width}")
+        try:
+            found[width] = abs(quantity("active_parameters", build(changed)[0]) - 60_000)
+        except CallerError:
+            continue
+    assert 2 < len(found) < 6 and min(found, key=found.get) == chosen
+
+
+def test_quantities_are_those_counted_by_hand(build):
+    """Two layers of width D: attention of H heads with one key head, K of E gated experts of width F, head of V."""
+    run = build(())[0]
+    model, moe, attention = run.model, run.model.moe, run.model.attention
+    width, size = model.model_dim, model.model_dim // attention.num_heads
+    one = 3 * width * moe.hidden_dim
+    of_attention = 2 * width * width + 2 * width * size * attention.num_kv_heads
+    of_norms = 2 * width + 2 * size * attention.qk_norm
+    layer = of_attention + of_norms + width * moe.num_experts
+    rest = width + model.vocab_size * width
+    total = model.num_layers * (layer + moe.num_experts * one) + rest
+    assert quantity("total_parameters", run) == total
+    active = total - model.num_layers * (moe.num_experts - moe.experts_per_token) * one
+    assert quantity("active_parameters", run) == active
+    tokens = run.train.steps * run.train.batch_tokens
+    assert quantity("tokens", run) == tokens
+    assert quantity("train_flops", run) == pytest.approx(3 * quantity("active_flops", run) * tokens)
+
+
+def test_all_seed_names_are_bound_and_draws_follow_their_distribution(build):
+    config = SweepConfig({"NUM_EXPERTS": [2, 4]}, seeds=[3], seed_names=["SEED", "data.DataConfig.seed"])
+    run = build(make_cells(config, build)[0].overrides)[0]
+    assert (run.train.seed, run.data.seed) == (3, 3)
+    drawn = SweepConfig(random={"LEARNING_RATE": {"log_uniform": [1e-4, 1e-2]}}, num_samples=60)
+    rates = sorted(cell.point["LEARNING_RATE"] for cell in make_cells(drawn, build))
+    assert 6e-4 < rates[30] < 1.7e-3  # the geometric mean, not the mean of 5e-3
+
+
+def test_cells_keep_the_order_of_the_axes_and_whole_numbers_stay_whole(build):
+    cells = make_cells(SweepConfig({"NUM_EXPERTS": [2, 4, 2]}), build)
+    assert [cell.point["NUM_EXPERTS"] for cell in cells] == [2, 4]
+    cells = make_cells(SweepConfig({"NUM_EXPERTS": {"log": [2, 8, 3]}}), build)
+    assert [cell.point["NUM_EXPERTS"] for cell in cells] == [2, 4, 8] and not any(cell.refused for cell in cells)
+
+
 def test_a_held_quantity_may_itself_be_an_axis(build):
     axes = {"train_flops": [3e9, 3e10], "NUM_LAYERS": [1, 2]}
     cells = make_cells(SweepConfig(axes, hold={"train_flops": "TRAIN_STEPS"}), build)

@@ -161,7 +161,7 @@ def make_sweep(root: pathlib.Path, rows: Sequence[dict], manifest: dict) -> Swee
     derived = {name for cell in manifest.get("cells", ()) for name in cell.get("derived", ())}
     columns = dict.fromkeys(name for row in rows for name in list(row)[: list(row).index("seed")])
     swept = tuple(columns)
-    groups = manifest.get("axes") or _together(rows, [name for name in swept if name not in derived])
+    groups = _axes_of(manifest, rows) or _together(rows, [name for name in swept if name not in derived])
     axes = tuple(axis for axis in (_axis(tuple(names), rows) for names in groups) if len(axis) > 1)
     places: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -209,6 +209,12 @@ def name_of(axes: Sequence[Axis], place: Sequence[int]) -> str:
 def _manifest(root: pathlib.Path) -> dict:
     path = root / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _axes_of(manifest: dict, rows: Sequence[dict]) -> list[list[str]]:
+    """The axes that a manifest names, none where its cells are not these: another sweep may be planned since."""
+    cells = {cell["id"] for cell in manifest.get("cells", ()) if "id" in cell}
+    return manifest.get("axes", []) if not cells or cells == {row.get("id") for row in rows} else []
 
 
 def _key(names: Sequence[str], row: dict) -> str:

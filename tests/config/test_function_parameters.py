@@ -1,0 +1,55 @@
+"""Functions of one's own take parameters from gin, which are part of what a run is."""
+
+import pytest
+
+from gpt4moe.configure import build_run
+from gpt4moe.sweep.cells import address
+from gpt4moe.train.resume import differences, settings
+
+MODULE = """
+def router(logits_UE, inputs, config, temperature=1.0):
+    return temperature
+
+
+def plain(logits_UE, inputs, config):
+    return None
+"""
+GIN = """from __gin__ import dynamic_registration
+import my_own_router
+include "gin_configs/run/tiny.gin"
+ROUTER = @my_own_router.router
+my_own_router.router.temperature = 2.0
+"""
+
+
+@pytest.fixture
+def gin_file(tmp_path, monkeypatch):
+    (tmp_path / "my_own_router.py").write_text(MODULE)
+    (tmp_path / "run.gin").write_text(GIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    return str(tmp_path / "run.gin")
+
+
+def test_parameters_stay_with_the_run_they_were_bound_for(gin_file):
+    first, _ = build_run([gin_file])
+    second, _ = build_run([gin_file], ["my_own_router.router.temperature=3.0"])
+    assert (first.model.moe.router(0, 0, 0), second.model.moe.router(0, 0, 0)) == (2.0, 3.0)
+    assert first.model.moe.router.__name__ == "router"
+
+
+def test_a_saved_configuration_has_the_parameters(gin_file, tmp_path):
+    run, text = build_run([gin_file], ["my_own_router.router.temperature=3.0"])
+    (tmp_path / "config.gin").write_text(text)
+    again, same = build_run([str(tmp_path / "config.gin")])
+    assert again.model.moe.router(0, 0, 0) == 3.0 and same == text
+    assert address(again) == address(run)
+
+
+def test_another_parameter_is_another_run(gin_file):
+    first, _ = build_run([gin_file])
+    second, _ = build_run([gin_file], ["my_own_router.router.temperature=3.0"])
+    assert address(first) != address(second)
+    (change,) = differences(settings(first), second)
+    assert "router(temperature=2.0)" in change and "router(temperature=3.0)" in change
+    plain, _ = build_run([gin_file], ["ROUTER=@my_own_router.plain"])
+    assert settings(plain)["model.moe.router"] == "my_own_router.plain"
