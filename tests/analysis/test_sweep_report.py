@@ -358,6 +358,14 @@ def test_axes_are_told_apart_with_and_without_a_manifest():
     assert [axis.names for axis in make_sweep("", rows_of(held), derived).axes] == [("NUM_EXPERTS",)]
 
 
+def test_axes_of_another_sweep_planned_in_the_folder_are_not_those_of_the_results():
+    rows = [row | {"id": str(at)} for at, row in enumerate(rows_of([{"LR": 1e-3}, {"LR": 1e-2}]))]
+    other = {"axes": [["NUM_EXPERTS"]], "cells": [{"id": "0"}, {"id": "7"}]}
+    assert [axis.names for axis in make_sweep("", rows, other).axes] == [("LR",)]
+    same = {"axes": [["LR"]], "cells": [{"id": "0"}, {"id": "1"}]}
+    assert [axis.names for axis in make_sweep("", rows, same).axes] == [("LR",)]
+
+
 def test_runs_that_were_cut_do_not_count_although_they_have_a_loss():
     rows = rows_of([{"LR": 0.1}, {"LR": 0.2}])
     rows[0] |= {"state": "running", "held_out_loss": 1.0}
