@@ -243,7 +243,7 @@ def test_worth_of_repeated_tokens_is_found_for_each_source(tmp_path):
     unique = ("100k unique tokens", "400k unique tokens")
     assert {arm.label for arm in plot.arms} == {f"{source}, {amount}" for source in laws for amount in unique}
     assert [row["epochs"] for row in plot.rows] == [1, 2, 4, 8, 16] * 4
-    assert "4 points at which more epochs raised the loss are left out" in plot.caption
+    assert "4 points at which more epochs raised the loss beyond noise are left out" in plot.caption
 
 
 def test_one_law_is_fitted_to_a_grid_of_sizes():

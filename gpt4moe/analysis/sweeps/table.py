@@ -35,10 +35,13 @@ class Axis:
         """The first name, without its module."""
         return short(self.names[0])
 
+    def value(self, at: int) -> object:
+        """A value of the first name, as the results have it."""
+        return json.loads(self.keys[at])[0]
+
     def named(self, at: int) -> str:
         """A value with the name of the axis, unless it is a name itself."""
-        says_itself = isinstance(json.loads(self.keys[at])[0], str)
-        return self.labels[at] if says_itself else f"{self.title} {self.labels[at]}"
+        return self.labels[at] if isinstance(self.value(at), str) else f"{self.title} {self.labels[at]}"
 
     def __len__(self) -> int:
         return len(self.keys)
