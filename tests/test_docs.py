@@ -1,11 +1,13 @@
 """Examples in the documents are run as they stand."""
 
+import json
 import pathlib
 import re
 import shlex
 
 import gpt4moe
 from gpt4moe import flags
+from gpt4moe.analysis.scaling import REFIT_S_BASE, Routed
 from gpt4moe.configure import build_model, build_run, build_sweep
 from gpt4moe.launch import main
 from gpt4moe.sweep.cells import make_cells
@@ -76,6 +78,25 @@ def test_the_axis_of_functions_in_the_docs_builds(tmp_path):
     config, build = build_sweep([str(given)])
     named = [build(cell.overrides)[0].model.moe.router.__name__ for cell in make_cells(config, build)]
     assert named == ["noisy_top_k", "sigmoid_top_k"]
+
+
+def test_the_fit_to_a_sweep_in_the_docs_runs(tmp_path, monkeypatch):
+    """On the rows that the sweep at the top of the page has."""
+    text = (ROOT / "docs/sweeps.md").read_text()
+    example = re.findall(r"```python\n(from gpt4moe.analysis.scaling.*?)```", text, re.DOTALL)[0]
+    law = Routed(a=0.0, b=-0.05, c=0.0, d=0.6, E_start=REFIT_S_BASE.law.E_start, E_max=REFIT_S_BASE.law.E_max)
+    grid = [(experts, rate, seed) for experts in (2, 4, 8) for rate in (1e-3, 1e-2) for seed in range(3)]
+    rows = [
+        {"NUM_EXPERTS": experts, "LEARNING_RATE": rate, "seed": seed, "state": "done"}
+        | {"held_out_loss": float(law.loss(1.0, experts)) + 0.5 * (rate > 1e-3)}
+        for experts, rate, seed in grid
+    ]
+    (tmp_path / "runs/sweep").mkdir(parents=True)
+    (tmp_path / "runs/sweep/results.json").write_text(json.dumps([*rows, rows[0] | {"state": "failed"}]))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(example, "docs/sweeps.md", "exec"), names)
+    assert len(names["runs"]) == 9 and abs(names["found"].law.b + 0.05) < 1e-6
 
 
 def test_the_examples_of_the_laws_run_and_give_what_they_say(capsys):

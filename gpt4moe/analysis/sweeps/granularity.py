@@ -51,8 +51,9 @@ def granularity_plots(sweep: Sweep) -> list[Plot]:
 def published(points: Sequence[Point], name: str) -> np.ndarray:
     """Nats by which the published law puts each point above the first of the line, at the first's size and tokens."""
     grains = np.array([number(point.rows[0], name) for point in points])
-    sizes = {"total_parameters": points[0].mean("total_parameters"), "tokens": points[0].mean("tokens")}
-    losses = KRAJEWSKI.loss(granularity=grains, **sizes)
+    size = points[0].mean("non_embedding_parameters")  # sweeps of former versions have none
+    size = size if math.isfinite(size) else points[0].mean("total_parameters")
+    losses = KRAJEWSKI.loss(granularity=grains, total_parameters=size, tokens=points[0].mean("tokens"))
     return losses - losses[0]
 
 
