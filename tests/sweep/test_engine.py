@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import shlex
 import signal
 import subprocess
@@ -128,7 +129,7 @@ def test_a_printed_command_builds_the_run_of_its_cell(file, tmp_path, monkeypatc
         args = flags.parse(shlex.split(line)[1:])
         run, _ = build_run(args.gin_file, args.overrides, args.gin_search_paths)
         assert address(run) == cell.id and run.optimizer.learning_rate == 3e-3
-        assert args.workdir == str(run_folder(sweep.folder, cell.id))
+        assert args.gin_search_paths == paths and args.workdir == str(run_folder(sweep.folder, cell.id))
 
 
 def test_a_dry_run_leaves_nothing_and_says_what_is_refused(file, tmp_path, capsys):
@@ -156,6 +157,19 @@ def running(folder, process, after=None):
     raise AssertionError("the sweep has ended")
 
 
+def status(pid, name):
+    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
+
+
+def parent(pid):
+    return int(status(pid, "PPid"))
+
+
+def hears_no_interrupt(pid):
+    return bool(int(status(pid, "SigBlk"), 16) & 1 << signal.SIGINT - 1)
+
+
 def test_story_of_a_worker_killed_and_a_sweep_interrupted(tmp_path):
     settings = {"axes": {"NUM_EXPERTS": [4]}, "seeds": 1, "seed_names": (), "retries": 1}
     long = ("--gin.TRAIN_STEPS=400", "--gin.CHECKPOINT_EVERY=100000")
@@ -166,6 +180,7 @@ def test_story_of_a_worker_killed_and_a_sweep_interrupted(tmp_path):
         _, first = running(tmp_path, sweep)
         os.kill(first, signal.SIGKILL)
         cell, second = running(tmp_path, sweep, after=first)
+        assert hears_no_interrupt(second) and hears_no_interrupt(parent(second)), "submitit's would kill it"
         os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does: to the sweep, submitit's controller and the worker
         assert sweep.wait(120) == 3
     assert "waiting for 1 jobs to save" in (tmp_path / "err").read_text()

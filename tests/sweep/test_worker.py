@@ -65,7 +65,8 @@ def test_a_cell_stopped_by_a_cluster_and_by_its_sweep_has_lost_no_attempt_and_no
     for number in (signal.SIGUSR2, signal.SIGTERM):
         process = begin(tmp_path, LONG, steps=last + 3)
         process.send_signal(number)
-        process.send_signal(number)  # a second one does not end it before it has saved
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)  # a second one does not end it before it has saved
         assert process.wait(120) == 0
         state, before, last = state_of(folder), last, losses(tmp_path)[-1][0]
         assert (state["state"], state["reason"], state["attempts"]) == ("stopped", "stopped on request", 0)
