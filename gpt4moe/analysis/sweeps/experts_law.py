@@ -44,7 +44,7 @@ def expert_law_plots(sweep: Sweep, config: FitConfig | None = None) -> list[Plot
     together = _is_grid_of_sizes(sweep, lines, sizes)
     names = (sweep.metric, name)
     fitted = _fit_together(lines, names, config) if together else _fit_apart(lines, names, config)
-    return [_plot(sweep, fitted, name, together)] if fitted else []
+    return [_plot(sweep, fitted, name, together, len(lines))] if fitted else []
 
 
 def experts_axis(sweep: Sweep) -> tuple[str, Axis | None]:
@@ -114,7 +114,7 @@ def _middle(points: Sequence[Point]) -> float:
     return float(np.exp(np.log(_sizes(points)).mean()))
 
 
-def _plot(sweep: Sweep, fitted: Mapping[str, Fitted], name: str, together: bool) -> Plot:
+def _plot(sweep: Sweep, fitted: Mapping[str, Fitted], name: str, together: bool, num_lines: int) -> Plot:
     arms = arms_of([label or "all runs" for label in fitted], ordered=together)
     with np.errstate(invalid="ignore"):  # a resampled law may have no value far beyond its runs
         drawn_laws = {
@@ -141,9 +141,11 @@ def _plot(sweep: Sweep, fitted: Mapping[str, Fitted], name: str, together: bool)
         right.axhline(0, color="#808080", linewidth=1)
 
     said = _said(fitted, name, together)
+    rest = f" Fitted to {len(fitted)} of {num_lines} lines." if len(fitted) < num_lines else ""
+    confidence = next(iter(fitted.values())).fit.config.confidence
     caption = (
-        "Routed law (Clark et al. 2022, eq. 1) with its 95 % bootstrap band; shaded: experts beyond those it was "
-        f"fitted on. Right: residuals of every run. {said}"
+        f"Routed law (Clark et al. 2022, eq. 1, there of one expert for a token) with its {confidence:.0%} bootstrap "
+        f"band; shaded: experts beyond those it was fitted on. Right: residuals of every run. {said}{rest}"
     )
     rows = [{"line": label, "set": "law"} | row for label in fitted for row in drawn_laws[label].rows()]
     once = {"": next(iter(fitted.values()))} if together else fitted

@@ -22,6 +22,8 @@ LEAST_EPOCHS = 3
 # Tokens within this ratio are as many; sizes too.
 SAME = 1.05
 MAX_LINES, MAX_FITS = 8, 4
+# A loss has risen where it lies so many standard errors of the difference above the least before.
+RISE = 2.0
 REPEATS = DataConstrained.constants()["R_D"]["starts"]
 
 
@@ -113,18 +115,20 @@ def _lines(found: Sequence[Seen], kept: str) -> dict[str, list[Seen]]:
         for line in lines
         if len(line) > 1 and line[-1].epochs > APART * line[0].epochs
     }
-    return dict(list(named.items())[:MAX_LINES])
+    return named
 
 
 def _risen(sweep: Sweep, lines: Mapping[str, list[Seen]]) -> set[tuple[int, ...]]:
-    """Places of points that more of the same tokens made worse: no worth of a token says so."""
-    risen = set()
+    """Places of points that more of the same tokens made worse, beyond noise: no worth of a token says so."""
+    noise, risen = sweep.pair_noise, set()
     for line in lines.values():
-        least = math.inf
-        for each in line:
-            if each.point.mean(sweep.metric) > least:
+        least = line[0].point
+        for each in line[1:]:
+            rise = each.point.mean(sweep.metric) - least.mean(sweep.metric)
+            error = noise * math.sqrt(1 / len(each.point.done) + 1 / len(least.done))
+            if rise > (RISE * error if math.isfinite(error) else 0):
                 risen.add(each.point.place)
-            least = min(least, each.point.mean(sweep.metric))
+            least = each.point if rise < 0 else least
     return risen
 
 
@@ -151,11 +155,12 @@ def _fits(sweep: Sweep, found: Sequence[Seen], config: FitConfig | None) -> dict
 
 
 def _plot(sweep: Sweep, lines: Mapping[str, list[Seen]], fits: Mapping[tuple, Fit], num_risen: int) -> Plot:
-    arms = arms_of(list(lines))
+    shown = dict(list(lines.items())[:MAX_LINES])
+    arms = arms_of(list(shown))
 
     def draw(drawn, marks: Marks) -> None:
         axes = drawn.subplots()
-        for index, (arm, line) in enumerate(zip(arms, lines.values(), strict=True)):
+        for index, (arm, line) in enumerate(zip(arms, shown.values(), strict=True)):
             for each in line:
                 draw_mean(axes, marks, index, arm.colour, each.epochs, each.point, sweep.metric, seeds=True)
             found = fits.get((line[0].source, line[0].others))
@@ -185,7 +190,10 @@ def _plot(sweep: Sweep, lines: Mapping[str, list[Seen]], fits: Mapping[tuple, Fi
              for each in line}  # fmt: skip
     known = {names[key]: found for key, found in fits.items() if key in names}
     facts = {name: {"fit": summary(found), "residuals": residual_rows(found)} for name, found in known.items()}
-    caption = f"Points: means over seeds. {_said(known, num_risen)}"
+    rest = f" {len(shown)} of {len(lines)} lines are shown; the CSV has all." if len(shown) < len(lines) else ""
+    of = len({(each.source, each.others) for line in lines.values() for each in line})
+    rest += f" The law is fitted to {len(known)} of {of} sources and settings." if 0 < len(known) < of else ""
+    caption = f"Points: means over seeds. {_said(known, num_risen)}{rest}"
     return Plot("epochs", "Repeated data", caption, rows, draw, arms, (9.0, 3.6), wide=True, facts=facts)
 
 
@@ -206,7 +214,11 @@ def _draw_law(axes, found: Fit, line: Sequence[Seen], arm: Arm, marks: Marks, in
 def _said(fits: Mapping[str, Fit], num_risen: int) -> str:
     if not fits:
         return "No law is fitted: points of one size are too few."
-    risen = f"{num_risen} points at which more epochs raised the loss are left out of the fit. " if num_risen else ""
+    risen = (
+        f"{num_risen} points at which more epochs raised the loss beyond noise are left out of the fit. "
+        if num_risen
+        else ""
+    )
     return (
         "Solid: tokens seen again are worth 1 + R_D (1 - exp(-(epochs - 1) / R_D)) epochs (Muennighoff et al. 2023), "
         f"{'; '.join(_constant(name, found) for name, found in fits.items())}. "

@@ -32,7 +32,7 @@ PAGE = "report.html"
 # Of the fits, so that a report takes seconds.
 POLISHED, REPLICATES = 8, 100
 FORMS = {"mean": ".4f", "standard error": ".4f", "to the first": "+.4f", "in standard errors": "+.1f"}
-FORMS |= {"to the best": "+.4f", "in its standard errors": "+.1f", "tokens to match the first": ".0%"}
+FORMS |= {"to the best": "+.4f", "in its standard errors": "+.1f", "share of tokens to match the first": ".0%"}
 FORMS |= {
     "diverged": ".0f",
     "loss spikes": ".0f",
@@ -114,7 +114,7 @@ def _summary(points: list[dict]) -> str:
         return "<p>No run is done yet.</p>"
     note = (
         "Means over the seeds that are done. Differences are taken seed by seed and counted in their standard errors, "
-        "from what points and seeds leave unexplained in the whole sweep. Tokens to match: the share of the first "
+        "from what points and seeds leave unexplained in the whole sweep. Share of tokens to match: that of the first "
         "point's tokens from which on the training loss stays below what the first point ends with. A click on a title "
         "sorts."
     )

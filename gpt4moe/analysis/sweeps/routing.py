@@ -127,7 +127,13 @@ def source_plots(sweep: Sweep, trained: frozenset[str]) -> list[Plot]:
         "other settings; mean and standard error. A source that falls less than the others gains less."
     )
     rows = [
-        {axis.names[0]: axis.labels[at], "source": name, "difference": mean, "standard_error": error, "runs": count}
+        {
+            axis.names[0]: axis.value(at),
+            "source": name,
+            "difference": mean,
+            "standard_error": error,
+            "runs": count,
+        }
         for name, key in zip(names, keys, strict=True)
         for at, (mean, error, count) in gains[key].items()
     ]

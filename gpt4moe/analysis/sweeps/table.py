@@ -35,10 +35,13 @@ class Axis:
         """The first name, without its module."""
         return short(self.names[0])
 
+    def value(self, at: int) -> object:
+        """A value of the first name, as the results have it."""
+        return json.loads(self.keys[at])[0]
+
     def named(self, at: int) -> str:
         """A value with the name of the axis, unless it is a name itself."""
-        says_itself = isinstance(json.loads(self.keys[at])[0], str)
-        return self.labels[at] if says_itself else f"{self.title} {self.labels[at]}"
+        return self.labels[at] if isinstance(self.value(at), str) else f"{self.title} {self.labels[at]}"
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -109,18 +112,27 @@ class Sweep:
         A seed gives the same data order to every point, so that its luck falls out of differences seed by seed. Not a
         number where nothing remains, as with one seed.
         """
+        return self._beside_seeds()[0]
+
+    @property
+    def pair_freedom(self) -> int:
+        """The degrees of freedom of `pair_noise`."""
+        return self._beside_seeds()[1]
+
+    def _beside_seeds(self) -> tuple[float, int]:
         runs = [
             (index, row["seed"], value)
             for index, point in enumerate(self.measured)
             for row, value in zip(point.done, point.values(self.metric), strict=True)
         ]
         if not runs:
-            return math.nan
+            return math.nan, 0
         points, seeds, losses = map(np.array, zip(*runs, strict=True))
         effects = np.hstack([labels[:, None] == np.unique(labels) for labels in (points, seeds)]).astype(float)
         found, _, rank, _ = np.linalg.lstsq(effects, losses, rcond=None)
-        freedom = len(losses) - rank
-        return math.sqrt(float(((losses - effects @ found) ** 2).sum()) / freedom) if freedom else math.nan
+        freedom = int(len(losses) - rank)
+        left = float(((losses - effects @ found) ** 2).sum())
+        return (math.sqrt(left / freedom) if freedom else math.nan), freedom
 
     def has(self, key: str) -> bool:
         """Whether any run that is done has the column."""

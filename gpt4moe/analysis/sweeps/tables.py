@@ -39,7 +39,7 @@ def point_rows(sweep: Sweep, curves: Sequence[Curve]) -> list[dict[str, Any]]:
         row |= {"mean": point.mean(sweep.metric), "standard error": point.error(sweep.metric)}
         row |= {"to the first": off, "in standard errors": errors}
         row |= {"to the best": behind, "in its standard errors": behind_errors}
-        row |= {"tokens to match the first": match.get(point.place, math.nan)}
+        row |= {"share of tokens to match the first": match.get(point.place, math.nan)}
         row |= {"diverged": sum("not finite" in str(run.get("reason")) for run in point.rows)}
         row |= {"loss spikes": sum(point.values("loss_spikes")), "skipped steps": sum(point.values("skipped_steps"))}
         rows.append(row)
