@@ -217,9 +217,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
     sweep = engine.plan(config, build, args.workdir, _progress)
     if args.dry_run or args.executor == "list":
-        commands = engine.launch_list(sweep, args.gin_file, args.overrides)
-        _print(args, {"cells": engine.manifest(sweep), "commands": commands}, lambda _: "\n".join(commands))
-        return DONE
+        return _list_sweep(args, sweep)
     executor = engine.Executor(sweep.folder, args.executor, args.parallel, dict(args.job_parameters))
     rows = engine.run(sweep, executor, _progress, show_table=not args.json)
     from gpt4moe.analysis.sweeps.report import write_sweep_report
@@ -229,6 +227,20 @@ def _sweep(args: argparse.Namespace) -> int:
     document = {"folder": str(sweep.folder), "report": str(report), "rows": rows}
     _print(args, document, lambda _: f"{results.format_rows(rows, sweep.folder)}\nreport: {report}")
     return FAULT if any(row["state"] != "done" for row in rows) else DONE
+
+
+def _list_sweep(args: argparse.Namespace, sweep) -> int:
+    """Shows a command for each cell; only --executor=list, which means them to be run, leaves a manifest."""
+    from gpt4moe.sweep import engine
+
+    commands = engine.launch_list(sweep, args.gin_file, args.overrides, args.gin_search_paths)
+    for cell in sweep.cells:
+        if cell.refused is not None:
+            _progress(f"cannot be built, {dict(cell.point)}: {cell.refused}")
+    if not args.dry_run:
+        engine.write_manifest(sweep)
+    _print(args, {"cells": engine.manifest(sweep), "commands": commands}, lambda _: "\n".join(commands))
+    return DONE
 
 
 def _examine(args: argparse.Namespace, given: dict[str, str]):

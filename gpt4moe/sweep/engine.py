@@ -8,19 +8,32 @@ the same command goes on: cells that are done are kept, cut ones resume from the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gpt4moe.config.check import CallerError, require
+from gpt4moe.config.check import CallerError, one_line, require
+from gpt4moe.config.data import DataConfig
 from gpt4moe.config.sweep import SweepConfig
 from gpt4moe.data.prepare import prepare
 from gpt4moe.sweep import progress, results
 from gpt4moe.sweep.cells import Build, Cell, make_cells
-from gpt4moe.sweep.executors import Executor, Submitted
-from gpt4moe.sweep.worker import Job, Task, hold, is_pending, run_folder, state_of, write_json
+from gpt4moe.sweep.executors import Executor, Submitted, shielded, stop_all
+from gpt4moe.sweep.worker import (
+    Job,
+    Task,
+    explain,
+    grant_attempts,
+    hold,
+    is_pending,
+    refuse,
+    run_folder,
+    state_of,
+    write_json,
+)
 
 POLL_SECONDS = 1.0
 KILLED = "the process that ran it was killed (out of memory?)"
@@ -42,7 +55,7 @@ class Sweep:
 
 
 def plan(config: SweepConfig, build: Build, folder: str, say: Callable[[str], None]) -> Sweep:
-    """Returns the sweep of a configuration in `folder` and writes its manifest.
+    """Returns the sweep of a configuration in `folder`, of which nothing is written yet.
 
     Raises `CallerError` where no cell can be built at all, or the folder is not a local one.
     """
@@ -52,48 +65,51 @@ def plan(config: SweepConfig, build: Build, folder: str, say: Callable[[str], No
     built = [cell for cell in cells if cell.refused is None]
     if not built:
         raise CallerError(f"SweepConfig: none of {len(cells)} cells can be built, the first since {cells[0].refused}")
-    root = pathlib.Path(folder).absolute()
-    root.mkdir(parents=True, exist_ok=True)
-    sweep = Sweep(config, tuple(cells), root, build)
-    for cell in cells:
-        if cell.refused is not None:
-            _refuse(root, cell)
-    write_manifest(sweep)
-    return sweep
+    return Sweep(config, tuple(cells), pathlib.Path(folder).absolute(), build)
 
 
 def run(sweep: Sweep, executor: Executor, say: Callable[[str], None], *, show_table: bool = True) -> list[dict]:
-    """Runs every cell that is not done, shows how far they are, and returns the results, one row a cell."""
-    _forget_cut_attempts(sweep)
+    """Runs every cell that is not done, shows how far they are, and returns the results, one row a cell.
+
+    Each call tries anew what failed before, unless it would fail in the same way again.
+    """
+    for cell in sweep.cells:
+        if cell.refused is None:
+            grant_attempts(run_folder(sweep.folder, cell.id))
+        else:
+            refuse(run_folder(sweep.folder, cell.id), cell.refused, final=True)
+    write_manifest(sweep)
     _prepare_tokens(sweep, say)
-    with progress.table(sweep.cells, sweep.folder, enabled=show_table) as refresh:
-        _work_off(sweep, executor, refresh)
+    with progress.table(sweep.cells, sweep.folder, sweep.config.retries, enabled=show_table) as refresh:
+        _work_off(sweep, executor, refresh, say)
     return results.write(sweep.folder, sweep.cells, sweep.build)
 
 
-def _work_off(sweep: Sweep, executor: Executor, refresh: Callable[[], None]) -> None:
-    """Submits jobs until no cell is waiting or running; interrupted, asks them to save and passes it on."""
+def _work_off(sweep: Sweep, executor: Executor, refresh: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Submits jobs until no cell is waiting or running; interrupted, has them save and passes it on."""
     jobs: list[Submitted] = []
     try:
         while True:
             jobs = [job for job in jobs if not job.done()]
             waiting = _waiting(sweep, jobs)
             for tasks in _grouped(waiting, sweep.config.runs_per_job, executor.parallel)[: executor.room(len(jobs))]:
-                jobs.append(executor.submit(_job(sweep, tasks)))
+                with shielded():
+                    jobs.append(executor.submit(_job(sweep, tasks)))
             refresh()
             write_manifest(sweep)
             if not jobs and not waiting and not _elsewhere(sweep):
                 return
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        for job in jobs:
-            job.stop()
+        stop_all(jobs, say)
+        write_manifest(sweep)
         raise
 
 
 def write_manifest(sweep: Sweep) -> None:
     """Leaves `manifest` in the folder of the sweep, with the names of each axis."""
     names = [axis.split(",") for axis, _ in (*sweep.config.axes, *sweep.config.random)]
+    sweep.folder.mkdir(parents=True, exist_ok=True)
     write_json(sweep.folder / "manifest.json", {"axes": names, "cells": manifest(sweep)})
 
 
@@ -101,23 +117,40 @@ def manifest(sweep: Sweep) -> list[dict[str, Any]]:
     """One row a cell, whatever its state: what it is, how far it is, and the reason where it failed."""
     rows = []
     for cell in sweep.cells:
-        state = state_of(run_folder(sweep.folder, cell.id))
+        state: dict[str, Any] = {"state": "failed", "reason": cell.refused, "attempts": 0}
+        state = state if cell.refused else state_of(run_folder(sweep.folder, cell.id))
         row = {"id": cell.id, "point": dict(cell.point), "derived": dict(cell.derived), "seed": cell.seed}
         row |= {"overrides": cell.overrides, "deviations": dict(cell.deviations)}
         rows.append(row | {name: state.get(name) for name in ("state", "reason", "attempts", "seconds")})
     return rows
 
 
-def launch_list(sweep: Sweep, gin_files: Sequence[str], overrides: Sequence[str]) -> list[str]:
+def launch_list(
+    sweep: Sweep, gin_files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str] = ()
+) -> list[str]:
     """Returns one `gpt4moe train` command a cell, for machines that this one cannot start jobs on."""
     lines = []
     for cell in sweep.cells:
         if cell.refused is None:
             words = [f"--gin_file={path}" for path in gin_files]
-            words += [f"--gin.{binding}" for binding in (*overrides, *cell.overrides)]
+            words += [f"--gin_search_paths={','.join(search_paths)}"] if search_paths else []
+            words += [f"--gin.{binding}" for binding in (*_read_by(cell, overrides, sweep.build), *cell.overrides)]
             words.append(f"--workdir={run_folder(sweep.folder, cell.id)}")
             lines.append(" ".join(["gpt4moe train", *map(shlex.quote, words)]))
     return lines
+
+
+def _read_by(cell: Cell, overrides: Sequence[str], build: Build) -> list[str]:
+    """Those overrides of the sweep that a cell's run reads: `train` refuses others, such as those of `SweepConfig`."""
+
+    def is_read(*several: str) -> bool:
+        try:
+            build((*several, *cell.overrides))
+        except CallerError:
+            return False
+        return True
+
+    return list(overrides) if is_read(*overrides) else list(filter(is_read, overrides))
 
 
 def _waiting(sweep: Sweep, jobs: Iterable) -> list[Task]:
@@ -140,17 +173,6 @@ def _waiting(sweep: Sweep, jobs: Iterable) -> list[Task]:
     return waiting
 
 
-def _forget_cut_attempts(sweep: Sweep) -> None:
-    """A cell that was running when the whole sweep was cut off has not failed for that."""
-    for cell in sweep.cells:
-        folder = run_folder(sweep.folder, cell.id)
-        with hold(folder) as held:
-            state = state_of(folder)
-            if held and state["state"] == "running":
-                attempts = state["attempts"] - 1
-                write_json(folder / "cell.json", state | {"state": "waiting", "reason": None, "attempts": attempts})
-
-
 def _elsewhere(sweep: Sweep) -> bool:
     """Whether a process that this sweep has not started, of one that was cut off perhaps, still runs a cell."""
     for cell in sweep.cells:
@@ -171,18 +193,22 @@ def _job(sweep: Sweep, tasks: Sequence[Task]) -> Job:
 
 
 def _prepare_tokens(sweep: Sweep, say: Callable[[str], None]) -> None:
-    """Tokenises what cells still need, once, before runs that share it begin."""
-    prepared = set()
+    """Tokenises what cells still need, once, before runs that share it begin; cells without it fail."""
+    unreadable = functools.cache(lambda data: _why_unreadable(data, sweep.store, say))
     for cell in sweep.cells:
-        if cell.refused is None and state_of(run_folder(sweep.folder, cell.id))["state"] != "done":
-            data = sweep.build(cell.overrides)[0].data
-            if data not in prepared:
-                prepared.add(data)
-                prepare(data, sweep.store, progress=say)
+        folder = run_folder(sweep.folder, cell.id)
+        if cell.refused is None and is_pending(state_of(folder), sweep.config.retries):
+            reason = unreadable(sweep.build(cell.overrides)[0].data)
+            if reason is not None:
+                refuse(folder, reason, mistake=True)
 
 
-def _refuse(root: pathlib.Path, cell: Cell) -> None:
-    folder = run_folder(root, cell.id)
-    folder.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {"state": "failed", "reason": cell.refused, "attempts": 0, "final": True}
-    write_json(folder / "cell.json", document)
+def _why_unreadable(data: DataConfig, store: str, say: Callable[[str], None]) -> str | None:
+    """None once the tokens are there, else what is wrong with the sources, which may be anyone's functions."""
+    try:
+        prepare(data, store, progress=say)
+    except CallerError as error:
+        return one_line(error)
+    except Exception as error:
+        return explain(error)
+    return None

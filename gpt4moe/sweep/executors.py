@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import pathlib
+import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import submitit
@@ -17,10 +20,10 @@ from gpt4moe.sweep.worker import Job, Task, run_job
 
 # submitit ends local jobs after five minutes unless told otherwise.
 WEEK_MINUTES = 7 * 24 * 60
-
-
 # How old an answer of Slurm's queue may be.
 QUEUE_SECONDS = 10.0
+# How long processes may take to save when a sweep is interrupted, and how often they are asked.
+STOP_SECONDS, ASK_SECONDS = 120.0, 5.0
 
 
 class Queue:
@@ -58,8 +61,43 @@ class Submitted:
         return listed_by_now and self.queue.lacks(self.handle.job_id)
 
     def stop(self) -> None:
-        """Asks its process to save and end."""
-        self.handle.cancel(check=False)
+        """Asks its process to save and end; one that has not begun does not begin. May be repeated.
+
+        submitit would kill a local process after a second, Slurm's own limit is half a minute.
+        """
+        if self.queue is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(self.handle.job_id), signal.SIGTERM)  # to submitit's controller, which hands it on
+        else:
+            for what in ("--state=PENDING", "--signal=USR2"):
+                subprocess.run(["scancel", what, self.handle.job_id], capture_output=True, check=False)
+
+
+def stop_all(jobs: Sequence[Submitted], say: Callable[[str], None]) -> None:
+    """Asks jobs to save and end, and returns when they have, or after `STOP_SECONDS`; says what it waits for."""
+    end, asked = time.monotonic() + STOP_SECONDS, -math.inf
+    left = [job for job in jobs if not job.done()]
+    if left:
+        say(f"interrupted: waiting for {len(left)} jobs to save their runs and end, at most {STOP_SECONDS:.0f} s")
+    while left and time.monotonic() < end:
+        if time.monotonic() - asked > ASK_SECONDS:
+            asked = time.monotonic()
+            for job in left:
+                job.stop()
+        time.sleep(0.2)
+        left = [job for job in left if not job.done()]
+    if left:
+        say(f"{len(left)} jobs are still at it; the same command waits for them and goes on")
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Holds back SIGINT, and keeps it for good from processes started meanwhile: a terminal sends it to them too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Executor:

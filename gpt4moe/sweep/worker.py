@@ -1,7 +1,8 @@
 """Runs cells one after the other in one process, and leaves what came of each in its folder.
 
-`runs/ID/cell.json` says how far a cell is: `state` (running, done, failed), the reason of a failure, attempts.
-`runs/ID/.lock` is held by the process that runs it, so that any number of sweeps and of cut-off workers share a folder.
+`runs/ID/cell.json` says how far a cell is: `state` (waiting; running; stopped on request, with a checkpoint to go on
+from; done; failed), the reason of a failure, attempts that failed. `runs/ID/.lock` is held by the process that runs it,
+so that any number of sweeps and of cut-off workers share a folder.
 """
 
 from __future__ import annotations
@@ -13,17 +14,25 @@ import json
 import os
 import pathlib
 import resource
+import secrets
+import signal
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from gpt4moe.config.check import CallerError, RunError, one_line
 from gpt4moe.sweep.cells import Build
 
+if TYPE_CHECKING:
+    from gpt4moe.train.loop import TrainResult
+    from gpt4moe.train.stop import StopRequest
+
 GIGABYTE = 2**30
+# What a sweep, a terminal, a cluster that wants its machine back, and submitit before a time limit send.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "bad_alloc", "unable to allocate", "cannot allocate")
 
 
@@ -48,51 +57,75 @@ class Job:
 
 
 def run_job(job: Job) -> None:
-    """Runs the cells of a job that are neither done nor being run by someone else."""
+    """Runs the cells of a job that are neither done nor being run by someone else, until asked to stop."""
     _limit_memory(job.memory_limit_gb)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(job.folder) / "compiled"))
-    for task in job.tasks:
-        folder = run_folder(job.folder, task.id)
-        with hold(folder) as held:
-            while held and is_pending(state_of(folder), job.retries):
-                _run(folder, task, job.build)
+    with _stop_request() as stop:
+        for task in job.tasks:
+            folder = run_folder(job.folder, task.id)
+            with hold(folder) as held:
+                while held and not stop.requested and is_pending(state_of(folder), job.retries):
+                    _run(folder, task, job.build, stop)
 
 
-def _run(folder: pathlib.Path, task: Task, build: Build) -> None:
-    """One attempt at a cell, from its last checkpoint if there is one."""
-    before = state_of(folder)
+@contextlib.contextmanager
+def _stop_request() -> Iterator[StopRequest]:
+    """Listens for a request to stop. A second one is ignored: submitit's handlers would fail a run that is saving."""
+    from gpt4moe.train.stop import StopRequest
+
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        with StopRequest(STOP_SIGNALS) as stop:
+            yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(folder: pathlib.Path, task: Task, build: Build, stop: StopRequest) -> None:
+    """One attempt at a cell, from its last checkpoint if there is one. What stops has not failed, if it got on."""
+    before, saved = state_of(folder), _saved_step(folder)
     started = time.time()
 
-    def leave(state: str, reason: str | None = None, **more: Any) -> None:
+    def leave(state: str, reason: str | None = None, *, counts: bool = True, **more: Any) -> None:
         seconds = before.get("seconds", 0.0) + time.time() - started
-        attempts = before.get("attempts", 0) + (state != "stopped")
+        attempts = before.get("attempts", 0) + counts
         document = {"state": state, "reason": reason, "attempts": attempts, "seconds": seconds, "pid": os.getpid()}
         write_json(folder / "cell.json", document | more)
 
     leave("running")
     try:
-        result = _train(folder, task, build)
+        result = _train(folder, task, build, stop)
     except CallerError as error:
-        leave("failed", one_line(error), final=True)
+        leave("failed", one_line(error), mistake=True)
     except RunError as error:  # a run that diverges does so again
         leave("failed", one_line(error), final=True)
     except Exception as error:
         (folder / "error.txt").write_text(traceback.format_exc())
-        leave("failed", _reason(error))
+        leave("failed", explain(error))
     else:
-        if result.stopped:
-            leave("stopped", "stopped on request")
-            raise SystemExit(3)
-        leave("done")
+        if result.stopped and result.step > saved:
+            leave("stopped", "stopped on request", counts=False)
+        elif result.stopped:
+            leave("stopped", "stopped on request before a further step")
+        else:
+            leave("done", f"the data ended after {result.tokens:,} tokens" if result.data_ended else None)
 
 
-def _train(folder: pathlib.Path, task: Task, build: Build):
+def _saved_step(folder: pathlib.Path) -> int:
+    """The newest checkpoint of a cell, 0 without one."""
+    from gpt4moe.checkpoint import saved_steps
+
+    return max(saved_steps(folder), default=0)
+
+
+def _train(folder: pathlib.Path, task: Task, build: Build, stop: StopRequest) -> TrainResult:
     """The cell's training run, in its own work directory."""
     run, text = build((*task.overrides, f"data.DataConfig.store={task.store!r}"))
     from gpt4moe.train import loop
 
-    return loop.train(run, folder, config_text=text, show_progress=False)
+    return loop.train(run, folder, config_text=text, show_progress=False, stop=stop)
 
 
 def run_folder(folder: str | os.PathLike, cell_id: str) -> pathlib.Path:
@@ -107,10 +140,31 @@ def state_of(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def is_pending(state: dict[str, Any], retries: int) -> bool:
-    """Whether there is anything left to try. Call it with the cell's lock held: what then says running has died."""
-    if state["state"] == "done" or state.get("final"):
+    """Whether this invocation of a sweep has anything left to try.
+
+    Call it with the cell's lock held: what then says running has died. `final` is what would fail in the same way
+    again, `mistake` what the caller has to mend first.
+    """
+    if state["state"] == "done" or state.get("final") or state.get("mistake"):
         return False
-    return state["state"] != "failed" or state["attempts"] <= retries
+    return state["state"] not in ("failed", "stopped") or state["attempts"] <= retries
+
+
+def grant_attempts(folder: pathlib.Path) -> None:
+    """Forgets how often a cell was tried, for a new invocation of its sweep; what diverged or is done stays so."""
+    with hold(folder) as held:
+        state = state_of(folder)
+        if held and state["state"] in ("running", "failed", "stopped") and not state.get("final"):
+            state |= {"state": "waiting", "reason": None, "attempts": 0}
+            write_json(folder / "cell.json", {name: value for name, value in state.items() if name != "mistake"})
+
+
+def refuse(folder: pathlib.Path, reason: str, **more: Any) -> None:
+    """Leaves a cell failed that nothing was tried of; `more`: `final` or `mistake`."""
+    with hold(folder) as held:
+        if held:
+            state = state_of(folder) | {"state": "failed", "reason": reason}
+            write_json(folder / "cell.json", {"attempts": 0} | state | more)
 
 
 @contextlib.contextmanager
@@ -127,13 +181,14 @@ def hold(folder: pathlib.Path) -> Iterator[bool]:
 
 
 def write_json(path: pathlib.Path, document: Any) -> None:
-    """Replaces a file as a whole."""
-    partial = path.with_name(f"{path.name}.partial")
+    """Replaces a file as a whole, whoever else does so."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     partial.write_text(json.dumps(document, indent=1) + "\n")
     partial.replace(path)
 
 
-def _reason(error: Exception) -> str:
+def explain(error: Exception) -> str:
+    """What an error that nobody foresaw says, in one line."""
     said = f"{type(error).__name__}: {one_line(error)}"
     memory = isinstance(error, MemoryError) or any(word.lower() in said.lower() for word in OUT_OF_MEMORY)
     return f"out of memory: {said}" if memory else said

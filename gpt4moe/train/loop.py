@@ -71,6 +71,7 @@ def train(
     allow_config_change: bool = False,
     profile_steps: int = 0,
     show_progress: bool = True,
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Trains `run` to its end, or until SIGINT or SIGTERM, and leaves a checkpoint of the last step.
 
@@ -81,6 +82,7 @@ def train(
       allow_config_change: resume although settings differ.
       profile_steps: how many steps to write a profiler trace of, into `profile/`.
       show_progress: draw a progress bar on stderr.
+      stop: a request that the caller listens for already, over several runs say.
 
     Raises:
       CallerError: the configuration does not fit the devices, the data or what the work directory holds.
@@ -92,7 +94,7 @@ def train(
     start = beginning.begin(run, epath.Path(workdir), config_text, **given)
     run, workdir, store = start.run, start.workdir, start.store
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        stop = stop or stack.enter_context(StopRequest())
         at = beginning.first_position(start)
         log = stack.enter_context(metrics.MetricsLog(workdir, keep_to_step=at.step))
         if show_progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,9 +22,15 @@ class StopRequest:
     Signals reach only the main thread; entered in another one it waits for nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[int] = SIGNALS) -> None:
+        self._signals = signals
         self._requested = False
         self._previous: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process has been asked."""
+        return self._requested
 
     def agreed(self, step: int) -> bool:
         """Whether every process stops after `step`; to be asked by all of them after every step."""
@@ -37,7 +44,7 @@ class StopRequest:
         if jax.process_count() > 1:
             self._previous = {signal.SIGINT: signal.signal(signal.SIGINT, _hand_on)}
         else:
-            self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._request) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:
