@@ -71,7 +71,7 @@ def test_intervals_hold_what_was_planted_as_often_as_they_say(seeds, seed_luck):
     """The luck of a seed moves all runs of it alike, and no minimum."""
     draw = np.random.default_rng(0)
     held = {"size": [], "exponent": []}
-    for _ in range(60):
+    for _ in range(100):
         rows = rows_of(draw, seeds=seeds, noise=4e-3, seed_luck=seed_luck)
         (family,) = families(make_sweep("", rows, {"axes": [["BUDGET"], ["WIDTH"]]}))
         assert family.scatter.of_seeds == (seeds > 1)
@@ -81,7 +81,7 @@ def test_intervals_hold_what_was_planted_as_often_as_they_say(seeds, seed_luck):
         low, high = family.parameters.interval
         held["exponent"].append(low < 0.5 < high)
     assert 0.9 < np.mean(held["size"]) < 0.99
-    assert 0.88 < np.mean(held["exponent"]) <= 1
+    assert 0.9 <= np.mean(held["exponent"]) <= 1
 
 
 def test_budgets_of_two_routers_are_not_one():
@@ -104,11 +104,17 @@ def test_a_minimum_beyond_the_sizes_is_no_part_of_the_power():
     apart = math.log(second.best / first.best) / math.log(second.flops / first.flops)
     assert family.parameters.exponent == pytest.approx(apart)
     (plot,) = isoflop_plots(sweep)
-    assert "outside of the sizes that were run" in plot.caption and "C^0.46 and C^0.54" in plot.caption
+    assert (
+        "outside of the sizes that were run and no part of the powers" in plot.caption
+        and "C^0.46 and C^0.54" in plot.caption
+    )
 
 
 def test_without_a_curve_nothing_limits_the_minimum():
     draw = np.random.default_rng(0)
     rows = [row | {"held_out_loss": 3 + 0.01 * draw.standard_normal()} for row in rows_of(draw, seeds=1)]
-    (family,) = families(make_sweep("", rows, {"axes": [["BUDGET"], ["WIDTH"]]}))
+    sweep = make_sweep("", rows, {"axes": [["BUDGET"], ["WIDTH"]]})
+    (family,) = families(sweep)
+    (plot,) = isoflop_plots(sweep)
+    assert "nothing limits it" in plot.caption
     assert not any(math.isfinite(budget.interval[0]) for budget in family.budgets)

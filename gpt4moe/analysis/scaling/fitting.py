@@ -148,7 +148,9 @@ def fit(
         problem = _Problem(law, names, fixed, observations, config.delta)
         best, agreeing = _minimise(problem, config, bar)
         drawn = _bootstrap(problem, best, config, bar)
-    widening = _widening(num_cells, len(names), config.confidence)
+    freedom = num_cells - len(names)
+    # Residuals of n cells and P constants are smaller than errors by sqrt((n - P) / n).
+    widening = math.sqrt(num_cells / freedom) * student_widening(freedom, config.confidence)
     tails = np.array([50 - 50 * config.confidence, 50 + 50 * config.confidence])
     ends = problem.law_at(problem.limited(best + widening * (np.percentile(drawn, tails, axis=0) - best)))
     return Fit(
@@ -277,14 +279,14 @@ def _bootstrap(problem: _Problem, best: np.ndarray, config: FitConfig, bar: tqdm
     return np.array(drawn) if drawn else best[None]
 
 
-def _widening(num_cells: int, num_constants: int, confidence: float) -> float:
-    """Of deviations of a bootstrap: it scatters as residuals do, which the fit made small, and like a normal variable.
+def student_widening(freedom: int, confidence: float) -> float:
+    """Returns how many times wider than a normal variable's an interval is whose deviation is known that well.
 
-    Residuals of n cells and P constants are smaller than errors by sqrt((n - P) / n), and in so few degrees of freedom
-    the quantile is Student's (Efron and Tibshirani 1993, chapter 12; Hesterberg 2015, "expanded percentile").
+    In so few degrees of freedom the quantile is Student's (Efron and Tibshirani 1993, chapter 12; Hesterberg 2015,
+    "expanded percentile"). Not a number in none.
     """
-    freedom, tail = num_cells - num_constants, (1 + confidence) / 2
-    return float(math.sqrt(num_cells / freedom) * stats.t.ppf(tail, freedom) / stats.norm.ppf(tail))
+    tail = (1 + confidence) / 2
+    return float(stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)) if freedom else math.nan
 
 
 def _held_out(problem: _Problem, config: FitConfig) -> HeldOut | None:

@@ -3,7 +3,7 @@
 The variables have one name and one meaning in all laws, so that a table of runs goes into any of them:
 
     active_parameters   parameters that one token meets; of a dense model all of them
-    total_parameters    parameters of all experts, without embeddings
+    total_parameters    parameters of all experts, without embeddings (of a sweep's results: `non_embedding_parameters`)
     tokens              training tokens, repeated ones counted each time
     unique_tokens       tokens of the training data that differ
     num_experts         experts of a routed layer, 1 for a dense model

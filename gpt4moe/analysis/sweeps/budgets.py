@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
+from gpt4moe.analysis.scaling.fitting import student_widening
 from gpt4moe.analysis.sweeps.table import Axis, Point, Sweep, name_of
 
 # Runs of one budget lie within this ratio of FLOPs; sizes of a budget span at least the other.
@@ -33,8 +33,7 @@ class Scatter:
     @property
     def widening(self) -> float:
         """How many times wider than a normal variable's an interval is that rests on so few degrees of freedom."""
-        tail = (1 + CONFIDENCE) / 2
-        return float(stats.t.ppf(tail, self.freedom) / stats.norm.ppf(tail)) if self.freedom else math.nan
+        return student_widening(self.freedom, CONFIDENCE)
 
 
 @dataclasses.dataclass(frozen=True)

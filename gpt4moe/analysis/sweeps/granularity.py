@@ -34,7 +34,13 @@ def granularity_plots(sweep: Sweep) -> list[Plot]:
             for place, point, (off, _) in zip(at, points, apart, strict=True):
                 if math.isfinite(error := point.error(sweep.metric)):
                     axes.vlines([place], off - error, off + error, color=arm.colour, **marks.arm(index))
-            axes.plot(at, published(points, name), ":", color=arm.colour, **marks.arm(index, "Krajewski et al."))
+            axes.plot(
+                at,
+                published(points, name, sweep.size_key),
+                ":",
+                color=arm.colour,
+                **marks.arm(index, "Krajewski et al."),
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("granularity")
@@ -42,23 +48,22 @@ def granularity_plots(sweep: Sweep) -> list[Plot]:
 
     caption = (
         "Mean loss less that of the first granularity; bars: standard error of the mean. Dotted: what Krajewski et al. "
-        f"2024 give for the same change at as many total parameters and tokens, far below those they fitted.{rest}"
+        f"2024 give for the same change at as many {sweep.size_label} and tokens, far below those they fitted.{rest}"
     )
     rows = [row for points in lines.values() for row in _rows(sweep, axis, points, name)]
     return [Plot("granularity", "Finer experts", caption, rows, draw, arms)]
 
 
-def published(points: Sequence[Point], name: str) -> np.ndarray:
+def published(points: Sequence[Point], name: str, size_key: str) -> np.ndarray:
     """Nats by which the published law puts each point above the first of the line, at the first's size and tokens."""
     grains = np.array([number(point.rows[0], name) for point in points])
-    size = points[0].mean("non_embedding_parameters")  # sweeps of former versions have none
-    size = size if math.isfinite(size) else points[0].mean("total_parameters")
-    losses = KRAJEWSKI.loss(granularity=grains, total_parameters=size, tokens=points[0].mean("tokens"))
+    sizes = {"total_parameters": points[0].mean(size_key), "tokens": points[0].mean("tokens")}
+    losses = KRAJEWSKI.loss(granularity=grains, **sizes)
     return losses - losses[0]
 
 
 def _rows(sweep: Sweep, axis: Axis, points: Sequence[Point], name: str) -> list[dict]:
-    apart, theirs = differences(sweep, points, points[0]), published(points, name)
+    apart, theirs = differences(sweep, points, points[0]), published(points, name, sweep.size_key)
     return [
         point_row(sweep, point, sweep.metric)
         | {"difference": off, "in_standard_errors": errors, "published": float(said)}

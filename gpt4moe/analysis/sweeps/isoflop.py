@@ -109,7 +109,8 @@ def _theirs() -> str:
 
 def _said(family: Family) -> str:
     name = f" of {family.name}" if family.name else ""
-    minima = [_least(budget) for budget in family.budgets if math.isfinite(budget.best)]
+    known = family.scatter.freedom > 0
+    minima = [_least(budget, known=known) for budget in family.budgets if math.isfinite(budget.best)]
     text = f"Best active parameters{name}: {'; '.join(minima)}." if minima else f"No parabola{name} has a minimum."
     if family.parameters and family.tokens:
         text += f" Parameters grow as C^{_exponent(family.parameters)}, tokens as C^{_exponent(family.tokens)}."
@@ -121,10 +122,11 @@ def _said(family: Family) -> str:
     )
 
 
-def _least(budget: Budget) -> str:
+def _least(budget: Budget, *, known: bool) -> str:
     low, high = budget.interval
-    interval = f" ({units(low)} to {units(high)})" if math.isfinite(low) else ""
-    outside = "" if budget.inside else ", outside of the sizes that were run"
+    open_ended = " (nothing limits it)" if known else ""  # more than a tenth of the replicates have no minimum
+    interval = f" ({units(low)} to {units(high)})" if math.isfinite(low) else open_ended
+    outside = "" if budget.inside else ", outside of the sizes that were run and no part of the powers"
     return f"{units(budget.best)} at {budget.flops:.3g} FLOPs{interval}{outside}"
 
 

@@ -214,11 +214,12 @@ def _draw_law(axes, found: Fit, line: Sequence[Seen], arm: Arm, marks: Marks, in
 def _said(fits: Mapping[str, Fit], num_risen: int) -> str:
     if not fits:
         return "No law is fitted: points of one size are too few."
-    risen = (
-        f"{num_risen} points at which more epochs raised the loss beyond noise are left out of the fit. "
-        if num_risen
-        else ""
+    are = (
+        "point at which more epochs raised the loss beyond noise is"
+        if num_risen == 1
+        else ("points at which more epochs raised the loss beyond noise are")
     )
+    risen = f"{num_risen} {are} left out of the fit. " if num_risen else ""
     return (
         "Solid: tokens seen again are worth 1 + R_D (1 - exp(-(epochs - 1) / R_D)) epochs (Muennighoff et al. 2023), "
         f"{'; '.join(_constant(name, found) for name, found in fits.items())}. "

@@ -22,8 +22,9 @@ ONE_SIZE = 1.1
 
 @dataclasses.dataclass(frozen=True)
 class Surface:
-    """A polynomial of second degree in x = ln N and y = ln(1 - S), N total parameters, S the share of experts left out.
+    """A polynomial of second degree in x = ln N and y = ln(1 - S).
 
+    N: total parameters, without embeddings where the results say them. S: the share of experts left out.
     places [P, 2]: x and y of the points. coefficients [6]: of 1, x, y, xx, xy, yy, x and y counted from their means.
     rms: of what the polynomial leaves, nats.
     """
@@ -62,17 +63,17 @@ def sparsity_plots(sweep: Sweep) -> list[Plot]:
         axes.set_yticks(shares, [f"{1 - share:.3g}" for share in shares])
         axes.set_yticks([], minor=True)
         axes.invert_yaxis()
-        axes.set_xlabel("total parameters")
+        axes.set_xlabel(sweep.size_label)
         axes.set_ylabel("sparsity, (E - K) / E")
         drawn.colorbar(filled, ax=axes, pad=0.02, format=lambda value, _: f"{value:.3f}", label=sweep.metric_label)
 
     caption = (
-        "Polynomial of second degree in the logarithms of total parameters and of the share of experts met, through "
+        f"Polynomial of second degree in the logarithms of {sweep.size_label} and of the share of experts met, through "
         f"the means of the points, as Abnar et al. 2025 have it; it leaves {surface.rms:.4f} nats. Nothing is drawn "
-        f"outside of the runs. Least: {said(least, sweep.metric)}, {units(least.mean('total_parameters'))} parameters."
+        f"outside of the runs. Least: {said(least, sweep.metric)}, {units(least.mean(sweep.size_key))} parameters."
     )
     rows = [
-        {"total_parameters": np.exp(x), "sparsity": 1 - np.exp(y), "loss": loss, "surface": height}
+        {sweep.size_key: np.exp(x), "sparsity": 1 - np.exp(y), "loss": loss, "surface": height}
         for (x, y), loss, height in zip(surface.places, losses, surface.loss(surface.places), strict=True)
     ]
     facts = {"coefficients": surface.coefficients.tolist(), "centre": surface.places.mean(0).tolist()}
@@ -83,7 +84,7 @@ def sparsity_plots(sweep: Sweep) -> list[Plot]:
 
 def fit_surface(sweep: Sweep) -> Surface | None:
     """The surface through the means of the points; None where these do not tell all six terms apart."""
-    found = [(point, point.mean("total_parameters"), 1 - point.mean("sparsity")) for point in sweep.measured]
+    found = [(point, point.mean(sweep.size_key), 1 - point.mean("sparsity")) for point in sweep.measured]
     found = [row for row in found if np.isfinite(row[1:]).all() and row[2] > 0]
     if not found:
         return None

@@ -98,6 +98,16 @@ class Sweep:
         return "held-out loss, nats" if self.metric == "held_out_loss" else "training loss, nats"
 
     @property
+    def size_key(self) -> str:
+        """The column of what laws call total parameters, without embeddings; sweeps of former versions count all."""
+        return "non_embedding_parameters" if self.has("non_embedding_parameters") else "total_parameters"
+
+    @property
+    def size_label(self) -> str:
+        """What that column is called on an axis."""
+        return "total parameters" + (" without embeddings" if self.size_key != "total_parameters" else "")
+
+    @property
     def noise(self) -> float:
         """Standard deviation of a run's loss from seed to seed, pooled over points; not a number without seeds."""
         groups = [point.values(self.metric) for point in self.measured]
