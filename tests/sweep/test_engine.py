@@ -81,6 +81,16 @@ def test_a_cell_whose_process_was_killed_is_tried_again_but_not_for_ever(file, t
         assert state_of(folder) == {"state": "failed", "reason": engine.KILLED, "attempts": attempts}
 
 
+def test_a_cell_that_its_cluster_stopped_is_submitted_again_and_stays_as_it_is_until_it_runs(file, tmp_path):
+    sweep = planned(file, tmp_path / "sweep")
+    stopped = {"state": "stopped", "reason": "stopped on request", "attempts": 0}
+    with hold(folder := run_folder(sweep.folder, sweep.cells[1].id)):
+        write_json(folder / "cell.json", stopped)
+        assert [task.id for task in engine._waiting(sweep, [])] == [sweep.cells[0].id], "its process has not ended"
+    assert [task.id for task in engine._waiting(sweep, [])] == [cell.id for cell in sweep.cells]
+    assert state_of(folder) == stopped
+
+
 def test_a_sweep_waits_for_a_cell_that_another_one_runs(file, tmp_path):
     sweep = planned(file, tmp_path / "sweep")
     for cell in sweep.cells:
