@@ -100,6 +100,18 @@ def test_the_shortest_seed_ends_a_curve(tmp_path):
     assert curve.tokens[-1] == TOKENS * 6 // 8 and np.isfinite(curve.loss).all()
 
 
+def test_steps_that_were_not_logged_take_time_too(tmp_path):
+    def plant(point, seed):
+        return {"held_out_loss": 3.0, "active_parameters": SIZE, "tokens": TOKENS, "train_seconds": 40.0}
+
+    write_sweep(tmp_path, {"LR": [1e-3, 1e-2]}, plant, seeds=1)
+    for log in tmp_path.glob("runs/*/metrics.jsonl"):
+        rows = map(json.loads, log.read_text().splitlines())
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] % 4 == 0))
+    (curve, _) = read_curves(read_sweep(tmp_path))
+    assert curve.seconds[-1] == pytest.approx(40.0)
+
+
 def test_gains_of_a_source_are_over_the_first_value_at_the_same_other_settings():
     """A cell of which the reference has failed gives nothing."""
     level = {0.1: 0.0, 0.2: 5.0, 0.3: 7.0}

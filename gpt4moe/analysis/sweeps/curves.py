@@ -99,8 +99,7 @@ def _curve(point: Point, histories: Sequence[History]) -> Curve:
     first, last = max(each.tokens[0] for each in series), min(each.tokens[-1] for each in series)
     tokens = np.linspace(first, last, NUM_POINTS)
     losses = np.array([_on(tokens, each.tokens, smooth(each.values)) for each in series])
-    clocks = [history.series("step_seconds") for history in histories]
-    spent = [(clock.tokens, np.cumsum(np.nan_to_num(clock.values))) for clock in clocks if len(clock.tokens)]
+    spent = [clock for history in histories if len((clock := _clock(history))[0])]
     epochs = _epochs(histories)
     evaluated = [_held_out(history, frozenset(epochs)) for history in histories]
     held_tokens = np.array(sorted(set.intersection(*(set(found) for found in evaluated))))
@@ -114,6 +113,14 @@ def _curve(point: Point, histories: Sequence[History]) -> Curve:
         point, tokens, seconds(tokens), losses.mean(0), losses.min(0), losses.max(0),
         held_tokens, seconds(held_tokens), held.mean(0), held.min(0), held.max(0), epochs,
     )  # fmt: skip
+
+
+def _clock(history: History) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and the seconds until then; a row stands for the steps since the one before it."""
+    rows = [row for row in history.rows if row.get("step_seconds") is not None]
+    apart = np.diff([0, *(row["step"] for row in rows)])
+    seconds = np.cumsum(apart * np.array([row["step_seconds"] for row in rows]))
+    return np.array([row["tokens"] for row in rows], np.float64), seconds
 
 
 def _epochs(histories: Sequence[History]) -> dict[str, float]:
