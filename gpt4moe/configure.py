@@ -210,7 +210,8 @@ def _imports(gin) -> str:
 def _construct(config_type: type, gin_files: Sequence[str]) -> Any:
     import gin
 
-    require(_is_bound(config_type), "--gin_file", gin_files, f"configure no {config_type.__name__}", "give a run file")
+    mend = "bind sweep.SweepConfig, see docs/sweeps.md" if config_type.__name__ == "SweepConfig" else "give a run file"
+    require(_is_bound(config_type), "--gin_file", ",".join(gin_files), f"has no {config_type.__name__}", mend)
     try:
         return _with_parameters(gin, gin.get_configurable(config_type)())
     except Exception as error:

@@ -50,7 +50,8 @@ class SweepConfig:
             require_count(name, getattr(self, name))
         require_count("retries", self.retries, least=0)
         seeds = tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
-        require(bool(seeds) and len(set(seeds)) == len(seeds), "seeds", self.seeds, "must be a count or distinct seeds")
+        form = "must be a count of at least 1, or a list of distinct seeds"
+        require(bool(seeds) and len(set(seeds)) == len(seeds), "seeds", self.seeds, form)
         for seed in seeds:
             require_seed("seeds", seed)
         object.__setattr__(self, "seeds", seeds)

@@ -55,7 +55,7 @@ def format_rows(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> str:
     table = [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (titles, *lines)
     ]
-    failed = [f"{row['id']}: {row['reason']}" for row in rows if row.get("reason")]
+    failed = [f"{_named(row, swept)} ({row['id']}): {row['reason']}" for row in rows if row.get("reason")]
     return "\n".join([*table, *failed, f"results: {folder / 'results.parquet'}"])
 
 
@@ -173,6 +173,10 @@ def _held_out(rows: Sequence[dict], trained: Sequence[str]) -> dict[str, float |
     losses, tokens = ([newest[f"eval/{source}/{field}"] for source in sources] for field in ("loss", "tokens"))
     whole = bool(losses) and all(loss is not None for loss in losses)
     return found | {"held_out_loss": float(np.average(losses, weights=tokens)) if whole else None}
+
+
+def _named(row: dict[str, Any], swept: Sequence[str]) -> str:
+    return ", ".join(f"{name.rsplit('.', 1)[-1]}={_shown(row.get(name))}" for name in swept)
 
 
 def _shown(value: Any) -> str:
