@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gpt4moe.config.check import CallerError, one_line, require
+from gpt4moe.config.check import CallerError, RunError, one_line, require
 from gpt4moe.config.data import DataConfig
 from gpt4moe.config.sweep import SweepConfig
 from gpt4moe.data.prepare import prepare
@@ -36,6 +36,8 @@ from gpt4moe.sweep.worker import (
 )
 
 POLL_SECONDS = 1.0
+# So many processes in a row may end without having begun with any of their cells.
+MOST_FRUITLESS = 3
 KILLED = "the process that ran it was killed (out of memory?)"
 
 
@@ -61,11 +63,14 @@ def plan(config: SweepConfig, build: Build, folder: str, say: Callable[[str], No
     """
     mend = "copy the folder there when the sweep has ended"
     require("://" not in folder, "--workdir", folder, "must be a local folder, whose files processes can lock", mend)
+    root = pathlib.Path(folder).absolute()
+    is_run = (root / "metrics.jsonl").exists() and not (root / "manifest.json").exists()
+    require(not is_run, "--workdir", folder, "is that of a run, not of a sweep", "give a folder of its own")
     cells = make_cells(config, build, say)
     built = [cell for cell in cells if cell.refused is None]
     if not built:
         raise CallerError(f"SweepConfig: none of {len(cells)} cells can be built, the first since {cells[0].refused}")
-    return Sweep(config, tuple(cells), pathlib.Path(folder).absolute(), build)
+    return Sweep(config, tuple(cells), root, build)
 
 
 def run(sweep: Sweep, executor: Executor, say: Callable[[str], None], *, show_table: bool = True) -> list[dict]:
@@ -88,13 +93,18 @@ def run(sweep: Sweep, executor: Executor, say: Callable[[str], None], *, show_ta
 def _work_off(sweep: Sweep, executor: Executor, refresh: Callable[[], None], say: Callable[[str], None]) -> None:
     """Submits jobs until no cell is waiting or running; interrupted, has them save and passes it on."""
     jobs: list[Submitted] = []
+    beginnings = _Beginnings(sweep)
     try:
         while True:
-            jobs = [job for job in jobs if not job.done()]
+            for job in [job for job in jobs if job.done()]:
+                jobs.remove(job)
+                beginnings.ended(job)
             waiting = _waiting(sweep, jobs)
             for tasks in _grouped(waiting, sweep.config.runs_per_job, executor.parallel)[: executor.room(len(jobs))]:
+                before = beginnings.states(tasks)
                 with shielded():
                     jobs.append(executor.submit(_job(sweep, tasks)))
+                beginnings.submitted(jobs[-1], before)
             refresh()
             write_manifest(sweep)
             if not jobs and not waiting and not _elsewhere(sweep):
@@ -104,6 +114,29 @@ def _work_off(sweep: Sweep, executor: Executor, refresh: Callable[[], None], say
         stop_all(jobs, say)
         write_manifest(sweep)
         raise
+
+
+class _Beginnings:
+    """Whether jobs begin with any of their cells: a broken environment would have them submitted again for ever."""
+
+    def __init__(self, sweep: Sweep):
+        self._folder, self._before, self._fruitless = sweep.folder, {}, 0
+
+    def states(self, tasks: Iterable[Task]) -> list[dict[str, Any]]:
+        """How far cells are."""
+        return [state_of(run_folder(self._folder, task.id)) for task in tasks]
+
+    def submitted(self, job: Submitted, before: list[dict[str, Any]]) -> None:
+        """Takes a job and how far its cells were before it."""
+        self._before[id(job)] = before
+
+    def ended(self, job: Submitted) -> None:
+        """Counts a job that has ended. Raises `RunError` where too many in a row have not begun."""
+        unchanged = self.states(job.tasks) == self._before.pop(id(job))
+        self._fruitless = self._fruitless + 1 if unchanged else 0
+        said = f"{self._fruitless} processes in a row ended before they began a run; see the logs in"
+        if self._fruitless >= MOST_FRUITLESS:
+            raise RunError(f"{said} {self._folder / 'jobs'}")
 
 
 def write_manifest(sweep: Sweep) -> None:

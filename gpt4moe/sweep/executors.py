@@ -121,6 +121,10 @@ class Executor:
         return max(self.parallel - running, 0)
 
     def submit(self, job: Job) -> Submitted:
-        """Starts a job."""
-        handle = self._submitit.submit(run_job, job)
+        """Starts a job. Raises `CallerError` where the cluster refuses it."""
+        try:
+            handle = self._submitit.submit(run_job, job)
+        except submitit.core.utils.FailedJobError as error:
+            said = str(error).strip().splitlines()[-1]
+            raise CallerError(f"--executor=slurm: {said}; look at --job_parameters and at sinfo") from error
         return Submitted(tuple(job.tasks), handle, self._queue, time.monotonic())

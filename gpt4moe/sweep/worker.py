@@ -85,8 +85,7 @@ def _stop_request() -> Iterator[StopRequest]:
 
 def _run(folder: pathlib.Path, task: Task, build: Build, stop: StopRequest) -> None:
     """One attempt at a cell, from its last checkpoint if there is one. What stops has not failed, if it got on."""
-    before, saved = state_of(folder), _saved_step(folder)
-    started = time.time()
+    before, started = state_of(folder), time.time()
 
     def leave(state: str, reason: str | None = None, *, counts: bool = True, **more: Any) -> None:
         seconds = before.get("seconds", 0.0) + time.time() - started
@@ -94,7 +93,8 @@ def _run(folder: pathlib.Path, task: Task, build: Build, stop: StopRequest) -> N
         document = {"state": state, "reason": reason, "attempts": attempts, "seconds": seconds, "pid": os.getpid()}
         write_json(folder / "cell.json", document | more)
 
-    leave("running")
+    leave("running")  # before anything else: what does not survive the next line has been tried
+    saved = _saved_step(folder)
     try:
         result = _train(folder, task, build, stop)
     except CallerError as error:

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from gpt4moe import flags
+from gpt4moe.config.check import CallerError, RunError
 from gpt4moe.configure import build_run, build_sweep
 from gpt4moe.launch import main
 from gpt4moe.sweep import engine
@@ -103,6 +104,31 @@ def test_a_sweep_waits_for_a_cell_that_another_one_runs(file, tmp_path):
         assert waits.is_alive() and not (sweep.folder / "results.json").exists()
     waits.join(60)
     assert not waits.is_alive() and (sweep.folder / "results.json").exists()
+
+
+class Broken(Here):
+    """An executor whose processes end before they reach a cell, as without the package on a cluster's nodes."""
+
+    def __init__(self):
+        self.submitted = 0
+
+    def submit(self, job):
+        self.submitted += 1
+        return Ended(job.tasks)
+
+
+def test_processes_that_never_begin_are_not_submitted_for_ever(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "POLL_SECONDS", 0.01)
+    sweep, broken = planned(file, tmp_path / "sweep"), Broken()
+    with pytest.raises(RunError, match="3 processes in a row ended before they began a run; see the logs in"):
+        engine.run(sweep, broken, print, show_table=False)
+    assert broken.submitted == engine.MOST_FRUITLESS
+
+
+def test_a_sweep_in_the_folder_of_a_run_is_refused(file, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(CallerError, match="is that of a run, not of a sweep; give a folder of its own"):
+        planned(file, tmp_path)
 
 
 def test_sources_that_cannot_be_read_fail_their_cells_until_they_are_there(file, tmp_path):
