@@ -120,7 +120,9 @@ class _Beginnings:
     """Whether jobs begin with any of their cells: a broken environment would have them submitted again for ever."""
 
     def __init__(self, sweep: Sweep):
-        self._folder, self._before, self._fruitless = sweep.folder, {}, 0
+        self._folder, self._limit = sweep.folder, sweep.config.memory_limit_gb
+        self._before: dict[int, list[dict[str, Any]]] = {}
+        self._fruitless = 0
 
     def states(self, tasks: Iterable[Task]) -> list[dict[str, Any]]:
         """How far cells are."""
@@ -134,9 +136,10 @@ class _Beginnings:
         """Counts a job that has ended. Raises `RunError` where too many in a row have not begun."""
         unchanged = self.states(job.tasks) == self._before.pop(id(job))
         self._fruitless = self._fruitless + 1 if unchanged else 0
-        said = f"{self._fruitless} processes in a row ended before they began a run; see the logs in"
         if self._fruitless >= MOST_FRUITLESS:
-            raise RunError(f"{said} {self._folder / 'jobs'}")
+            said = f"{self._fruitless} processes in a row ended before they began a run"
+            hint = f", memory_limit_gb={self._limit:g} may be too small" if self._limit else ""
+            raise RunError(f"{said}{hint}; see the logs in {self._folder / 'jobs'}")
 
 
 def write_manifest(sweep: Sweep) -> None:
