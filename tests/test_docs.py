@@ -57,13 +57,14 @@ def test_the_commands_about_routers_build():
         assert (run.model, run.train) != (plain.model, plain.train)
 
 
-def test_the_sweep_of_the_docs_has_the_cells_it_says(tmp_path):
-    text = (ROOT / "docs/sweeps.md").read_text()
-    given = tmp_path / "my_sweep.gin"
-    given.write_text(re.findall(r"```python\n(from __gin__.*?)```", text, re.DOTALL)[0])
-    config, build = build_sweep([str(given)])
-    cells = make_cells(config, build)
-    assert len(cells) == 3 * 3 * 3 and not any(cell.refused for cell in cells)
+def test_the_sweeps_of_the_docs_have_the_cells_they_say(tmp_path):
+    examples = re.findall(r"```python\n(from __gin__.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL)
+    for count, example in zip((3 * 3 * 3, 2 * 2 * 2), examples, strict=True):
+        given = tmp_path / "my_sweep.gin"
+        given.write_text(example)
+        config, build = build_sweep([str(given)])
+        cells = make_cells(config, build)
+        assert len(cells) == count and not any(cell.refused for cell in cells)
 
 
 def test_the_axis_of_functions_in_the_docs_builds(tmp_path):
