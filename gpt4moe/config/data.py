@@ -19,6 +19,7 @@ from gpt4moe.config.check import (
 from gpt4moe.config.tokenizer import TokenizerConfig
 
 BAD_RECORD_ACTIONS = ("count", "stop")
+FITS = ("squash", "pad", "crop", "tile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,34 @@ class SourceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """How images come into a batch: size, how many a row, how they are fitted, what is refused.
+
+    Every image of a row is `height` by `width` pixels after `fit`: "squash" to the size, "pad" to it with the scale
+    kept, "crop" the centre at the size's shorter side, or "tile" a page into up to `frames` pieces of the size.
+    `frames` above 1 are the frames of a clip or the tiles of a page, one image to the model. `per_row` bounds the images
+    of a packed row. `max_pixels` bounds what a file may unfold to. Images stay compressed in the store and are decoded
+    by `workers` threads.
+    """
+
+    height: int
+    width: int
+    per_row: int
+    frames: int = 1
+    fit: str = "squash"
+    max_pixels: int = 40_000_000
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "per_row", "frames", "max_pixels"):
+            require_count(f"ImageConfig.{name}", getattr(self, name))
+        require_count("ImageConfig.workers", self.workers, least=0)
+        require(self.fit in FITS, "ImageConfig.fit", self.fit, f"must be in {FITS}")
+        tiled = self.fit != "tile" or self.frames > 1
+        require(tiled, "ImageConfig.frames", self.frames, "must be above 1 where fit is 'tile'")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer and rows of a run.
 
@@ -75,7 +104,8 @@ class DataConfig:
     same token. `held_out_fraction` of the documents, chosen by a hash of their text (or of the group that their
     source gives them), is kept for evaluation, of which at most `held_out_tokens` a source are used. `store` is where
     tokens are kept (None: `data/` under the work directory; a shared folder lets several runs use one).
-    `bad_records` says whether a record that cannot be read is counted and passed over or stops the run.
+    `bad_records` says whether a record that cannot be read is counted and passed over or stops the run. `images`: how
+    those of sources that have any come into batches (None: such sources are refused).
     """
 
     sources: tuple[SourceConfig, ...]
@@ -87,6 +117,7 @@ class DataConfig:
     store: str | None = None
     bad_records: str = "count"
     seed: int = 0
+    images: ImageConfig | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
