@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,19 @@ MATMUL_NAME = "matmul"
 Slots = tuple[int, ...]  # which layer each slot of a stack holds, -1 where it holds none
 
 
-def normal_parameter(rngs: nnx.Rngs, layers: Slots | None, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
+def normal_parameter(
+    rngs: nnx.Rngs,
+    layers: Slots | None,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    std: float,
+    stack: str = "layers",
+):
     """Returns a float32 parameter from a normal cut at two sigmas, of deviation `std`.
 
-    `layers` stacks one for each of these layers along a leading "layers" dim, each from its own key, so that a layer's
-    values depend neither on how many layers there are nor on where they lie; an empty slot (-1) is zeros. `axes` are
-    the logical dims of one layer; the parameter carries them, "layers" first where stacked, as its `logical_axes`.
+    `layers` stacks one for each of these layers along a leading dim, each from its own key, so that a layer's values
+    depend neither on how many layers there are nor on where they lie; an empty slot (-1) is zeros. `axes` are the
+    logical dims of one layer; the parameter carries them, `stack` first where stacked, as its `logical_axes`.
     """
 
     def draw(key: Array) -> Array:
@@ -40,7 +48,14 @@ def normal_parameter(rngs: nnx.Rngs, layers: Slots | None, shape: tuple[int, ...
     slots = jnp.array(layers)
     keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.maximum(slots, 0))
     held = (slots >= 0).reshape(-1, *(1,) * len(shape))
-    return nnx.Param(jnp.where(held, jax.vmap(draw)(keys), 0.0), logical_axes=("layers", *axes))
+    return nnx.Param(jnp.where(held, jax.vmap(draw)(keys), 0.0), logical_axes=(stack, *axes))
+
+
+def filled_parameter(layers: Slots | None, shape: tuple[int, ...], axes: tuple[str, ...], value: float, stack: str):
+    """Returns a float32 parameter of one value, stacked as in `normal_parameter`."""
+    if layers is None:
+        return nnx.Param(jnp.full(shape, value, jnp.float32), logical_axes=axes)
+    return nnx.Param(jnp.full((len(layers), *shape), value, jnp.float32), logical_axes=(stack, *axes))
 
 
 def depth_scale(num_layers: int) -> float:
@@ -79,15 +94,47 @@ class RMSNorm(nnx.Module):
     The scale begins at `initial`.
     """
 
-    def __init__(self, layers: Slots | None, dim: int, epsilon: float, initial: float = 1.0):
-        shape, axes = ((dim,), ("norm",)) if layers is None else ((len(layers), dim), ("layers", "norm"))
-        self.scale = nnx.Param(jnp.full(shape, initial, jnp.float32), logical_axes=axes)
+    def __init__(self, layers: Slots | None, dim: int, epsilon: float, initial: float = 1.0, stack: str = "layers"):
+        self.scale = filled_parameter(layers, (dim,), ("norm",), initial, stack)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         x_float = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
         return (x_float * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + bias over the last dim, in float32, returned in x's dtype (Ba et al. 2016)."""
+
+    def __init__(self, layers: Slots | None, dim: int, epsilon: float, stack: str = "layers"):
+        self.scale = filled_parameter(layers, (dim,), ("norm",), 1.0, stack)
+        self.bias = filled_parameter(layers, (dim,), ("norm",), 0.0, stack)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        x_float = x.astype(jnp.float32)
+        centred = x_float - jnp.mean(x_float, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """Returns one of `config.vision.ACTIVATIONS` as a function of an array; float32 inside, x's dtype out.
+
+    gelu is exact, gelu_tanh its approximation (Hendrycks and Gimpel 2016), quick_gelu x * sigmoid(1.702 x), as in CLIP,
+    squared_relu that of So et al. 2021.
+    """
+    functions = {
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "relu": jax.nn.relu,
+        "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+    }
+    function = functions[name]
+    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def activate(up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None) -> Float[Array, "*rows F"]:
