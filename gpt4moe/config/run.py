@@ -77,7 +77,7 @@ class RunConfig:
         for name in ("height", "width"):
             value, of_encoder = getattr(images, name), getattr(vision.encoder, name)
             constraint = f"must be the encoder's ({of_encoder})"
-            require(value == of_encoder, f"ImageConfig.{name}", value, constraint, f"set both from one macro")
+            require(value == of_encoder, f"ImageConfig.{name}", value, constraint, "set both from one macro")
 
     @property
     def microbatch_rows(self) -> int:

@@ -18,8 +18,8 @@ from gpt4moe.model.layers import (
     RMSNorm,
     Slots,
     activation,
-    constant_parameter,
     depth_scale,
+    filled_parameter,
     matmul,
     normal_parameter,
 )
@@ -34,9 +34,9 @@ class Media:
     """The images of the rows and which of them each token sees.
 
     features_BIRD: what the resampler or the encoder made of every image, R features each; valid_BIR: which there are.
-    A token sees images first_image_BT .. image_index_BT of its row, none where image_index is -1. keys, values: those of
-    every block of cross-attention, [L, B, S, M, H] with S = I * R, kept while decoding; None where they follow from the
-    features.
+    A token sees images first_image_BT .. image_index_BT of its row, none where image_index is -1. keys, values: those
+    of every block of cross-attention, [L, B, S, M, H] with S = I * R, kept while decoding; None where they follow from
+    the features.
     """
 
     features_BIRD: Float[Array, "B I R D"]
@@ -148,7 +148,7 @@ def _heads(cross: CrossAttentionConfig) -> tuple[int, int, int]:
 
 def _gate(layers: Slots | None, dim: int, cross: CrossAttentionConfig) -> nnx.Param:
     shape, axes = ((dim,), ("norm",)) if cross.gate == "vector" else ((), ())
-    return constant_parameter(layers, shape, axes, cross.gate_init, stack=STACK)
+    return filled_parameter(layers, shape, axes, cross.gate_init, STACK)
 
 
 def _gated(gate: nnx.Param, y_BTD: Array) -> Array:

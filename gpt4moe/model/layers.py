@@ -88,6 +88,43 @@ def _matmul_backward(num_contracted: int, residuals: tuple[Array, Array], dy: Ar
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def rematerialised(function: Callable, remat: str, *, in_loop: bool) -> Callable:
+    """Returns `function` under the remat policy of `ModelConfig.remat`.
+
+    Outside a loop XLA would find that recomputing is what was computed before, and keep that.
+    """
+    if remat == "none":
+        return function
+    saved = jax.checkpoint_policies.save_only_these_names(MATMUL_NAME) if remat == "dots" else None
+    return jax.checkpoint(function, policy=saved, prevent_cse=not in_loop)
+
+
+class Linear(nnx.Module):
+    """x [*rows, *contracted] times a matrix of `shape` [*contracted, *rest], plus a bias [*rest] where `has_bias`."""
+
+    def __init__(
+        self,
+        layers: Slots | None,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        rngs: nnx.Rngs,
+        *,
+        num_contracted: int = 1,
+        out_scale: float = 1.0,
+        has_bias: bool = True,
+        stack: str = "layers",
+    ):
+        std = math.prod(shape[:num_contracted]) ** -0.5 * out_scale
+        rest, rest_axes = shape[num_contracted:], axes[num_contracted:]
+        self.weight = normal_parameter(rngs, layers, shape, axes, std, stack)
+        self.bias = filled_parameter(layers, rest, rest_axes, 0.0, stack) if has_bias else None
+        self.num_contracted = num_contracted
+
+    def __call__(self, x: Float[Array, " ..."]) -> Float[Array, " ..."]:
+        y = matmul(x, self.weight[...], self.num_contracted)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last dim, in float32, returned in x's dtype (Zhang and Sennrich 2019).
 
@@ -120,6 +157,7 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+@functools.cache  # one object a name, so that modules that hold it are of one graph
 def activation(name: str) -> Callable[[Array], Array]:
     """Returns one of `config.vision.ACTIVATIONS` as a function of an array; float32 inside, x's dtype out.
 
@@ -145,14 +183,28 @@ def activate(up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None) 
 
 
 class FeedForward(nnx.Module):
-    """A dense feed-forward: SwiGLU where `gated` (three matrices), else plain GELU (two); no biases."""
+    """A dense feed-forward: SwiGLU where `gated` (three matrices), else a function, GELU by default; no biases."""
 
-    def __init__(self, layers: Slots | None, dim: int, hidden: int, gated: bool, out_scale: float, rngs: nnx.Rngs):
-        std = dim**-0.5
-        self.gate = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std) if gated else None
-        self.up = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std)
-        self.down = normal_parameter(rngs, layers, (hidden, dim), ("mlp", "embed"), hidden**-0.5 * out_scale)
+    def __init__(
+        self,
+        layers: Slots | None,
+        dim: int,
+        hidden: int,
+        gated: bool,
+        out_scale: float,
+        rngs: nnx.Rngs,
+        activation: Callable[[Array], Array] | None = None,
+        stack: str = "layers",
+    ):
+        def matrix(shape: tuple[int, int], axes: tuple[str, str], std: float) -> nnx.Param:
+            return normal_parameter(rngs, layers, shape, axes, std, stack)
+
+        std, self.activation = dim**-0.5, activation
+        self.gate = matrix((dim, hidden), ("embed", "mlp"), std) if gated else None
+        self.up = matrix((dim, hidden), ("embed", "mlp"), std)
+        self.down = matrix((hidden, dim), ("mlp", "embed"), hidden**-0.5 * out_scale)
 
     def __call__(self, x_D: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         gate_F = None if self.gate is None else matmul(x_D, self.gate[...])
-        return matmul(activate(matmul(x_D, self.up[...]), gate_F), self.down[...])
+        up_F = matmul(x_D, self.up[...])
+        return matmul(activate(up_F, gate_F) if self.activation is None else self.activation(up_F), self.down[...])

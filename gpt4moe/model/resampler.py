@@ -1,4 +1,4 @@
-"""The Perceiver resampler: the many features of an image, clip or page in, few latents out (Alayrac et al. 2022, A.1.1)."""
+"""The Perceiver resampler: features of an image's patches and frames in, a few latents out (Alayrac et al. 2022)."""
 
 from __future__ import annotations
 
@@ -7,87 +7,108 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float
 
+from gpt4moe.config.check import require
 from gpt4moe.config.vision import ResamplerConfig
-from gpt4moe.model.layers import LayerNorm, activation, depth_scale, matmul, normal_parameter
-from gpt4moe.model.vision import STACK, TOKEN_STD, attend_to_all
+from gpt4moe.model.bidirectional import attend_all
+from gpt4moe.model.layers import LayerNorm, Linear, Slots, activation, depth_scale, normal_parameter
+from gpt4moe.model.layout import is_unrolled
+from gpt4moe.model.vision import STACK
 from gpt4moe.types import Array
 
 
 class Resampler(nnx.Module):
-    """latents [R, D]; embeddings of frames and of images where the configuration has them; `blocks` over layers."""
+    """latents [R, D], which read the features in every one of the stacked `blocks`; D is the width of the features.
+
+    frame_embedding [frames, D] and image_embedding [images, D] where the configuration has them. Latents and embeddings
+    begin at unit deviation (OpenFlamingo), matrices at fan_in^-1/2, those that write to the latents 1/sqrt(2L) of it.
+    """
 
     def __init__(self, config: ResamplerConfig, dim: int, compute_dtype: str, rngs: nnx.Rngs):
-        def table(count: int) -> nnx.Param | None:
-            return (
-                normal_parameter(rngs, None, (count, dim), ("position", "vision_embed"), TOKEN_STD) if count else None
-            )
-
-        # At unit deviation, as features after a norm are: latents that are all alike would read the same.
-        self.latents = normal_parameter(rngs, None, (config.num_latents, dim), ("position", "vision_embed"), 1.0)
-        self.frames, self.images = table(config.max_frames), table(config.max_images)
+        self.latents = _table(config.num_latents, dim, rngs)
+        self.frame_embedding = _table(config.max_frames, dim, rngs) if config.max_frames else None
+        self.image_embedding = _table(config.max_images, dim, rngs) if config.max_images else None
         self.blocks = ResamplerBlock(tuple(range(config.num_layers)), config, dim, rngs)
         self.norm = LayerNorm(None, dim, config.norm_epsilon)
-        self.compute_dtype = compute_dtype
+        self.config, self.compute_dtype = config, compute_dtype
 
     def __call__(
-        self, x_BIFPD: Float[Array, "B I F P D"], valid_BIF: Bool[Array, "B I F"] | None = None
+        self, x_BIFPD: Float[Array, "B I frames P D"], frame_valid_BIF: Bool[Array, "B I frames"] | None = None
     ) -> Float[Array, "B I R D"]:
-        """Returns R latents of every image, which read the features of its valid frames; without order among these
-        but for what the encoder and the embeddings of frames tell."""
+        """Returns the latents of every image in the compute dtype; frames that are not valid are not read.
+
+        Raises `ValueError` for more frames, or images of a row, than there are embeddings.
+        """
         rows, images, frames, patches, dim = x_BIFPD.shape
         x_BIFPD = x_BIFPD.astype(self.compute_dtype)
-        if self.frames is not None:
-            x_BIFPD = x_BIFPD + self.frames[...][:frames, None].astype(x_BIFPD.dtype)
-        if self.images is not None:
-            x_BIFPD = x_BIFPD + self.images[...][:images, None, None].astype(x_BIFPD.dtype)
-        x_BISD = x_BIFPD.reshape(rows, images, frames * patches, dim)
-        latents = self.latents[...].astype(x_BISD.dtype)
-        latents_BIRD = jnp.broadcast_to(latents, (rows, images, *latents.shape))
-        visible = None
-        if valid_BIF is not None:
-            always = jnp.ones((rows, images, len(latents)), bool)
-            visible = jnp.concatenate([jnp.repeat(valid_BIF, patches, axis=2), always], axis=-1)
+        if self.frame_embedding is not None:
+            x_BIFPD = x_BIFPD + _first(self.frame_embedding, frames, "max_frames")[:, None].astype(x_BIFPD.dtype)
+        if self.image_embedding is not None:
+            of_images = _first(self.image_embedding, images, "max_images")[:, None, None]
+            x_BIFPD = x_BIFPD + of_images.astype(x_BIFPD.dtype)
+        x_IPD = x_BIFPD.reshape(rows * images, frames * patches, dim)
+        valid_IS = None
+        if frame_valid_BIF is not None:
+            valid_IS = jnp.repeat(frame_valid_BIF.reshape(rows * images, frames), patches, axis=1)
+            # latents read each other too, so that an image without a valid frame still has keys
+            valid_IS = jnp.pad(valid_IS, ((0, 0), (0, self.config.num_latents)), constant_values=True)
+        latents_RD = self.latents[...].astype(x_IPD.dtype)
+        latents_IRD = jnp.broadcast_to(latents_RD, (len(x_IPD), *latents_RD.shape))
+        latents_IRD = self.norm(self._run_blocks(latents_IRD, x_IPD, valid_IS))
+        return latents_IRD.reshape(rows, images, *latents_IRD.shape[1:])
+
+    def _run_blocks(self, latents_IRD: Array, x_IPD: Array, valid_IS: Array | None) -> Array:
         graph, parameters = nnx.split(self.blocks)
 
-        def layer(latents_BIRD: Array, parameters: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, parameters)(latents_BIRD, x_BISD, visible), None
+        def step(latents_IRD: Array, layer: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graph, layer)(latents_IRD, x_IPD, valid_IS), None
 
-        latents_BIRD, _ = jax.lax.scan(layer, latents_BIRD, parameters, unroll=True)
-        return self.norm(latents_BIRD)
+        return jax.lax.scan(step, latents_IRD, parameters, unroll=is_unrolled(self.config.num_layers))[0]
 
 
 class ResamplerBlock(nnx.Module):
-    """Latents read features and themselves, then a feed-forward; no biases but in norms."""
+    """Latents attend to the features and to themselves, then a feed-forward; each is added to the latents.
 
-    def __init__(self, layers: tuple[int, ...], config: ResamplerConfig, dim: int, rngs: nnx.Rngs):
-        heads, out_scale = config.num_heads, depth_scale(config.num_layers)
-        head_dim = config.head_dim or dim // heads
+    Features and latents are normalised apart and share keys' and values' matrices; LayerNorms have biases, matrices
+    none.
+    """
 
-        def matrix(shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
-            return normal_parameter(rngs, layers, shape, axes, std, stack=STACK)
-
-        def norm(width: int) -> LayerNorm:
-            return LayerNorm(layers, width, config.norm_epsilon, stack=STACK)
-
-        self.feature_norm, self.latent_norm, self.feed_forward_norm = norm(dim), norm(dim), norm(dim)
-        axes = ("vision_embed", "heads", "head_dim")
-        self.query, self.key, self.value = (matrix((dim, heads, head_dim), axes, dim**-0.5) for _ in range(3))
-        output_std = (heads * head_dim) ** -0.5 * out_scale
-        self.output = matrix((heads, head_dim, dim), ("heads", "head_dim", "vision_embed"), output_std)
-        self.query_norm, self.key_norm = (norm(head_dim), norm(head_dim)) if config.qk_norm else (None, None)
-        self.up = matrix((dim, config.hidden_dim), ("vision_embed", "mlp"), dim**-0.5)
-        self.down = matrix((config.hidden_dim, dim), ("mlp", "vision_embed"), config.hidden_dim**-0.5 * out_scale)
-        self.activation = activation(config.activation)
+    def __init__(self, layers: Slots, config: ResamplerConfig, dim: int, rngs: nnx.Rngs):
+        epsilon, hidden = config.norm_epsilon, config.hidden_dim
+        head_dim = config.head_dim or dim // config.num_heads
+        shape, axes = (dim, config.num_heads, head_dim), ("vision_embed", "heads", "head_dim")
+        plain = {"has_bias": False, "stack": STACK}
+        writes = {"out_scale": depth_scale(config.num_layers), **plain}
+        self.features_norm = LayerNorm(layers, dim, epsilon, stack=STACK)
+        self.latents_norm = LayerNorm(layers, dim, epsilon, stack=STACK)
+        self.query = Linear(layers, shape, axes, rngs, **plain)
+        self.key = Linear(layers, shape, axes, rngs, **plain)
+        self.value = Linear(layers, shape, axes, rngs, **plain)
+        self.query_norm = LayerNorm(layers, head_dim, epsilon, stack=STACK) if config.qk_norm else None
+        self.key_norm = LayerNorm(layers, head_dim, epsilon, stack=STACK) if config.qk_norm else None
+        self.output = Linear(layers, (*shape[1:], dim), (*axes[1:], "vision_embed"), rngs, num_contracted=2, **writes)
+        self.feed_forward_norm = LayerNorm(layers, dim, epsilon, stack=STACK)
+        self.up = Linear(layers, (dim, hidden), ("vision_embed", "mlp"), rngs, **plain)
+        self.down = Linear(layers, (hidden, dim), ("mlp", "vision_embed"), rngs, **writes)
+        self.activate = activation(config.activation)
 
     def __call__(
-        self, latents_BIRD: Float[Array, "B I R D"], x_BISD: Float[Array, "B I S D"], visible: Array | None
-    ) -> Float[Array, "B I R D"]:
-        """Returns the latents after the layer; `visible` [B, I, S + R] says which features there are."""
-        queries = self.latent_norm(latents_BIRD)
-        keys = jnp.concatenate([self.feature_norm(x_BISD), queries], axis=2)
-        q, k, v = matmul(queries, self.query[...]), matmul(keys, self.key[...]), matmul(keys, self.value[...])
+        self, latents_IRD: Float[Array, "I R D"], x_IPD: Float[Array, "I P D"], valid_IS: Array | None
+    ) -> Float[Array, "I R D"]:
+        """Returns the latents after the layer; `valid_IS` covers the P features and the R latents after them."""
+        normed_IRD = self.latents_norm(latents_IRD)
+        read_ISD = jnp.concatenate([self.features_norm(x_IPD), normed_IRD], axis=1)
+        q_IRNH, k_ISNH, v_ISNH = self.query(normed_IRD), self.key(read_ISD), self.value(read_ISD)
         if self.query_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        latents_BIRD = latents_BIRD + matmul(attend_to_all(q, k, v, visible), self.output[...], 2)
-        hidden = self.activation(matmul(self.feed_forward_norm(latents_BIRD), self.up[...]))
-        return latents_BIRD + matmul(hidden, self.down[...])
+            q_IRNH, k_ISNH = self.query_norm(q_IRNH), self.key_norm(k_ISNH)
+        latents_IRD = latents_IRD + self.output(attend_all(q_IRNH, k_ISNH, v_ISNH, valid_IS))
+        return latents_IRD + self.down(self.activate(self.up(self.feed_forward_norm(latents_IRD))))
+
+
+def _table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
+    return normal_parameter(rngs, None, (rows, dim), ("position", "vision_embed"), 1.0)
+
+
+def _first(embedding: nnx.Param, count: int, setting: str) -> Array:
+    table = embedding[...]
+    require(count <= len(table), f"ResamplerConfig.{setting}", len(table), f"must be at least the batch's {count}")
+    return table[:count]

@@ -1,179 +1,157 @@
-"""The image encoder: a vision transformer, images in, one feature a patch out (Dosovitskiy et al. 2021)."""
+"""The image encoder: pixels in, a feature for each patch and leading token out (ViT, Dosovitskiy et al. 2021)."""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
+from gpt4moe.config.check import require
 from gpt4moe.config.vision import EncoderConfig
+from gpt4moe.model.bidirectional import attend_all
 from gpt4moe.model.layers import (
     LayerNorm,
+    Linear,
+    Slots,
     activation,
-    constant_parameter,
     depth_scale,
-    matmul,
     normal_parameter,
     rematerialised,
 )
 from gpt4moe.model.layout import is_unrolled
-from gpt4moe.model.rope import Rotation, rotate
+from gpt4moe.model.rope import Rotation, rotate, rotation
 from gpt4moe.types import Array
 
-# Not over the stages of a pipeline: every stage needs what the encoder makes.
+# Encoder layers lie whole on every pipeline stage: a dim of their own, not the decoder's "layers".
 STACK = "vision_layers"
-TOKEN_STD = 0.02
 
 
 class VisionEncoder(nnx.Module):
-    """patch [patch * patch * 3, D], positions [P, D] where learned, `blocks` stacked over layers; D is its own width."""
+    """Patches, leading tokens, `blocks` stacked over layers.
+
+    patch [patch * patch * 3, D], the pixels of a patch by rows, columns, colours; positions [P, D], of patches by rows;
+    leading [class token and registers, D], which hold their own positions. D is the encoder's width, not the decoder's.
+    Matrices have deviation fan_in^-1/2, those that write to the residual stream 1/sqrt(2L) of it; the tables D^-1/2.
+    """
 
     def __init__(self, config: EncoderConfig, compute_dtype: str, remat: str, rngs: nnx.Rngs):
-        dim, pixels, leading = config.dim, config.patch_size**2 * 3, config.num_leading
-        self.patch = normal_parameter(rngs, None, (pixels, dim), ("patch", "vision_embed"), pixels**-0.5)
-        self.patch_bias = constant_parameter(None, (dim,), ("norm",), 0.0) if config.patch_bias else None
-        tokens_axes = ("position", "vision_embed")
-        self.leading = normal_parameter(rngs, None, (leading, dim), tokens_axes, TOKEN_STD) if leading else None
-        count = config.num_features - config.num_registers
-        learned = config.positions == "learned"
-        self.positions = normal_parameter(rngs, None, (count, dim), tokens_axes, TOKEN_STD) if learned else None
-        self.norm_before = LayerNorm(None, dim, config.norm_epsilon) if config.norm_before else None
+        dim, epsilon = config.dim, config.norm_epsilon
+        self.patch = Linear(
+            None, (config.patch_size**2 * 3, dim), ("patch", "vision_embed"), rngs, has_bias=config.patch_bias
+        )
+        self.positions = _table(config.grid[0] * config.grid[1], dim, rngs) if config.positions == "learned" else None
+        self.leading = _table(config.num_leading, dim, rngs) if config.num_leading else None
+        self.norm_before = LayerNorm(None, dim, epsilon) if config.norm_before else None
         self.blocks = EncoderBlock(tuple(range(config.num_layers)), config, rngs)
-        self.norm_after = LayerNorm(None, dim, config.norm_epsilon) if config.norm_after else None
+        self.norm_after = LayerNorm(None, dim, epsilon) if config.norm_after else None
         self.config, self.compute_dtype, self.remat = config, compute_dtype, remat
 
-    def __call__(self, images: Array) -> Float[Array, "*images P D"]:
-        """Returns the features [..., P, D] of images [..., height, width, 3], those of leading tokens first.
+    def __call__(
+        self, images: UInt8[Array, "*lead height width 3"] | Float[Array, "*lead height width 3"]
+    ) -> Float[Array, "*lead P D"]:
+        """Returns the features of every image in the compute dtype, leading tokens before patches by rows.
 
-        uint8 images are normalised here; float ones are taken as they are.
+        Bytes are normalised here; floats are taken as normalised already. Raises `ValueError` for images of another
+        size than the configuration's: see `resampled_positions` for a change of it.
         """
-        outer = images.shape[:-3]
-        x_IPD = self._embed(self._pixels(images.reshape(-1, *images.shape[-3:])))
+        config, lead = self.config, images.shape[:-3]
+        size, expected = images.shape[-3:-1], (config.height, config.width)
+        require(size == expected, "images' height and width", size, f"must be {expected}, those of EncoderConfig")
+        images_I = images.reshape(-1, *images.shape[-3:])
+        x_IPD = self.patch(_patches(_normalised(images_I, config).astype(self.compute_dtype), config.patch_size))
+        if self.positions is not None:
+            x_IPD = x_IPD + self.positions[...].astype(x_IPD.dtype)
+        if self.leading is not None:
+            leading_PD = self.leading[...].astype(x_IPD.dtype)
+            x_IPD = jnp.concatenate([jnp.broadcast_to(leading_PD, (len(x_IPD), *leading_PD.shape)), x_IPD], axis=1)
         if self.norm_before is not None:
             x_IPD = self.norm_before(x_IPD)
-        graph, parameters = nnx.split(self.blocks)
-        unroll, turn = is_unrolled(self.config.num_layers), self._turn()
-
-        def layer(x_IPD: Array, parameters: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, parameters)(x_IPD, turn), None
-
-        layer = rematerialised(layer, self.remat, in_loop=not unroll)
-        x_IPD, _ = jax.lax.scan(layer, x_IPD, parameters, unroll=unroll)
+        x_IPD = self._run_blocks(x_IPD)
         if self.norm_after is not None:
             x_IPD = self.norm_after(x_IPD)
-        return x_IPD.reshape(*outer, *x_IPD.shape[1:])
+        return x_IPD.reshape(*lead, *x_IPD.shape[1:])
 
-    def _pixels(self, images: Array) -> Array:
-        if images.dtype != jnp.uint8:
-            return images.astype(self.compute_dtype)
-        mean, std = (jnp.array(of, jnp.float32) for of in (self.config.pixel_mean, self.config.pixel_std))
-        return ((images.astype(jnp.float32) / 255 - mean) / std).astype(self.compute_dtype)
+    def _run_blocks(self, x_IPD: Array) -> Array:
+        graph, parameters = nnx.split(self.blocks)
+        turn = _patch_rotation(self.config) if self.positions is None else None
+        few = is_unrolled(self.config.num_layers)
 
-    def _embed(self, pixels: Array) -> Array:
-        """Patches as tokens, row by row of the image, with positions, after the leading tokens."""
-        (rows, columns), size, count = self.config.grid, self.config.patch_size, len(pixels)
-        cut = pixels.reshape(count, rows, size, columns, size, 3).swapaxes(2, 3)
-        x_IPD = matmul(cut.reshape(count, rows * columns, -1), self.patch[...])
-        if self.patch_bias is not None:
-            x_IPD = x_IPD + self.patch_bias[...].astype(x_IPD.dtype)
-        if self.leading is not None:
-            leading = jnp.broadcast_to(self.leading[...].astype(x_IPD.dtype), (count, *self.leading[...].shape))
-            x_IPD = jnp.concatenate([leading, x_IPD], axis=1)
-        if self.positions is not None:
-            # Registers, which stand first, have no place.
-            positions = jnp.pad(self.positions[...], ((self.config.num_registers, 0), (0, 0)))
-            x_IPD = x_IPD + positions.astype(x_IPD.dtype)
-        return x_IPD
+        def layer(x_IPD: Array, parameters: nnx.State) -> Array:
+            return nnx.merge(graph, parameters)(x_IPD, turn)
 
-    def _turn(self) -> Rotation | None:
-        """Angles by the row of a patch for one half of a head's pairs of dims, by its column for the other."""
-        config = self.config
-        if config.positions == "learned":
-            return None
-        quarter = config.dim // config.num_heads // 4
-        frequency = config.rope_theta ** (-jnp.arange(quarter, dtype=jnp.float32) / quarter)
-        rows, columns = (axis.ravel() for axis in jnp.mgrid[: config.grid[0], : config.grid[1]])
-        angle = jnp.concatenate([place[:, None] * frequency for place in (rows, columns)], axis=-1)
-        angle = jnp.pad(angle, ((config.num_leading, 0), (0, 0)))[None]
-        return Rotation(jnp.cos(angle), jnp.sin(angle))
+        step = rematerialised(layer, self.remat, in_loop=not few)
+        return jax.lax.scan(lambda x, layers: (step(x, layers), None), x_IPD, parameters, unroll=few)[0]
 
 
 class EncoderBlock(nnx.Module):
-    """Pre-norm attention of all tokens among all, and a feed-forward; biases everywhere."""
+    """Attention over all of an image, then a feed-forward, each after a LayerNorm and added to the stream; biases."""
 
-    def __init__(self, layers: tuple[int, ...], config: EncoderConfig, rngs: nnx.Rngs):
-        dim, heads, hidden = config.dim, config.num_heads, config.hidden_dim
-        head_dim, out_scale = dim // heads, depth_scale(config.num_layers)
-
-        def matrix(shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
-            return normal_parameter(rngs, layers, shape, axes, std, stack=STACK)
-
-        def bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-            return constant_parameter(layers, shape, axes, 0.0, stack=STACK)
-
-        head_axes = ("heads", "head_dim")
-        self.attention_norm = LayerNorm(layers, dim, config.norm_epsilon, stack=STACK)
-        self.query, self.key, self.value = (
-            matrix((dim, heads, head_dim), ("vision_embed", *head_axes), dim**-0.5) for _ in range(3)
-        )
-        self.query_bias, self.key_bias, self.value_bias = (bias((heads, head_dim), head_axes) for _ in range(3))
-        self.output = matrix((heads, head_dim, dim), (*head_axes, "vision_embed"), dim**-0.5 * out_scale)
-        self.output_bias = bias((dim,), ("norm",))
-        self.feed_forward_norm = LayerNorm(layers, dim, config.norm_epsilon, stack=STACK)
-        self.up, self.up_bias = matrix((dim, hidden), ("vision_embed", "mlp"), dim**-0.5), bias((hidden,), ("mlp",))
-        self.down = matrix((hidden, dim), ("mlp", "vision_embed"), hidden**-0.5 * out_scale)
-        self.down_bias = bias((dim,), ("norm",))
-        self.activation = activation(config.activation)
+    def __init__(self, layers: Slots, config: EncoderConfig, rngs: nnx.Rngs):
+        dim, heads, hidden, epsilon = config.dim, config.num_heads, config.hidden_dim, config.norm_epsilon
+        out_scale = depth_scale(config.num_layers)
+        shape, axes = (dim, heads, dim // heads), ("vision_embed", "heads", "head_dim")
+        self.attention_norm = LayerNorm(layers, dim, epsilon, stack=STACK)
+        self.query = Linear(layers, shape, axes, rngs, stack=STACK)
+        self.key = Linear(layers, shape, axes, rngs, stack=STACK)
+        self.value = Linear(layers, shape, axes, rngs, stack=STACK)
+        turned, turned_axes = (*shape[1:], dim), (*axes[1:], "vision_embed")
+        self.output = Linear(layers, turned, turned_axes, rngs, num_contracted=2, out_scale=out_scale, stack=STACK)
+        self.feed_forward_norm = LayerNorm(layers, dim, epsilon, stack=STACK)
+        self.up = Linear(layers, (dim, hidden), ("vision_embed", "mlp"), rngs, stack=STACK)
+        self.down = Linear(layers, (hidden, dim), ("mlp", "vision_embed"), rngs, out_scale=out_scale, stack=STACK)
+        self.activate = activation(config.activation)
 
     def __call__(self, x_IPD: Float[Array, "I P D"], turn: Rotation | None) -> Float[Array, "I P D"]:
+        """Returns the stream after the layer; queries and keys are turned by `turn` where positions are rotary."""
         normed = self.attention_norm(x_IPD)
-        q, k, v = (
-            _affine(normed, weight, bias)
-            for weight, bias in (
-                (self.query, self.query_bias),
-                (self.key, self.key_bias),
-                (self.value, self.value_bias),
-            )
-        )
+        q_IPNH, k_IPNH, v_IPNH = self.query(normed), self.key(normed), self.value(normed)
         if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        x_IPD = x_IPD + _affine(attend_to_all(q, k, v), self.output, self.output_bias, 2)
-        hidden = self.activation(_affine(self.feed_forward_norm(x_IPD), self.up, self.up_bias))
-        return x_IPD + _affine(hidden, self.down, self.down_bias)
+            q_IPNH, k_IPNH = rotate(q_IPNH, turn), rotate(k_IPNH, turn)
+        x_IPD = x_IPD + self.output(attend_all(q_IPNH, k_IPNH, v_IPNH))
+        return x_IPD + self.down(self.activate(self.up(self.feed_forward_norm(x_IPD))))
 
 
-def attend_to_all(
-    q_IQNH: Float[Array, "*images Q N H"],
-    k_ISNH: Float[Array, "*images S N H"],
-    v_ISNH: Float[Array, "*images S N H"],
-    visible_IS: Array | None = None,
-) -> Float[Array, "*images Q N H"]:
-    """Returns softmax(q k^T / sqrt(H)) v over all keys, or those `visible_IS`, in float32 inside."""
-    scores = jnp.einsum("...QNH,...SNH->...NQS", q_IQNH, k_ISNH, preferred_element_type=jnp.float32)
-    scores = scores * q_IQNH.shape[-1] ** -0.5
-    if visible_IS is not None:
-        # Finite: of an image of which nothing is there the average means nothing, but is a number.
-        scores = jnp.where(visible_IS[..., None, None, :], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_IQNH.dtype)
-    y_IQNH = jnp.einsum("...NQS,...SNH->...QNH", weights, v_ISNH, preferred_element_type=jnp.float32)
-    return y_IQNH.astype(q_IQNH.dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("old", "new", "leading"))
 def resampled_positions(
-    positions_PD: Float[Array, "P D"], old: tuple[int, int], new: tuple[int, int], leading: int = 0
-) -> Float[Array, "P2 D"]:
-    """Returns a learned table of positions for another grid of patches, between the old ones by cubic interpolation.
+    table_PD: Float[Array, "P D"], old_grid: tuple[int, int], new_grid: tuple[int, int], method: str = "cubic"
+) -> Float[Array, "Q D"]:
+    """Returns a table of learned positions for another grid (rows, columns), to go on training at a new resolution.
 
-    For fine-tuning at a higher resolution; the first `leading` entries, the class token's, stay.
+    `method` is of `jax.image.resize`: "linear" (as big_vision) or "cubic" (Keys' kernel, a = -1/2; PyTorch's bicubic
+    has a = -3/4). The corners of the grids, not the centres of their corner patches, are laid on each other. Raises
+    `ValueError` where the table is not one of `old_grid`.
     """
-    table = positions_PD[leading:].reshape(*old, -1)
-    resized = jax.image.resize(table, (*new, table.shape[-1]), "cubic", antialias=False)
-    return jnp.concatenate([positions_PD[:leading], resized.reshape(-1, table.shape[-1])])
+    rows, columns = old_grid
+    constraint = f"must be the rows * columns of old_grid ({rows} * {columns})"
+    require(len(table_PD) == rows * columns, "rows of the position table", len(table_PD), constraint)
+    grid = jnp.asarray(table_PD).reshape(rows, columns, -1)
+    return jax.image.resize(grid, (*new_grid, grid.shape[-1]), method).reshape(-1, grid.shape[-1])
 
 
-def _affine(x: Array, weight: nnx.Param, bias: nnx.Param, num_contracted: int = 1) -> Array:
-    return matmul(x, weight[...], num_contracted) + bias[...].astype(x.dtype)
+def _table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
+    return normal_parameter(rngs, None, (rows, dim), ("position", "vision_embed"), dim**-0.5)
+
+
+def _normalised(images_I: Array, config: EncoderConfig) -> Array:
+    if images_I.dtype != jnp.uint8:
+        return images_I
+    mean, std = jnp.array(config.pixel_mean, jnp.float32), jnp.array(config.pixel_std, jnp.float32)
+    return (images_I.astype(jnp.float32) / 255 - mean) / std
+
+
+def _patches(images_I: Array, patch: int) -> Array:
+    """[I, height, width, 3] as [I, P, patch * patch * 3]."""
+    count, height, width, colours = images_I.shape
+    split = images_I.reshape(count, height // patch, patch, width // patch, patch, colours)
+    return split.swapaxes(2, 3).reshape(count, -1, patch * patch * colours)
+
+
+def _patch_rotation(config: EncoderConfig) -> Rotation:
+    """Angles of a patch's row in the first quarter of a head's dims, of its column in the second; none for leading."""
+    rows, columns = config.grid
+    of_rows, of_columns = jnp.divmod(jnp.arange(rows * columns)[None], columns)
+    half = config.dim // config.num_heads // 2
+    turns = [rotation(positions, half, config.rope_theta) for positions in (of_rows, of_columns)]
+    leading = ((0, 0), (config.num_leading, 0), (0, 0))
+    cos = jnp.pad(jnp.concatenate([turn.cos for turn in turns], -1), leading, constant_values=1.0)
+    return Rotation(cos, jnp.pad(jnp.concatenate([turn.sin for turn in turns], -1), leading))
