@@ -88,6 +88,43 @@ def _matmul_backward(num_contracted: int, residuals: tuple[Array, Array], dy: Ar
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def rematerialised(function: Callable, remat: str, *, in_loop: bool) -> Callable:
+    """Returns `function` under the remat policy of `ModelConfig.remat`.
+
+    Outside a loop XLA would find that recomputing is what was computed before, and keep that.
+    """
+    if remat == "none":
+        return function
+    saved = jax.checkpoint_policies.save_only_these_names(MATMUL_NAME) if remat == "dots" else None
+    return jax.checkpoint(function, policy=saved, prevent_cse=not in_loop)
+
+
+class Linear(nnx.Module):
+    """x [*rows, *contracted] times a matrix of `shape` [*contracted, *rest], plus a bias [*rest] where `has_bias`."""
+
+    def __init__(
+        self,
+        layers: Slots | None,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        rngs: nnx.Rngs,
+        *,
+        num_contracted: int = 1,
+        out_scale: float = 1.0,
+        has_bias: bool = True,
+        stack: str = "layers",
+    ):
+        std = math.prod(shape[:num_contracted]) ** -0.5 * out_scale
+        rest, rest_axes = shape[num_contracted:], axes[num_contracted:]
+        self.weight = normal_parameter(rngs, layers, shape, axes, std, stack)
+        self.bias = filled_parameter(layers, rest, rest_axes, 0.0, stack) if has_bias else None
+        self.num_contracted = num_contracted
+
+    def __call__(self, x: Float[Array, " ..."]) -> Float[Array, " ..."]:
+        y = matmul(x, self.weight[...], self.num_contracted)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last dim, in float32, returned in x's dtype (Zhang and Sennrich 2019).
 
@@ -120,6 +157,7 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+@functools.cache  # one object a name, so that modules that hold it are of one graph
 def activation(name: str) -> Callable[[Array], Array]:
     """Returns one of `config.vision.ACTIVATIONS` as a function of an array; float32 inside, x's dtype out.
 
