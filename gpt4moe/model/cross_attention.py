@@ -46,10 +46,6 @@ class Media:
     keys: Float[Array, "L B S M H"] | None = None
     values: Float[Array, "L B S M H"] | None = None
 
-    def sees_BT(self) -> Bool[Array, "B T"]:
-        """Returns which tokens see an image."""
-        return self.image_index_BT >= 0
-
     def visible_BTS(self) -> Bool[Array, "B T S"]:
         """Returns which features each token sees."""
         images, features = self.valid_BIR.shape[1:]
@@ -98,8 +94,9 @@ class GatedCrossAttention(nnx.Module):
         """
         keys, values = self.keys_values(media.features_BIRD) if keys_values is None else keys_values
         q_BTNH = _normed(self.query_norm, matmul(self.attention_norm(x_BTD), self.query[...]))
-        read_BTNH = attend_across(q_BTNH, keys, values, media.visible_BTS(), self.query_chunk)
-        sees_BT1 = media.sees_BT()[..., None]
+        visible_BTS = media.visible_BTS()
+        read_BTNH = attend_across(q_BTNH, keys, values, visible_BTS, self.query_chunk)
+        sees_BT1 = jnp.any(visible_BTS, axis=-1, keepdims=True)
         read_BTD = _gated(self.attention_gate, matmul(read_BTNH, self.output[...], 2))
         x_BTD = x_BTD + jnp.where(sees_BT1, read_BTD, 0)
         made_BTD = _gated(self.feed_forward_gate, self.dense(self.feed_forward_norm(x_BTD)))
