@@ -188,14 +188,28 @@ def activate(up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None) 
 
 
 class FeedForward(nnx.Module):
-    """A dense feed-forward: SwiGLU where `gated` (three matrices), else plain GELU (two); no biases."""
+    """A dense feed-forward: SwiGLU where `gated` (three matrices), else a function, GELU by default; no biases."""
 
-    def __init__(self, layers: Slots | None, dim: int, hidden: int, gated: bool, out_scale: float, rngs: nnx.Rngs):
-        std = dim**-0.5
-        self.gate = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std) if gated else None
-        self.up = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std)
-        self.down = normal_parameter(rngs, layers, (hidden, dim), ("mlp", "embed"), hidden**-0.5 * out_scale)
+    def __init__(
+        self,
+        layers: Slots | None,
+        dim: int,
+        hidden: int,
+        gated: bool,
+        out_scale: float,
+        rngs: nnx.Rngs,
+        activation: Callable[[Array], Array] | None = None,
+        stack: str = "layers",
+    ):
+        def matrix(shape: tuple[int, int], axes: tuple[str, str], std: float) -> nnx.Param:
+            return normal_parameter(rngs, layers, shape, axes, std, stack)
+
+        std, self.activation = dim**-0.5, activation
+        self.gate = matrix((dim, hidden), ("embed", "mlp"), std) if gated else None
+        self.up = matrix((dim, hidden), ("embed", "mlp"), std)
+        self.down = matrix((hidden, dim), ("mlp", "embed"), hidden**-0.5 * out_scale)
 
     def __call__(self, x_D: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         gate_F = None if self.gate is None else matmul(x_D, self.gate[...])
-        return matmul(activate(matmul(x_D, self.up[...]), gate_F), self.down[...])
+        up_F = matmul(x_D, self.up[...])
+        return matmul(activate(up_F, gate_F) if self.activation is None else self.activation(up_F), self.down[...])
