@@ -109,5 +109,20 @@ def out_of_heads(num_heads: int) -> Turn:
     return lambda array: array.T.reshape(num_heads, -1, array.shape[0])
 
 
+def norm_pair(path: str, name: str) -> Table:
+    """Scale and bias of a LayerNorm of ours at `path`, called `name` by PyTorch."""
+    return {f"{path}.scale": (f"{name}.weight", same), f"{path}.bias": (f"{name}.bias", same)}
+
+
+def linear_pair(path: str, name: str, turn: Turn) -> Table:
+    """Matrix and bias of a linear layer of ours at `path`, called `name` by PyTorch."""
+    return {f"{path}.weight": (f"{name}.weight", turn), f"{path}.bias": (f"{name}.bias", same)}
+
+
+def count_layers(arrays: Arrays, pattern: str) -> int:
+    """Returns how many layers, from 0 on, have the parameter of `pattern`."""
+    return next(layer for layer in range(len(arrays) + 1) if pattern.format(layer) not in arrays)
+
+
 def _near(name: str, arrays: Arrays) -> str:
     return ", ".join(difflib.get_close_matches(name, arrays, cutoff=0.0)) or "none"

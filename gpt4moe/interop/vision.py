@@ -1,4 +1,4 @@
-"""Vision towers and resamplers of CLIP, SigLIP, Idefics and OpenFlamingo as parameters of ours.
+"""Vision towers of CLIP, SigLIP and Idefics as parameters of our `VisionEncoder`.
 
 Sizes are read from the arrays, what they do not tell (heads, activation, epsilon) from the model's config.json. Part of
 an encoder is had by changing its configuration before its parameters are taken: fewer layers give the features after so
@@ -15,8 +15,20 @@ from typing import Any
 import numpy as np
 
 from gpt4moe.config.check import require
-from gpt4moe.config.vision import EncoderConfig, ResamplerConfig
-from gpt4moe.interop.arrays import Arrays, Table, Turn, into_heads, out_of_heads, parameters_of, part, same, transposed
+from gpt4moe.config.vision import EncoderConfig
+from gpt4moe.interop.arrays import (
+    Arrays,
+    Table,
+    count_layers,
+    into_heads,
+    linear_pair,
+    norm_pair,
+    out_of_heads,
+    parameters_of,
+    part,
+    same,
+    transposed,
+)
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -78,7 +90,7 @@ def encoder_config(foreign: Mapping[str, Any], arrays: Arrays) -> EncoderConfig:
         width=side * patch,
         patch_size=patch,
         dim=dim,
-        num_layers=_count(tower, ENCODER_LAYER + "layer_norm1.weight"),
+        num_layers=count_layers(tower, ENCODER_LAYER + "layer_norm1.weight"),
         num_heads=vision.get("num_attention_heads", family.num_heads),
         hidden_dim=len(tower["encoder.layers.0.mlp.fc1.weight"]),
         class_token=class_token,
@@ -103,7 +115,7 @@ def encoder_parameters(config: EncoderConfig, arrays: Arrays) -> dict[str, np.nd
         token = tower.pop("embeddings.class_embedding").reshape(1, -1)
         tower["leading"], positions = token + positions[:1], positions[1:]
     tower["positions"] = positions
-    later = range(config.num_layers, _count(tower, ENCODER_LAYER + "layer_norm1.weight"))
+    later = range(config.num_layers, count_layers(tower, ENCODER_LAYER + "layer_norm1.weight"))
     ignored = ("head.", "embeddings.position_ids", *(ENCODER_LAYER.format(layer) for layer in later))
     if not config.norm_after:
         ignored += ("post_layernorm.",)
@@ -115,113 +127,26 @@ def _encoder_table(config: EncoderConfig) -> Table:
     table = {
         "patch.weight": (ENCODER_ANCHOR, _patch_matrix),
         "positions": ("positions", same),
-        **_norm("blocks.attention_norm", ENCODER_LAYER + "layer_norm1"),
-        **_linear("blocks.query", ENCODER_LAYER + "self_attn.q_proj", heads),
-        **_linear("blocks.key", ENCODER_LAYER + "self_attn.k_proj", heads),
-        **_linear("blocks.value", ENCODER_LAYER + "self_attn.v_proj", heads),
-        **_linear("blocks.output", ENCODER_LAYER + "self_attn.out_proj", out_of_heads(config.num_heads)),
-        **_norm("blocks.feed_forward_norm", ENCODER_LAYER + "layer_norm2"),
-        **_linear("blocks.up", ENCODER_LAYER + "mlp.fc1", transposed),
-        **_linear("blocks.down", ENCODER_LAYER + "mlp.fc2", transposed),
+        **norm_pair("blocks.attention_norm", ENCODER_LAYER + "layer_norm1"),
+        **linear_pair("blocks.query", ENCODER_LAYER + "self_attn.q_proj", heads),
+        **linear_pair("blocks.key", ENCODER_LAYER + "self_attn.k_proj", heads),
+        **linear_pair("blocks.value", ENCODER_LAYER + "self_attn.v_proj", heads),
+        **linear_pair("blocks.output", ENCODER_LAYER + "self_attn.out_proj", out_of_heads(config.num_heads)),
+        **norm_pair("blocks.feed_forward_norm", ENCODER_LAYER + "layer_norm2"),
+        **linear_pair("blocks.up", ENCODER_LAYER + "mlp.fc1", transposed),
+        **linear_pair("blocks.down", ENCODER_LAYER + "mlp.fc2", transposed),
     }
     if config.patch_bias:
         table["patch.bias"] = ("embeddings.patch_embedding.bias", same)
     if config.class_token:
         table["leading"] = ("leading", same)
     if config.norm_before:
-        table |= _norm("norm_before", "pre_layrnorm")
+        table |= norm_pair("norm_before", "pre_layrnorm")
     if config.norm_after:
-        table |= _norm("norm_after", "post_layernorm")
+        table |= norm_pair("norm_after", "post_layernorm")
     return table
-
-
-def idefics_resampler_config(foreign: Mapping[str, Any], arrays: Arrays) -> ResamplerConfig:
-    """Returns the configuration of Idefics' resampler from the model's config.json and the arrays."""
-    perceiver, ours = foreign["perceiver_config"], part(arrays, "latents")
-    return ResamplerConfig(
-        num_latents=len(ours["latents"]),
-        num_layers=_count(ours, "blocks.{}.0.q_proj.weight"),
-        num_heads=perceiver.get("resampler_n_heads", 16),
-        hidden_dim=len(ours["blocks.0.1.fc.weight"]),
-        head_dim=perceiver.get("resampler_head_dim", 96),
-        activation="relu",
-        qk_norm="blocks.0.0.q_layer_norm.weight" in ours,
-    )
-
-
-def idefics_resampler_parameters(config: ResamplerConfig, arrays: Arrays) -> dict[str, np.ndarray]:
-    """Returns the parameters of our `Resampler` by path, from those of Idefics' `perceiver_resampler`."""
-    attention, feed_forward, heads = "blocks.{}.0.", "blocks.{}.1.", into_heads(config.num_heads)
-    table = {
-        "latents": ("latents", same),
-        **_norm("blocks.features_norm", attention + "context_layer_norm"),
-        **_norm("blocks.latents_norm", attention + "latents_layer_norm"),
-        "blocks.query.weight": (attention + "q_proj.weight", heads),
-        "blocks.key.weight": (attention + "k_proj.weight", heads),
-        "blocks.value.weight": (attention + "v_proj.weight", heads),
-        "blocks.output.weight": (attention + "output_proj.weight", out_of_heads(config.num_heads)),
-        **_norm("blocks.feed_forward_norm", feed_forward + "ln"),
-        "blocks.up.weight": (feed_forward + "fc.weight", transposed),
-        "blocks.down.weight": (feed_forward + "c_proj.weight", transposed),
-        **_norm("norm", "layer_norm"),
-    }
-    if config.qk_norm:
-        table |= _norm("blocks.query_norm", attention + "q_layer_norm")
-        table |= _norm("blocks.key_norm", attention + "k_layer_norm")
-    return parameters_of(table, part(arrays, "latents"), config.num_layers)
-
-
-def flamingo_resampler_config(arrays: Arrays, num_heads: int = 8) -> ResamplerConfig:
-    """Returns the configuration of OpenFlamingo's `PerceiverResampler`; the arrays do not tell the number of heads."""
-    ours = part(arrays, "latents")
-    return ResamplerConfig(
-        num_latents=len(ours["latents"]),
-        num_layers=_count(ours, "layers.{}.0.to_q.weight"),
-        num_heads=num_heads,
-        hidden_dim=len(ours["layers.0.1.1.weight"]),
-        head_dim=len(ours["layers.0.0.to_q.weight"]) // num_heads,
-        activation="gelu",
-        max_frames=len(ours.get("frame_embs", ())),
-        max_images=len(ours.get("media_time_embs", ())),
-    )
-
-
-def flamingo_resampler_parameters(config: ResamplerConfig, arrays: Arrays) -> dict[str, np.ndarray]:
-    """Returns the parameters of our `Resampler` by path, from those of OpenFlamingo's (src/helpers.py)."""
-    attention, feed_forward, heads = "layers.{}.0.", "layers.{}.1.", into_heads(config.num_heads)
-    table = {
-        "latents": ("latents", same),
-        **_norm("blocks.features_norm", attention + "norm_media"),
-        **_norm("blocks.latents_norm", attention + "norm_latents"),
-        "blocks.query.weight": (attention + "to_q.weight", heads),
-        "blocks.key.weight": (attention + "to_kv.weight", lambda kv: heads(np.split(kv, 2)[0])),
-        "blocks.value.weight": (attention + "to_kv.weight", lambda kv: heads(np.split(kv, 2)[1])),
-        "blocks.output.weight": (attention + "to_out.weight", out_of_heads(config.num_heads)),
-        **_norm("blocks.feed_forward_norm", feed_forward + "0"),
-        "blocks.up.weight": (feed_forward + "1.weight", transposed),
-        "blocks.down.weight": (feed_forward + "3.weight", transposed),
-        **_norm("norm", "norm"),
-    }
-    if config.max_frames:
-        table["frame_embedding"] = ("frame_embs", same)
-    if config.max_images:
-        table["image_embedding"] = ("media_time_embs", lambda table: table.reshape(len(table), -1))
-    return parameters_of(table, part(arrays, "latents"), config.num_layers)
-
-
-def _norm(path: str, name: str) -> Table:
-    return {f"{path}.scale": (f"{name}.weight", same), f"{path}.bias": (f"{name}.bias", same)}
-
-
-def _linear(path: str, name: str, turn: Turn) -> Table:
-    return {f"{path}.weight": (f"{name}.weight", turn), f"{path}.bias": (f"{name}.bias", same)}
 
 
 def _patch_matrix(kernel: np.ndarray) -> np.ndarray:
     """A convolution's [D, colours, rows, columns] as our [rows * columns * colours, D]."""
     return kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
-
-
-def _count(arrays: Arrays, pattern: str) -> int:
-    """How many layers have the parameter of `pattern`."""
-    return next(layer for layer in range(len(arrays) + 1) if pattern.format(layer) not in arrays)

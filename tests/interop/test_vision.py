@@ -1,11 +1,7 @@
-"""Foreign vision modules with our arithmetic: outputs of the originals on tiny random weights (tests/golden/vision)."""
+"""CLIP and SigLIP towers with our arithmetic: outputs of the originals on tiny random weights (tests/golden/vision)."""
 
 import dataclasses
-import functools
-import json
-import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,27 +11,10 @@ from safetensors.flax import save_file
 from gpt4moe.config.check import CallerError
 from gpt4moe.interop import arrays as interop
 from gpt4moe.interop import vision
-from gpt4moe.model.resampler import Resampler
 from gpt4moe.model.vision import VisionEncoder
+from tests.interop.golden import close, foreign_model, golden
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "vision"
-close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-@functools.cache
-def _golden(name):
-    return interop.load_arrays(str(GOLDEN / name / "golden.npz"))
-
-
-@functools.cache
-def _foreign(name):
-    return json.loads((GOLDEN / name / "config.json").read_text()), interop.load_arrays(str(GOLDEN / name))
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 def _encode(config, arrays, pixels):
@@ -45,47 +24,21 @@ def _encode(config, arrays, pixels):
     return np.asarray(nnx.jit(lambda encoder, images: encoder(images))(encoder, np.moveaxis(pixels, -3, -1)))
 
 
-def _resample(config, parameters, x):
-    resampler = Resampler(config, x.shape[-1], "float32", nnx.Rngs(0))
-    interop.fill(resampler, parameters)
-    return np.asarray(nnx.jit(lambda resampler, x: resampler(x))(resampler, x))
-
-
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_towers(tower):
-    foreign, arrays = _foreign(f"vit-golden/{tower}-tiny")
-    golden = _golden("vit-golden")
+    foreign, arrays = foreign_model(f"vit-golden/{tower}-tiny")
+    outputs = golden("vit-golden")
     config = vision.encoder_config(foreign, arrays)
-    close(_encode(config, arrays, golden["in/pixel_values"]), golden[f"out/{tower}_last_hidden_state"])
+    close(_encode(config, arrays, outputs["in/pixel_values"]), outputs[f"out/{tower}_last_hidden_state"])
     shorter = dataclasses.replace(config, num_layers=config.num_layers - 1, norm_after=False)
-    close(_encode(shorter, arrays, golden["in/pixel_values"]), golden[f"out/{tower}_penultimate"])
+    close(_encode(shorter, arrays, outputs["in/pixel_values"]), outputs[f"out/{tower}_penultimate"])
 
 
 def test_pooled_clip_is_the_normed_class_token():
-    foreign, arrays = _foreign("vit-golden/clip-tiny")
+    foreign, arrays = foreign_model("vit-golden/clip-tiny")
     config = dataclasses.replace(vision.encoder_config(foreign, arrays), norm_after=True)
-    golden = _golden("vit-golden")
-    close(_encode(config, arrays, golden["in/pixel_values"])[:, 0], golden["out/clip_pooler"])
-
-
-def test_idefics_tower_and_resampler():
-    foreign, arrays = _foreign("idefics-tiny")
-    golden = _golden("idefics-tiny")
-    features = _encode(vision.encoder_config(foreign, arrays), arrays, golden["in/pixel_values"])
-    close(features.reshape(golden["out/vision"].shape), golden["out/vision"])
-    config = vision.idefics_resampler_config(foreign, arrays)
-    parameters = vision.idefics_resampler_parameters(config, arrays)
-    latents = _resample(config, parameters, features[:, :, None])
-    close(latents.reshape(golden["out/latents"].shape), golden["out/latents"])
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_open_flamingo_resampler(kind):
-    golden = _golden("flamingo-golden")
-    arrays = interop.below(golden, f"w/resampler_{kind}.")
-    config = vision.flamingo_resampler_config(arrays, num_heads=4)
-    parameters = vision.flamingo_resampler_parameters(config, arrays)
-    close(_resample(config, parameters, golden[f"in/resampler_{kind}"]), golden[f"out/resampler_{kind}"])
+    outputs = golden("vit-golden")
+    close(_encode(config, arrays, outputs["in/pixel_values"])[:, 0], outputs["out/clip_pooler"])
 
 
 @pytest.mark.parametrize(
@@ -99,13 +52,13 @@ def test_open_flamingo_resampler(kind):
     ids=lambda change: next(iter(change)),
 )
 def test_the_golden_tower_tells_another_configuration_apart(change):
-    foreign, arrays = _foreign("vit-golden/clip-tiny")
-    golden = _golden("vit-golden")
+    foreign, arrays = foreign_model("vit-golden/clip-tiny")
+    outputs = golden("vit-golden")
     config = dataclasses.replace(vision.encoder_config(foreign, arrays), **change)
     if "norm_before" in change:
         arrays = {name: array for name, array in arrays.items() if not name.startswith("pre_layrnorm")}
-    got = _encode(config, arrays, golden["in/pixel_values"])
-    assert not np.allclose(got, golden["out/clip_last_hidden_state"], rtol=1e-4, atol=1e-4)
+    got = _encode(config, arrays, outputs["in/pixel_values"])
+    assert not np.allclose(got, outputs["out/clip_last_hidden_state"], rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_come_from_the_arrays_and_a_whole_model_holds_a_tower(tmp_path):
@@ -137,7 +90,7 @@ def test_sizes_come_from_the_arrays_and_a_whole_model_holds_a_tower(tmp_path):
 
 
 def test_what_does_not_fit_is_told():
-    foreign, arrays = _foreign("vit-golden/clip-tiny")
+    foreign, arrays = foreign_model("vit-golden/clip-tiny")
     config = vision.encoder_config(foreign, arrays)
     missing = {name: array for name, array in arrays.items() if name != "pre_layrnorm.bias"}
     with pytest.raises(CallerError, match=r"'pre_layrnorm.bias' is not in the checkpoint; near: .*pre_layrnorm.weight"):
