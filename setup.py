@@ -29,6 +29,7 @@ setup(
         "jaxtyping>=0.3",
         "gin-config==0.5.0",
         "tokenizers>=0.21",
+        "safetensors>=0.5",
         "tiktoken>=0.9",
         "etils[epath]>=1.12",
         "tensorboardX>=2.6",

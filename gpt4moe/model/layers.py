@@ -100,7 +100,10 @@ def rematerialised(function: Callable, remat: str, *, in_loop: bool) -> Callable
 
 
 class Linear(nnx.Module):
-    """x [*rows, *contracted] times a matrix of `shape` [*contracted, *rest], plus a bias [*rest] where `has_bias`."""
+    """x [*rows, *contracted] times a matrix of `shape` [*contracted, *rest], plus a bias where it `has_bias`.
+
+    The bias is kept as one dim, named like the first of the rest: weight decay tells a matrix by its number of dims.
+    """
 
     def __init__(
         self,
@@ -115,14 +118,16 @@ class Linear(nnx.Module):
         stack: str = "layers",
     ):
         std = math.prod(shape[:num_contracted]) ** -0.5 * out_scale
-        rest, rest_axes = shape[num_contracted:], axes[num_contracted:]
+        size, name = math.prod(shape[num_contracted:]), axes[num_contracted]
         self.weight = normal_parameter(rngs, layers, shape, axes, std, stack)
-        self.bias = filled_parameter(layers, rest, rest_axes, 0.0, stack) if has_bias else None
+        self.bias = filled_parameter(layers, (size,), (name,), 0.0, stack) if has_bias else None
         self.num_contracted = num_contracted
 
     def __call__(self, x: Float[Array, " ..."]) -> Float[Array, " ..."]:
         y = matmul(x, self.weight[...], self.num_contracted)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(y.dtype).reshape(self.weight[...].shape[self.num_contracted :])
 
 
 class RMSNorm(nnx.Module):

@@ -74,7 +74,7 @@ class VisionEncoder(nnx.Module):
 
     def _run_blocks(self, x_IPD: Array) -> Array:
         graph, parameters = nnx.split(self.blocks)
-        turn = _patch_rotation(self.config) if self.positions is None else None
+        turn = patch_rotation(self.config) if self.positions is None else None
         few = is_unrolled(self.config.num_layers)
 
         def layer(x_IPD: Array, parameters: nnx.State) -> Array:
@@ -112,14 +112,25 @@ class EncoderBlock(nnx.Module):
         return x_IPD + self.down(self.activate(self.up(self.feed_forward_norm(x_IPD))))
 
 
+def patch_rotation(config: EncoderConfig) -> Rotation:
+    """Returns the angles of a patch's row in the first quarter of a head's dims, of its column in the second; none for leading."""
+    rows, columns = config.grid
+    of_rows, of_columns = jnp.divmod(jnp.arange(rows * columns)[None], columns)
+    half = config.dim // config.num_heads // 2
+    turns = [rotation(positions, half, config.rope_theta) for positions in (of_rows, of_columns)]
+    leading = ((0, 0), (config.num_leading, 0), (0, 0))
+    cos = jnp.pad(jnp.concatenate([turn.cos for turn in turns], -1), leading, constant_values=1.0)
+    return Rotation(cos, jnp.pad(jnp.concatenate([turn.sin for turn in turns], -1), leading))
+
+
 def resampled_positions(
     table_PD: Float[Array, "P D"], old_grid: tuple[int, int], new_grid: tuple[int, int], method: str = "cubic"
 ) -> Float[Array, "Q D"]:
     """Returns a table of learned positions for another grid (rows, columns), to go on training at a new resolution.
 
-    `method` is of `jax.image.resize`: "linear" (as big_vision) or "cubic" (Keys' kernel, a = -1/2; PyTorch's bicubic
-    has a = -3/4). The corners of the grids, not the centres of their corner patches, are laid on each other. Raises
-    `ValueError` where the table is not one of `old_grid`.
+    `method` is of `jax.image.resize`: "linear" or "cubic" (Keys' kernel, a = -1/2; PyTorch's bicubic has a = -3/4). The
+    edges of the two images lie on each other, as in PyTorch; big_vision lays the centres of corner patches there.
+    Raises `ValueError` where the table is not one of `old_grid`.
     """
     rows, columns = old_grid
     constraint = f"must be the rows * columns of old_grid ({rows} * {columns})"
@@ -144,14 +155,3 @@ def _patches(images_I: Array, patch: int) -> Array:
     count, height, width, colours = images_I.shape
     split = images_I.reshape(count, height // patch, patch, width // patch, patch, colours)
     return split.swapaxes(2, 3).reshape(count, -1, patch * patch * colours)
-
-
-def _patch_rotation(config: EncoderConfig) -> Rotation:
-    """Angles of a patch's row in the first quarter of a head's dims, of its column in the second; none for leading."""
-    rows, columns = config.grid
-    of_rows, of_columns = jnp.divmod(jnp.arange(rows * columns)[None], columns)
-    half = config.dim // config.num_heads // 2
-    turns = [rotation(positions, half, config.rope_theta) for positions in (of_rows, of_columns)]
-    leading = ((0, 0), (config.num_leading, 0), (0, 0))
-    cos = jnp.pad(jnp.concatenate([turn.cos for turn in turns], -1), leading, constant_values=1.0)
-    return Rotation(cos, jnp.pad(jnp.concatenate([turn.sin for turn in turns], -1), leading))
