@@ -110,7 +110,7 @@ def saved_progress(
 
 
 def _require_optimizer_state(run: RunConfig, saved: Mapping[str, Any], abstract: TrainState) -> None:
-    """Raises `CallerError` where a parameter is trained that was frozen; one that is frozen now only loses its state."""
+    """Raises `CallerError` where what is trained was frozen; what is frozen now only loses its state."""
     then = dataclasses.replace(run.optimizer, frozen=tuple(saved.get("optimizer.frozen", ())))
     all_names = trainable.names(abstract.params)
     names = [name for name in all_names if run.optimizer.trains(name) and not then.trains(name)]
