@@ -33,7 +33,8 @@ from gpt4moe.parallel import placement
 
 PyTree = Any
 
-STACKED_DIM = "layers"
+# Stacks of superblocks, and of what is there once for several of them.
+STACKED_DIMS = ("layers", "cross_layers")
 _LAYER_ORDER = "layer_order"
 _HELD_OUT_LOSS = "held_out_loss"
 _SHOWN_NAMES = 3
@@ -158,7 +159,7 @@ def restore(
 
     `abstract` has `jax.ShapeDtypeStruct` leaves; one without a sharding is restored to the default device. To read
     the parameters alone pass `{"params": abstract_params}`. Stacks of layers, the `nnx.Variable`s whose first logical
-    dim is `layers`, come in `layer_order` (None: in counting order), whatever order they were saved in.
+    dim is one of `STACKED_DIMS`, come in `layer_order` (None: in counting order), whatever order they were saved in.
 
     Raises `CallerError` as `check_shapes` does.
     """
@@ -229,7 +230,7 @@ def _stacked(tree: PyTree) -> set[str]:
     return {
         jax.tree_util.keystr(path, simple=True, separator=".")
         for path, leaf in leaves
-        if isinstance(leaf, nnx.Variable) and (leaf.get_metadata().get("logical_axes") or (None,))[0] == STACKED_DIM
+        if isinstance(leaf, nnx.Variable) and (leaf.get_metadata().get("logical_axes") or (None,))[0] in STACKED_DIMS
     }
 
 
@@ -254,16 +255,23 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 
 def _orders(held: tuple | None, wanted: Sequence | None, num_rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The saved and the wanted order of a stack that is to have `num_rows`, in full."""
-    wanted = tuple(range(num_rows)) if wanted is None else tuple(wanted)
-    return held or tuple(range(_num_superblocks(wanted))), wanted
+    each = len(wanted) // num_rows if wanted else _num_superblocks(held) // num_rows if held else 1
+    wanted = tuple(range(num_rows)) if wanted is None else _grouped(wanted, each)
+    return _grouped(held, each) if held else tuple(range(_num_superblocks(wanted))), wanted
+
+
+def _grouped(layer_order: Sequence[int], each: int) -> tuple[int, ...]:
+    """The order of what is there once for `each` superblocks, which are held side by side."""
+    return tuple(superblock // each for superblock in layer_order[::each])
 
 
 def _shape(leaf: Any, layer_order: Sequence[int] | None) -> tuple[int, ...]:
     """The shape of an array, of a stack in some order the shape that it has in counting order."""
     if layer_order is None:
         return tuple(leaf.shape)
-    assert leaf.shape[0] == len(layer_order), "a stack and its layer_order differ in length"
-    return (_num_superblocks(layer_order), *leaf.shape[1:])
+    each, rest = divmod(len(layer_order), leaf.shape[0])
+    assert not rest, "a stack and its layer_order differ in length"
+    return (_num_superblocks(layer_order) // each, *leaf.shape[1:])
 
 
 def _num_superblocks(layer_order: Sequence[int]) -> int:

@@ -74,9 +74,9 @@ class ImageConfig:
 
     Every image of a row is `height` by `width` pixels after `fit`: "squash" to the size, "pad" to it with the scale
     kept, "crop" the centre at the size's shorter side, or "tile" a page into up to `frames` pieces of the size.
-    `frames` above 1 are the frames of a clip or the tiles of a page, one image to the model. `per_row` bounds the images
-    of a packed row. `max_pixels` bounds what a file may unfold to. Images stay compressed in the store and are decoded
-    by `workers` threads.
+    `frames` above 1 are the frames of a clip or the tiles of a page, one image to the model. `per_row` bounds the
+    images of a packed row. `max_pixels` bounds what a file may unfold to. Images stay compressed in the store and are
+    decoded by `workers` threads.
     """
 
     height: int

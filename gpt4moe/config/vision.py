@@ -123,11 +123,11 @@ class ResamplerConfig:
 class CrossAttentionConfig:
     """Gated cross-attention and a gated dense feed-forward (Alayrac et al. 2022) before every `every`-th decoder layer.
 
-    Before layers `offset`, `offset` + `every`, ... (counted from 0, after the leading dense ones). Both are added to the
-    residual stream times tanh of a gate that starts at `gate_init`: at 0 the model is the text model. `num_kv_heads`
-    None: as many as heads. `activation` None: SwiGLU. A token `sees` the latest image before it in its document, or
-    all of them. A token that sees none is left as it is, or, where `feed_forward_without_image`, goes through the gated
-    feed-forward all the same, as in OpenFlamingo and Idefics.
+    Before layers `offset`, `offset` + `every`, ... (counted from 0, after the leading dense ones). Both are added to
+    the residual stream times tanh of a gate that starts at `gate_init`: at 0 the model is the text model.
+    `num_kv_heads` None: as many as heads. `activation` None: SwiGLU. A token `sees` the latest image before it in its
+    document, or all of them. A token that sees none is left as it is, or, where `feed_forward_without_image`, goes
+    through the gated feed-forward all the same, as in OpenFlamingo and Idefics.
     """
 
     every: int
