@@ -91,10 +91,11 @@ def _require_match(setting: str, pattern: str, known: Sequence[str]) -> None:
 
 
 def _near(glob: OptimizerConfig, known: Sequence[str]) -> str:
-    """What may have been meant: paths, or all below a part of one."""
+    """What may have been meant: paths, all below a part of one, or all that are called so."""
     parts = [name.split(".") for name in known]
+    called = {f"*.{part[-1]}" for part in parts if len(part) > 1}
     below = {".".join((*part[:depth], "*")) for part in parts for depth in range(1, len(part))}
-    close = difflib.get_close_matches(glob.frozen[0], sorted({*known, *below}), n=2, cutoff=0.6)
+    close = difflib.get_close_matches(glob.frozen[0], sorted({*known, *below, *called}), n=2, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
     tops = itertools.groupby(known, key=lambda name: name.partition(".")[0])
