@@ -116,15 +116,16 @@ def test_gradients_and_their_norm_are_those_of_the_whole_model_where_it_is_train
 
 
 def test_no_product_is_made_for_the_gradient_of_what_is_frozen():
-    runs = (run_of(), run_of(frozen=("blocks.attention.*",)))
-    whole, less = (step.lower_step(run, 2, state.abstract_state(run, make_mesh(run.mesh))).as_text() for run in runs)
-    assert less.count("dot_general") < whole.count("dot_general")
+    runs = (tiny.with_train(run_of(frozen=frozen), microbatch_rows=ROWS) for frozen in ((), ("blocks.attention.*",)))
+    texts = (step.lower_step(run, 2, state.abstract_state(run, make_mesh(run.mesh))).as_text() for run in runs)
+    whole, less = (text.count("dot_general") for text in texts)
+    assert whole - less == 4 * MODEL.num_layers  # query, key, value, output
 
 
 def test_without_patterns_the_optimizer_state_is_where_it_was():
     assert names_of_state(state.initial_state(run_of()).opt_state) == by_name(start()).keys()
     config = run_of().optimizer
-    params = {"a": jnp.zeros(1)}
+    params = {"a": parameter([0.0], "norm")}
     structures = [optimizer.make_optimizer(1.0, config).init(params), optimizer.adamw(1.0, config).init(params)]
     assert len(structures[0]) == 2 and jax.tree.structure(structures[0][1]) == jax.tree.structure(structures[1])
 
@@ -161,7 +162,8 @@ def test_a_scaled_rate_reaches_the_parameters_of_a_step():
         times = 1 if "experts" in name else 0 if name == "blocks.moe.router_bias" else 2
         if times:
             change, half = value - before[name], slow[name] - before[name]
-            assert np.linalg.norm(change - times * half) <= 1e-4 * np.linalg.norm(half), name  # of rounded parameters
+            rounding = 2e-7 * np.linalg.norm(before[name])
+            assert np.linalg.norm(change - times * half) <= 1e-4 * np.linalg.norm(half) + rounding, name
 
 
 @pytest.mark.parametrize(
