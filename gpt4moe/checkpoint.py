@@ -187,9 +187,7 @@ def check_shapes(
 
     Stacks of layers are compared by the layers they hold, in whatever order and with whatever padding.
     """
-    path = checkpoint_directory(workdir) / str(step)
-    with _reader() as reader:
-        saved = reader.metadata(path).item_metadata["state"].tree
+    path, saved = checkpoint_directory(workdir) / str(step), _saved_arrays(workdir, step)
     stacked, held = _stacked(abstract), _saved_order(workdir, step)
     wanted = {name: _shape(leaf, layer_order if name in stacked else None) for name, leaf in _by_path(abstract).items()}
     there = {name: _shape(saved[name], held if name in stacked else None) for name in wanted if name in saved}
@@ -207,6 +205,17 @@ def check_shapes(
         f"is of another model: {', '.join(wrong[:_SHOWN_NAMES])}{more}",
         "use the configuration it was trained with, or another workdir",
     )
+
+
+def saved_names(workdir: epath.PathLike, step: int) -> list[str]:
+    """The dotted path of every array of a step."""
+    return list(_saved_arrays(workdir, step))
+
+
+def _saved_arrays(workdir: epath.PathLike, step: int) -> Mapping[str, Any]:
+    """Shapes of the arrays of a step by their paths."""
+    with _reader() as reader:
+        return reader.metadata(checkpoint_directory(workdir) / str(step)).item_metadata["state"].tree
 
 
 def _saved_order(workdir: epath.PathLike, step: int) -> tuple[int, ...] | None:
