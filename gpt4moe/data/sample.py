@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from gpt4moe.config.data import DataConfig
-from gpt4moe.data.documents import Document, is_held_out, marker_mismatch, texts_between
+from gpt4moe.data.documents import BadRecord, Document, is_held_out, marker_mismatch, texts_between
 from gpt4moe.data.encode import Unit
 from gpt4moe.data.files import read_documents
 
@@ -55,5 +55,6 @@ def _sampled(source: str, units: Sequence[Unit]) -> Iterator[Document]:
     for number in sorted(range(len(files)), key=lambda number: hashlib.blake2b(str(number).encode()).digest()):
         file, unit = files[number]
         for record in read_documents(file, unit.text_field, unit.group_field, unit.image_field):
-            if isinstance(record, Document) and not marker_mismatch(record.text, len(record.images)):
+            bad = isinstance(record, BadRecord) or (record.images and marker_mismatch(record.text, len(record.images)))
+            if not bad:
                 yield record
