@@ -15,6 +15,8 @@ from gpt4moe.data.documents import EncodedImage
 # Formats that Pillow decodes itself: others may start a program (EPS) or are not what a browser shows.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 JPEG_DRAFT = 8
+# Where in a file its orientation may stand.
+ORIENTED_BY = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 # What Pillow and the libraries below it raise for a file that is not what it says.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, EOFError, IndexError, KeyError, OverflowError)
 
@@ -50,9 +52,7 @@ def rgb_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     if size is not None:
         image.draft(None, size)
     image.load()
-    if image.mode == "RGB" and "exif" not in image.info:
-        return image
-    return _in_rgb(ImageOps.exif_transpose(image))
+    return _in_rgb(_upright(image))
 
 
 def decode_into(image: EncodedImage, config: ImageConfig, out: np.ndarray, valid: np.ndarray) -> None:
@@ -84,8 +84,7 @@ def _file_problem(data: bytes, max_pixels: int) -> str | None:
                 return f"has an image of {width} x {height} pixels, above max_pixels={max_pixels}"
             image.draft(None, (max(width // JPEG_DRAFT, 1), max(height // JPEG_DRAFT, 1)))
             image.load()
-            if image.mode != "RGB" or "exif" in image.info:
-                _in_rgb(ImageOps.exif_transpose(image))
+            _in_rgb(_upright(image))
     except Image.DecompressionBombError:
         return f"has an image of too many pixels, above max_pixels={max_pixels} or what Pillow opens"
     except DECODE_ERRORS as error:
@@ -99,6 +98,11 @@ def _reason(error: BaseException) -> str:
     return f"not one of {' '.join(FORMATS)}" if unknown else (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    # Looking for an orientation takes as long as decoding a small image.
+    return ImageOps.exif_transpose(image) if ORIENTED_BY.intersection(image.info) else image
+
+
 def _in_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image)
@@ -107,7 +111,7 @@ def _in_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _fitted(data: bytes, config: ImageConfig) -> np.ndarray:
