@@ -91,7 +91,7 @@ def lines(
 ) -> Iterator[Document]:
     """`count` lines of the text of `texts`, or of the files at `paths`: ASCII, a line as long as its type allows."""
     rng = random.Random(f"lines {seed}")
-    words = _Words(texts, paths, text_field, rng)
+    words = Words(texts, paths, text_field, rng)
     fonts = font_files(PRINTABLE)
     for _ in range(count):
         type_ = font(rng.choice(fonts), rng.randint(*sizes))
@@ -120,7 +120,7 @@ def pages(
     """
     rng = random.Random(f"pages {seed}")
     noise = np.random.default_rng(seed)
-    words = _Words(texts, paths, text_field, rng)
+    words = Words(texts, paths, text_field, rng)
     fonts = font_files(PRINTABLE)
     for _ in range(count):
         size = rng.randint(*sizes)
@@ -201,7 +201,7 @@ def _glyphs(file: str, size: int) -> _Glyphs:
     return _Glyphs(max(advance, right - left), bottom - top, tuple(masks))
 
 
-class _Words:
+class Words:
     """Words of ASCII of the documents without end, the documents each time in another order."""
 
     def __init__(self, texts: DocumentFunction, paths: tuple[str, ...], text_field: str, rng: random.Random) -> None:
@@ -226,6 +226,14 @@ class _Words:
             )
             taken, self._word = [self._word[:cut]], self._word[cut:] or next(self._next)
         return " ".join(taken)
+
+    def letters(self, room: int) -> str:
+        """The next words that have at most `room` letters with the spaces between them, a longer word cut."""
+        text = self._word[:room]
+        self._word = next(self._next)
+        while len(text) + 1 + len(self._word) <= room:
+            text, self._word = f"{text} {self._word}", next(self._next)
+        return text
 
     def _endless(self) -> Iterator[str]:
         while True:
