@@ -148,6 +148,21 @@ def test_batches_are_the_same_with_any_number_of_threads_hosts_and_from_any_stat
         assert json.dumps(rows.get_state()) == states[index + 1]
 
 
+def test_another_limit_of_images_is_another_plan_and_order(tmp_path):
+    documents = many(30)
+    one, other = (config_of(documents, images=dataclasses.replace(IMAGES, per_row=number)) for number in (2, 1))
+    store = open_store(one, tmp_path)
+    first, second = (TrainRows(store, config, microbatch_rows=2) for config in (one, other))
+    assert second.packing()["pictures"]["rows"] == 30 > first.packing()["pictures"]["rows"]
+    assert next(second).image_valid.sum(axis=1).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="the data has changed since the checkpoint"):
+        second.set_state(first.get_state())
+    smaller = TrainRows(
+        store, dataclasses.replace(one, images=dataclasses.replace(IMAGES, height=2)), microbatch_rows=2
+    )
+    smaller.set_state(first.get_state())
+
+
 def test_a_source_without_images_gives_the_rows_it_gave_and_none_of_them(tmp_path):
     texts = SourceConfig("texts", documents=functools.partial(list, ["one <image> is text", "two"]), max_epochs=1)
     plain = config_of(None, sources=(texts,), images=None)

@@ -89,11 +89,13 @@ def test_the_digest_knows_of_the_images(tmp_path):
 
 def test_a_killed_run_goes_on_and_several_processes_write_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "UNIT_BYTES", 1500)
-    write_jsonl(tmp_path / "a.jsonl", many(60, per_document=2))
+    documents = many(60, per_document=2)
+    write_jsonl(tmp_path / "a.jsonl", documents)
     source = SourceConfig("pictures", paths=(str(tmp_path / "a.jsonl"),), image_field="images")
     config = DataConfig((source,), 16, BYTES, held_out_fraction=0.2, images=IMAGES)
     whole = prepare(config, tmp_path / "whole", workers=1)
-    assert whole.sources[0].images + whole.sources[0].held_out_images == 120
+    found = [one for split in ("train", "held_out") for one in stored(TokenStore(whole.directory), split)]
+    assert sorted(found) == sorted((one.text, one.images) for one in documents)
 
     def stop_at_part_five(line):
         if "part 5" in line:
@@ -120,6 +122,16 @@ def test_of_a_single_document_the_end_is_held_out_with_its_images(tmp_path, frac
     else:
         assert train == [("abcd<image>efgh", images[:1])]
         assert held_out == [("<image>ijkl<image>mn<image>o", images[1:])]
+
+
+def test_images_behind_a_held_out_end_move_up_with_their_tokens(tmp_path):
+    long = Document("abcdefgh<image>ij<image>kl", images=(picture(1), picture(2)))
+    after = Document("m<image>n", images=(picture(3),))
+    assert not is_held_out(long, 0.2) and not is_held_out(after, 0.2)
+    # 19 tokens, of which the last 4 of the longest document are held out: j # k l.
+    store = TokenStore(prepare(config_of([long, after], held_out_fraction=0.2), tmp_path).directory)
+    assert stored(store, "train") == [("abcdefgh<image>i", long.images[:1]), (after.text, after.images)]
+    assert stored(store, "held_out") == [("j<image>kl", long.images[1:])]
 
 
 def test_the_limit_of_pixels_changes_the_hash_where_files_hold_images_and_nothing_else_does(tmp_path):

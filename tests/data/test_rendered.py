@@ -52,6 +52,9 @@ def test_digits_are_of_the_lengths_and_size_asked_for():
     assert lengths == {2, 3, 4} and all(document.text[7:].isdigit() for document in documents)
     assert {opened(document.images[0]).size for document in documents} == {(40, 20)}
     assert len({document.images for document in documents}) == 300
+    for document in rendered.digits(count=50, min_digits=5):
+        (columns,) = np.nonzero(np.ptp(np.asarray(opened(document.images[0])), axis=0) > 30)
+        assert np.ptp(columns) > 2 * 48 / 5, "digits stand beside one another"
     with pytest.raises(ValueError, match=r"digits.width=4 and height=16 are too small for \d digits"):
         list(rendered.digits(count=1, width=4))
     with pytest.raises(ValueError, match="max_digits=2 must be an integer of at least 3"):
