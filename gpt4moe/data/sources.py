@@ -132,7 +132,7 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
 
 def _function_identity(function: Callable) -> dict:
     if isinstance(function, functools.partial):
-        arguments = json.dumps([function.args, function.keywords], default=repr)
+        arguments = json.dumps([function.args, function.keywords], default=_plain_argument)
         return _function_identity(function.func) | {"arguments": arguments}
     module = sys.modules.get(getattr(function, "__module__", ""))
     try:
@@ -141,3 +141,8 @@ def _function_identity(function: Callable) -> dict:
         code = getattr(function, "__qualname__", repr(function))
     name = getattr(function, "__qualname__", type(function).__name__)
     return {"name": name, "code": hashlib.blake2b(code.encode(), digest_size=16).hexdigest()}
+
+
+def _plain_argument(value: object) -> object:
+    # The text of a function would name its address.
+    return _function_identity(value) if callable(value) else repr(value)
