@@ -35,6 +35,7 @@ setup(
         "tensorboardX>=2.6",
         "tqdm>=4.66",
         "matplotlib>=3.9",
+        "pillow>=11",
         "pyarrow>=16",
         "rich>=13",
         "submitit>=1.5",

@@ -24,21 +24,24 @@ FITS = ("squash", "pad", "crop", "tile")
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One named source of documents: files at `paths`, or `documents`, a function that yields them.
+    """One named source of documents, with or without images: files at `paths`, or `documents`, a function.
 
-    `paths` are files, directories or globs of .txt .md .py .jsonl[.gz|.zst] .parquet .array_record; `text_field`
-    is the text column or key of those that have one. `documents` is behind the contract of
-    `gpt4moe.data.sources`. `weight` is the share of training tokens (relative to the other sources); 0: the source is
-    never trained on and all of it is held out, to see how well a model does on a kind of text that it has not met.
-    `max_epochs` caps how often the source is seen, after which it leaves the mixture (None: no cap). `unique_tokens`
-    keeps only so many of its training tokens (whole rows, drawn by the data's seed; fewer are among more), to study
-    repetition.
+    `paths` are files, directories or globs of .txt .md .py .jsonl[.gz|.zst] .parquet .array_record; `text_field` is
+    the text column or key of those that have one. `image_field` says that the files hold images with text, and
+    names the column or key of the images (see `gpt4moe.data.image_readers`): .parquet, .jsonl and .tar, or .png
+    .jpg .jpeg .webp .gif with a .txt or .json of the same name. `documents` is behind the contract of
+    `gpt4moe.data.sources`; it gives images by itself. `weight` is the share of training tokens (relative to the
+    other sources); 0: the source is never trained on and all of it is held out, to see how well a model does on a
+    kind of text that it has not met. `max_epochs` caps how often the source is seen, after which it leaves the
+    mixture (None: no cap). `unique_tokens` keeps only so many of its training tokens (whole rows, drawn by the
+    data's seed; fewer are among more), to study repetition.
     """
 
     name: str
     paths: tuple[str, ...] = ()
     documents: Callable | None = None
     text_field: str = "text"
+    image_field: str | None = None
     weight: float = 1.0
     max_epochs: float | None = None
     unique_tokens: int | None = None
@@ -54,6 +57,9 @@ class SourceConfig:
             f"of source {self.name!r}: give either paths or documents",
             "set DATA_PATHS to files or folders, or SourceConfig.documents to a function",
         )
+        require_text("image_field", self.image_field)
+        of_function = self.image_field is not None and self.documents is not None
+        require(not of_function, "image_field", self.image_field, "is for files at paths, not for documents")
         require_not_negative("weight", self.weight)
         if self.max_epochs is not None:
             require_positive("max_epochs", self.max_epochs)

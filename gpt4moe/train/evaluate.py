@@ -161,7 +161,7 @@ def _sums(definition: nnx.GraphDef, params: nnx.State, batch: Batch) -> Array:
 
 
 def _result(store: TokenStore, source: str, nats: float, targets: float) -> EvalResult:
-    expected = store.num_tokens(source, "held_out")
+    expected = store.num_targets(source, "held_out")
     assert round(targets) == expected, f"{targets} of {expected} held-out targets of {source} were evaluated"
     num_bytes = store.held_out_bytes(source)
     return EvalResult(
