@@ -113,7 +113,10 @@ class EncoderBlock(nnx.Module):
 
 
 def patch_rotation(config: EncoderConfig) -> Rotation:
-    """Returns the angles of a patch's row in the first quarter of a head's dims, of its column in the second; none for leading."""
+    """Returns the angles of each patch's row in the first quarter of a head's dims, of its column in the second.
+
+    Leading tokens are not turned.
+    """
     rows, columns = config.grid
     of_rows, of_columns = jnp.divmod(jnp.arange(rows * columns)[None], columns)
     half = config.dim // config.num_heads // 2

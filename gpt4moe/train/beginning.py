@@ -21,6 +21,7 @@ from gpt4moe.config.check import require
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
+from gpt4moe.data.image_bytes import format_image_bytes
 from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.model import grouped_matmul, routers
 from gpt4moe.parallel import multihost, sharding
@@ -129,6 +130,9 @@ def say_what_begins(start: Beginning) -> None:
     for name, packing in rows.packing().items():
         tokens = f"{store.num_tokens(name, 'train'):,} tokens in {packing['rows']:,} rows, {packing['fill']:.1%} full"
         say(f"source {name}: {tokens}, {packing['split_documents']:,} documents longer than a row")
+    if run.model.vision:
+        for line in format_image_bytes(rows.image_bytes(run.model.vision.encoder.patch_size)):
+            say(line)
     planned, there = schedule.planned_tokens(run.train), rows.total_tokens()
     if there is not None and there < planned:
         say(

@@ -16,7 +16,7 @@ from gpt4moe.config.optimizer import OptimizerConfig
 from gpt4moe.train import trainable
 
 # Dims over which a tensor is a stack of separate matrices or vectors.
-STACKED_DIMS = ("layers", "experts")
+STACKED_DIMS = ("layers", "cross_layers", "vision_layers", "experts")
 
 
 def make_optimizer(learning_rate: jax.typing.ArrayLike, config: OptimizerConfig) -> optax.GradientTransformation:

@@ -39,6 +39,7 @@ FREE_SETTINGS = (
     "train.sample_tokens",
     "train.record_routing",
     "data.store",
+    "data.images.workers",
     "mesh.",
     "rules.",
     "model.remat",
@@ -157,5 +158,6 @@ def _plain(value: Any) -> Any:
     if callable(value):
         name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
         parameters = value.keywords if isinstance(value, functools.partial) else {}
-        return f"{name}({', '.join(f'{key}={item!r}' for key, item in parameters.items())})" if parameters else name
+        shown = {key: _plain(item) if callable(item) else repr(item) for key, item in parameters.items()}
+        return f"{name}({', '.join(f'{key}={item}' for key, item in shown.items())})" if parameters else name
     return value

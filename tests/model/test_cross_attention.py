@@ -33,20 +33,31 @@ RESAMPLER = ResamplerConfig(num_latents=3, num_layers=1, num_heads=2, hidden_dim
 DEEP = dataclasses.replace(TINY, num_layers=12, moe_every=2, dense_hidden_dim=10, vision=None)
 VARIANTS = {
     "before every layer": TINY,
-    "before every second": dataclasses.replace(TINY, num_layers=4, vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, every=2))),
-    "offset": dataclasses.replace(TINY, num_layers=4, vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, every=2, offset=1))),
+    "before every second": dataclasses.replace(
+        TINY, num_layers=4, vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, every=2))
+    ),
+    "offset": dataclasses.replace(
+        TINY, num_layers=4, vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, every=2, offset=1))
+    ),
     "leading and dense": dataclasses.replace(
-        DEEP, num_layers=9, leading_dense_layers=1, vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, every=4, offset=2))
+        DEEP,
+        num_layers=9,
+        leading_dense_layers=1,
+        vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, every=4, offset=2)),
     ),
     "resampler": dataclasses.replace(TINY, vision=VisionConfig(ENCODER, CROSS, RESAMPLER)),
-    "grouped heads": dataclasses.replace(TINY, vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, num_heads=4, num_kv_heads=2))),
+    "grouped heads": dataclasses.replace(
+        TINY, vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, num_heads=4, num_kv_heads=2))
+    ),
     "recomputed": dataclasses.replace(TINY, remat="full"),
     "layer norms, vector gates": dataclasses.replace(
         TINY,
-        vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, norm="layer", gate="vector", activation="gelu", qk_norm=False)),
+        vision=VisionConfig(
+            ENCODER, dataclasses.replace(CROSS, norm="layer", gate="vector", activation="gelu", qk_norm=False)
+        ),
     ),
     "in a loop": dataclasses.replace(TINY, num_layers=10),
-}  # fmt: skip
+}
 # Two images; the second row's first image is followed by a second document, which has its own.
 INDEX = np.array([[-1, -1, 0, 0, 0, 1, 1, 1], [0, 0, 0, -1, -1, 1, 1, 1]], np.int32)
 FIRST = np.array([[-1, -1, 0, 0, 0, 0, 0, 0], [0, 0, 0, -1, -1, 1, 1, 1]], np.int32)
@@ -179,10 +190,16 @@ def test_a_packed_row_is_its_documents_in_rows_of_their_own(config):
     tokens, images, valid = _batch()
     packed = _forward(_model(config), tokens, images, valid)[1]
     alone = [
-        _forward(_model(config), *(x[1:, at] for x in (tokens,)), images[1:], valid[1:],
-                 *(x[1:, at] for x in (INDEX, FIRST, POSITIONS)), np.ones_like(SEGMENTS[1:, at]))[0]
+        _forward(
+            _model(config),
+            *(x[1:, at] for x in (tokens,)),
+            images[1:],
+            valid[1:],
+            *(x[1:, at] for x in (INDEX, FIRST, POSITIONS)),
+            np.ones_like(SEGMENTS[1:, at]),
+        )[0]
         for at in (slice(0, 3), slice(3, 8))
-    ]  # fmt: skip
+    ]
     assert relative_difference(packed, jnp.concatenate(alone)) < 1e-5
 
 
@@ -249,8 +266,8 @@ def test_recomputing_and_pieces_of_queries_change_no_gradient():
 def test_a_clip_of_frames_is_one_image():
     tokens, images, _ = _batch()
     clips, valid = np.stack([images, 255 - images], axis=2), np.ones((2, 2, 2), bool)
-    config = dataclasses.replace(TINY, vision=VisionConfig(ENCODER, CROSS, dataclasses.replace(RESAMPLER, max_frames=2)))
-    for config in (TINY, config):
+    resampler = dataclasses.replace(RESAMPLER, max_frames=2)
+    for config in (TINY, dataclasses.replace(TINY, vision=VisionConfig(ENCODER, CROSS, resampler))):
         both = _forward(_model(config), tokens, clips, valid)
         swapped = _forward(_model(config), tokens, clips[:, :, ::-1], valid)
         first_only = _forward(_model(config), tokens, clips, valid & np.array([True, False]))
@@ -262,11 +279,14 @@ def test_a_clip_of_frames_is_one_image():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 3, "vision": VisionConfig(ENCODER, dataclasses.replace(CROSS, every=2))}, "CrossAttentionConfig.every=2 must divide the layers"),
+        (
+            {"num_layers": 3, "vision": VisionConfig(ENCODER, dataclasses.replace(CROSS, every=2))},
+            "CrossAttentionConfig.every=2 must divide the layers",
+        ),
         ({"moe_every": 2, "dense_hidden_dim": 4}, "CrossAttentionConfig.every=1 must be a multiple of moe_every"),
         ({"vision": "yes"}, "vision='yes' must be a VisionConfig or None"),
     ],
-)  # fmt: skip
+)
 def test_layers_that_cross_attention_does_not_divide_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
