@@ -123,7 +123,8 @@ def differing(store: TokenStore, config: DataConfig, batches: list) -> int:
             host.set_state(state)
         for index in range(first, last):
             parts = [next(host) for host in hosts]
-            for field in dataclasses.fields(batches[index]):
+            fields = [field for field in dataclasses.fields(parts[0]) if getattr(parts[0], field.name) is not None]
+            for field in fields:
                 joined = np.concatenate([getattr(part, field.name) for part in parts])
                 if not np.array_equal(joined, getattr(batches[index], field.name)):
                     count += 1

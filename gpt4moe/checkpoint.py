@@ -33,7 +33,8 @@ from gpt4moe.parallel import placement
 
 PyTree = Any
 
-STACKED_DIM = "layers"
+# Stacks of superblocks, and of what is there once for several of them.
+STACKED_DIMS = ("layers", "cross_layers")
 _LAYER_ORDER = "layer_order"
 _HELD_OUT_LOSS = "held_out_loss"
 _SHOWN_NAMES = 3
@@ -158,7 +159,7 @@ def restore(
 
     `abstract` has `jax.ShapeDtypeStruct` leaves; one without a sharding is restored to the default device. To read
     the parameters alone pass `{"params": abstract_params}`. Stacks of layers, the `nnx.Variable`s whose first logical
-    dim is `layers`, come in `layer_order` (None: in counting order), whatever order they were saved in.
+    dim is one of `STACKED_DIMS`, come in `layer_order` (None: in counting order), whatever order they were saved in.
 
     Raises `CallerError` as `check_shapes` does.
     """
@@ -186,9 +187,7 @@ def check_shapes(
 
     Stacks of layers are compared by the layers they hold, in whatever order and with whatever padding.
     """
-    path = checkpoint_directory(workdir) / str(step)
-    with _reader() as reader:
-        saved = reader.metadata(path).item_metadata["state"].tree
+    path, saved = checkpoint_directory(workdir) / str(step), _saved_arrays(workdir, step)
     stacked, held = _stacked(abstract), _saved_order(workdir, step)
     wanted = {name: _shape(leaf, layer_order if name in stacked else None) for name, leaf in _by_path(abstract).items()}
     there = {name: _shape(saved[name], held if name in stacked else None) for name in wanted if name in saved}
@@ -208,6 +207,17 @@ def check_shapes(
     )
 
 
+def saved_names(workdir: epath.PathLike, step: int) -> list[str]:
+    """The dotted path of every array of a step."""
+    return list(_saved_arrays(workdir, step))
+
+
+def _saved_arrays(workdir: epath.PathLike, step: int) -> Mapping[str, Any]:
+    """Shapes of the arrays of a step by their paths."""
+    with _reader() as reader:
+        return reader.metadata(checkpoint_directory(workdir) / str(step)).item_metadata["state"].tree
+
+
 def _saved_order(workdir: epath.PathLike, step: int) -> tuple[int, ...] | None:
     """The order of the saved stacks of layers; None for counting order."""
     order = restore_progress(workdir, step).get(_LAYER_ORDER)
@@ -220,7 +230,7 @@ def _stacked(tree: PyTree) -> set[str]:
     return {
         jax.tree_util.keystr(path, simple=True, separator=".")
         for path, leaf in leaves
-        if isinstance(leaf, nnx.Variable) and (leaf.get_metadata().get("logical_axes") or (None,))[0] == STACKED_DIM
+        if isinstance(leaf, nnx.Variable) and (leaf.get_metadata().get("logical_axes") or (None,))[0] in STACKED_DIMS
     }
 
 
@@ -245,16 +255,23 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 
 def _orders(held: tuple | None, wanted: Sequence | None, num_rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The saved and the wanted order of a stack that is to have `num_rows`, in full."""
-    wanted = tuple(range(num_rows)) if wanted is None else tuple(wanted)
-    return held or tuple(range(_num_superblocks(wanted))), wanted
+    each = len(wanted) // num_rows if wanted else _num_superblocks(held) // num_rows if held else 1
+    wanted = tuple(range(num_rows)) if wanted is None else _grouped(wanted, each)
+    return _grouped(held, each) if held else tuple(range(_num_superblocks(wanted))), wanted
+
+
+def _grouped(layer_order: Sequence[int], each: int) -> tuple[int, ...]:
+    """The order of what is there once for `each` superblocks, which are held side by side."""
+    return tuple(superblock // each for superblock in layer_order[::each])
 
 
 def _shape(leaf: Any, layer_order: Sequence[int] | None) -> tuple[int, ...]:
     """The shape of an array, of a stack in some order the shape that it has in counting order."""
     if layer_order is None:
         return tuple(leaf.shape)
-    assert leaf.shape[0] == len(layer_order), "a stack and its layer_order differ in length"
-    return (_num_superblocks(layer_order), *leaf.shape[1:])
+    each, rest = divmod(len(layer_order), leaf.shape[0])
+    assert not rest, "a stack and its layer_order differ in length"
+    return (_num_superblocks(layer_order) // each, *leaf.shape[1:])
 
 
 def _num_superblocks(layer_order: Sequence[int]) -> int:

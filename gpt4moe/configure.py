@@ -93,6 +93,16 @@ def build_model(gin_files: Sequence[str], overrides: Sequence[str] = (), search_
     return config
 
 
+def build_model_and_optimizer(
+    gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()
+) -> tuple:
+    """Returns (`ModelConfig`, `OptimizerConfig`) of a run file; of a model file the second is None."""
+    from gpt4moe.config.optimizer import OptimizerConfig
+
+    model = build_model(gin_files, overrides, search_paths)
+    return model, _construct(OptimizerConfig, gin_files) if _is_bound(OptimizerConfig) else None
+
+
 def saved_run(workdir: str | os.PathLike) -> tuple:
     """Returns (`RunConfig`, operative gin text) of a work directory; raises where it holds no run."""
     from etils import epath

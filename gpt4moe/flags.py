@@ -151,6 +151,12 @@ def _sweep_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="show the cells and stop")
 
 
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    _gin_flags(parser)
+    what = "list the dotted path of every parameter, which FROZEN and RATE_SCALES match"
+    parser.add_argument("--paths", action="store_true", help=what)
+
+
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     _gin_flags(parser)
     _workdir_flag(parser, required=False)
@@ -204,7 +210,7 @@ COMMANDS = {
     "report": Flags("write report.html of a run, with text coloured by expert, or of a sweep", _report_flags),
     "sweep": Flags("run a grid of settings and seeds; goes on where it was cut", _sweep_flags),
     "compile": Flags("compile a run for a machine that is not here: bytes, FLOPs, collectives", _compile_flags),
-    "inspect": Flags("count parameters, FLOPs and bytes of a gin file", _gin_flags),
+    "inspect": Flags("count parameters, FLOPs and bytes of a gin file", _inspect_flags),
     "doctor": Flags("look at devices, versions, memory and disk; say whether a model fits", _doctor_flags),
 }
 

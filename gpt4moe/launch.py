@@ -19,8 +19,10 @@ from typing import Any
 from gpt4moe import flags, process
 from gpt4moe.config.check import CallerError, RunError, one_line, require
 from gpt4moe.config.mesh import MeshConfig
+from gpt4moe.config.model import ModelConfig
+from gpt4moe.config.optimizer import OptimizerConfig
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.configure import build_compile, build_model, build_run, build_sweep, saved_run
+from gpt4moe.configure import build_compile, build_model_and_optimizer, build_run, build_sweep, saved_run
 
 DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, flags.CALLER_MISTAKE, 3
 MISTAKES = (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -293,19 +295,35 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    model, optimizer = build_model_and_optimizer(args.gin_file, args.overrides, args.gin_search_paths)
     from gpt4moe.accounting import summary
 
-    document = summary.summarize(build_model(args.gin_file, args.overrides, args.gin_search_paths))
+    document = summary.summarize(model, _num_trained(model, optimizer))
+    if args.paths:
+        from gpt4moe.train import trainable
+
+        document["paths"] = trainable.table(model, optimizer)
     _print(args, document, summary.format_summary)
     return DONE
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    model = build_model(args.gin_file, args.overrides, args.gin_search_paths) if args.gin_file else None
+    given = (args.gin_file, args.overrides, args.gin_search_paths)
+    model, optimizer = build_model_and_optimizer(*given) if args.gin_file else (None, None)
     from gpt4moe.plan import doctor
 
-    _print(args, doctor.examine(model, args.workdir or "."), doctor.format_findings)
+    trained = _num_trained(model, optimizer)
+    _print(args, doctor.examine(model, args.workdir or ".", trained), doctor.format_findings)
     return DONE
+
+
+def _num_trained(model: ModelConfig | None, optimizer: OptimizerConfig | None) -> int | None:
+    """None where nothing is frozen: counting by path needs JAX, without which `inspect` answers at once."""
+    if optimizer is None or not optimizer.frozen:
+        return None
+    from gpt4moe.train import trainable
+
+    return trainable.count(model, optimizer)
 
 
 def _print(args: argparse.Namespace, document: Any, to_text: Callable[[Any], str]) -> None:

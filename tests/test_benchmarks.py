@@ -15,7 +15,7 @@ def answer(script, *words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("script", ["train_step.py", "moe_layer.py"])
+@pytest.mark.parametrize("script", ["train_step.py", "moe_layer.py", "vision_data.py"])
 def test_help_says_what_is_measured(script):
     said = answer(script, "--help")
     assert said.returncode == 0

@@ -11,6 +11,7 @@ from gpt4moe.analysis.scaling import REFIT_S_BASE, Routed
 from gpt4moe.configure import build_model, build_run, build_sweep
 from gpt4moe.launch import main
 from gpt4moe.sweep.cells import make_cells
+from gpt4moe.train import trainable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -55,6 +56,18 @@ def test_the_commands_about_routers_build():
         run, _ = build_run(arguments.gin_file, arguments.overrides)
         plain, _ = build_run(arguments.gin_file)
         assert (run.model, run.train) != (plain.model, plain.train)
+
+
+def test_the_commands_about_freezing_build():
+    """Each as it stands: its patterns are of parameters that the model has."""
+    text = (ROOT / "docs/freezing.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("gpt4moe train")]
+    assert len(commands) >= 4
+    for command in commands:
+        arguments = flags.parse(shlex.split(command)[1:])
+        run, _ = build_run(arguments.gin_file, arguments.overrides)
+        assert run.optimizer.frozen or run.optimizer.rate_scales
+        trainable.table(run.model, run.optimizer)
 
 
 def test_the_sweeps_of_the_docs_have_the_cells_they_say(tmp_path):

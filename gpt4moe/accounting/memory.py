@@ -6,14 +6,19 @@ from gpt4moe.accounting import parameters
 from gpt4moe.config.model import ModelConfig
 
 FLOAT32_BYTES = 4
-# Parameter, gradient and the two Adam moments, all float32.
-TRAIN_BYTES_PER_PARAMETER = 4 * FLOAT32_BYTES
+# Gradient and the two Adam moments, all float32, beside the parameter itself.
+TRAIN_BYTES_BESIDE_PARAMETER = 3 * FLOAT32_BYTES
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def train_state_bytes(config: ModelConfig) -> int:
-    """Returns the bytes of parameters, gradients and AdamW state; activations come on top."""
-    return parameters.count(config).total * TRAIN_BYTES_PER_PARAMETER
+def train_state_bytes(config: ModelConfig, num_trained: int | None = None) -> int:
+    """Returns the bytes of parameters, gradients and AdamW state; activations come on top.
+
+    num_trained: parameters that are not frozen, None for all; a frozen one has neither gradient nor AdamW state.
+    """
+    total = parameters.count(config).total
+    trained = total if num_trained is None else num_trained
+    return total * FLOAT32_BYTES + trained * TRAIN_BYTES_BESIDE_PARAMETER
 
 
 def weight_bytes(config: ModelConfig) -> int:

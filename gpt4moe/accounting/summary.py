@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 from gpt4moe.accounting import flops, memory, parameters
 from gpt4moe.config.model import ModelConfig
 
 
-def summarize(config: ModelConfig) -> dict:
-    """Returns the JSON document of `inspect`: counts in parameters, FLOPs a token, bytes."""
+def summarize(config: ModelConfig, num_trained: int | None = None) -> dict:
+    """Returns the JSON document of `inspect`: counts in parameters, FLOPs a token, bytes.
+
+    num_trained: parameters that are not frozen, None for all.
+    """
     counted = parameters.count(config)
     length = config.context_length
     return {
         "parameters": dataclasses.asdict(counted),
         "total": counted.total,
         "active": parameters.count_active(config),
+        "trained": counted.total if num_trained is None else num_trained,
         "one_expert": counted.experts // config.moe.num_experts,
         "forward_flops_per_token": flops.forward_flops_per_token(config),
         "train_flops_per_token": flops.train_flops_per_token(config),
         "attention_core_flops_per_token": flops.attention_core_flops_per_token(config, length),
         "context_length": length,
-        "train_state_bytes": memory.train_state_bytes(config),
+        "train_state_bytes": memory.train_state_bytes(config, num_trained),
         "weight_bytes": memory.weight_bytes(config),
         "cache_bytes_per_token": memory.cache_bytes_per_token(config),
     }
@@ -34,6 +39,8 @@ def format_summary(document: dict) -> str:
     lines += [f"{name:<18}{value:>22,}{value / document['total']:>9.2%}" for name, value in rows]
     lines.append(f"{'total':<18}{document['total']:>22,}  ({scaled(document['total'])})")
     lines.append(f"{'active':<18}{document['active']:>22,}  ({scaled(document['active'])} a token)")
+    if document["trained"] != document["total"]:
+        lines.append(f"{'trained':<18}{document['trained']:>22,}  ({scaled(document['trained'])}, the rest is frozen)")
     lines.append(f"{'one expert':<18}{document['one_expert']:>22,}  ({scaled(document['one_expert'])} over all layers)")
     lines.append("")
     lines.append(f"forward matmul, with head     {scaled(document['forward_flops_per_token'])}FLOP a token")
@@ -45,7 +52,17 @@ def format_summary(document: dict) -> str:
     lines.append(f"weights in compute dtype      {scaled(document['weight_bytes'])}B")
     lines.append(f"parameters, gradients, AdamW  {scaled(document['train_state_bytes'])}B")
     lines.append(f"key/value cache               {scaled(document['cache_bytes_per_token'])}B a token")
-    return "\n".join(lines)
+    return "\n".join((*lines, *_listed(document.get("paths", ()))))
+
+
+def _listed(paths: Sequence[Mapping]) -> list[str]:
+    """A line for every parameter of the model by its dotted path."""
+    lines = [""] if paths else []
+    for path in paths:
+        rate = f"  {path['rate_scale']:g} of the learning rate" if path["rate_scale"] != 1 else ""
+        state = rate if path["trained"] else "  frozen"
+        lines.append(f"{path['name']:<40}{path['parameters']:>22,}{state}")
+    return lines
 
 
 def scaled(number: float) -> str:

@@ -19,25 +19,29 @@ from gpt4moe.config.check import (
 from gpt4moe.config.tokenizer import TokenizerConfig
 
 BAD_RECORD_ACTIONS = ("count", "stop")
+FITS = ("squash", "pad", "crop", "tile")
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One named source of documents: files at `paths`, or `documents`, a function that yields them.
+    """One named source of documents, with or without images: files at `paths`, or `documents`, a function.
 
-    `paths` are files, directories or globs of .txt .md .py .jsonl[.gz|.zst] .parquet .array_record; `text_field`
-    is the text column or key of those that have one. `documents` is behind the contract of
-    `gpt4moe.data.sources`. `weight` is the share of training tokens (relative to the other sources); 0: the source is
-    never trained on and all of it is held out, to see how well a model does on a kind of text that it has not met.
-    `max_epochs` caps how often the source is seen, after which it leaves the mixture (None: no cap). `unique_tokens`
-    keeps only so many of its training tokens (whole rows, drawn by the data's seed; fewer are among more), to study
-    repetition.
+    `paths` are files, directories or globs of .txt .md .py .jsonl[.gz|.zst] .parquet .array_record; `text_field` is
+    the text column or key of those that have one. `image_field` says that the files hold images with text, and
+    names the column or key of the images (see `gpt4moe.data.image_readers`): .parquet, .jsonl and .tar, or .png
+    .jpg .jpeg .webp .gif with a .txt or .json of the same name. `documents` is behind the contract of
+    `gpt4moe.data.sources`; it gives images by itself. `weight` is the share of training tokens (relative to the
+    other sources); 0: the source is never trained on and all of it is held out, to see how well a model does on a
+    kind of text that it has not met. `max_epochs` caps how often the source is seen, after which it leaves the
+    mixture (None: no cap). `unique_tokens` keeps only so many of its training tokens (whole rows, drawn by the
+    data's seed; fewer are among more), to study repetition.
     """
 
     name: str
     paths: tuple[str, ...] = ()
     documents: Callable | None = None
     text_field: str = "text"
+    image_field: str | None = None
     weight: float = 1.0
     max_epochs: float | None = None
     unique_tokens: int | None = None
@@ -53,6 +57,9 @@ class SourceConfig:
             f"of source {self.name!r}: give either paths or documents",
             "set DATA_PATHS to files or folders, or SourceConfig.documents to a function",
         )
+        require_text("image_field", self.image_field)
+        of_function = self.image_field is not None and self.documents is not None
+        require(not of_function, "image_field", self.image_field, "is for files at paths, not for documents")
         require_not_negative("weight", self.weight)
         if self.max_epochs is not None:
             require_positive("max_epochs", self.max_epochs)
@@ -68,6 +75,34 @@ class SourceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """How images come into a batch: size, how many a row, how they are fitted, what is refused.
+
+    Every image of a row is `height` by `width` pixels after `fit`: "squash" to the size, "pad" to it with the scale
+    kept, "crop" the centre at the size's shorter side, or "tile" a page into up to `frames` pieces of the size.
+    `frames` above 1 are the frames of a clip or the tiles of a page, one image to the model. `per_row` bounds the
+    images of a packed row. `max_pixels` bounds what a file may unfold to. Images stay compressed in the store and are
+    decoded by `workers` threads.
+    """
+
+    height: int
+    width: int
+    per_row: int
+    frames: int = 1
+    fit: str = "squash"
+    max_pixels: int = 40_000_000
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "per_row", "frames", "max_pixels"):
+            require_count(f"ImageConfig.{name}", getattr(self, name))
+        require_count("ImageConfig.workers", self.workers, least=0)
+        require(self.fit in FITS, "ImageConfig.fit", self.fit, f"must be in {FITS}")
+        tiled = self.fit != "tile" or self.frames > 1
+        require(tiled, "ImageConfig.frames", self.frames, "must be above 1 where fit is 'tile'")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer and rows of a run.
 
@@ -75,7 +110,8 @@ class DataConfig:
     same token. `held_out_fraction` of the documents, chosen by a hash of their text (or of the group that their
     source gives them), is kept for evaluation, of which at most `held_out_tokens` a source are used. `store` is where
     tokens are kept (None: `data/` under the work directory; a shared folder lets several runs use one).
-    `bad_records` says whether a record that cannot be read is counted and passed over or stops the run.
+    `bad_records` says whether a record that cannot be read is counted and passed over or stops the run. `images`: how
+    those of sources that have any come into batches (None: such sources are refused).
     """
 
     sources: tuple[SourceConfig, ...]
@@ -87,6 +123,7 @@ class DataConfig:
     store: str | None = None
     bad_records: str = "count"
     seed: int = 0
+    images: ImageConfig | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))

@@ -7,6 +7,7 @@ import dataclasses
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.check import require, require_count, require_flag, require_positive
 from gpt4moe.config.moe import MoeConfig
+from gpt4moe.config.vision import VisionConfig
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "full")
@@ -21,7 +22,7 @@ class ModelConfig:
     the pattern (DeepSeek-V3, section 4.2, has three). `context_length` is the longest row the model is meant for; it
     sizes the decode cache and the attention FLOPs, no parameter depends on it. Parameters are float32, matrix products
     run in `compute_dtype`, router, softmax and loss in float32. `remat` says what the backward pass recomputes:
-    nothing, everything but matrix products (`dots`), or whole layers (`full`).
+    nothing, everything but matrix products (`dots`), or whole layers (`full`). `vision` adds what reads images.
     """
 
     num_layers: int
@@ -37,6 +38,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     compute_dtype: str = "bfloat16"
     remat: str = "none"
+    vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "model_dim", "vocab_size", "context_length", "moe_every"):
@@ -51,6 +53,7 @@ class ModelConfig:
         require(self.remat in REMAT_POLICIES, "remat", self.remat, f"must be in {REMAT_POLICIES}")
         self._check_heads()
         self._check_layers()
+        self._check_vision()
 
     def _check_heads(self) -> None:
         heads = self.attention.num_heads
@@ -74,6 +77,19 @@ class ModelConfig:
         if self.moe_every > 1 or leading:
             require_count("dense_hidden_dim", self.dense_hidden_dim)
 
+    def _check_vision(self) -> None:
+        kind = isinstance(self.vision, VisionConfig | None)
+        require(kind, "vision", self.vision, "must be a VisionConfig or None")
+        if self.vision is None:
+            return
+        cross, layers = self.vision.cross_attention, self.num_layers - self.leading_dense_layers
+        constraint = f"must divide the layers ({layers}) after the leading dense ones"
+        require(layers % cross.every == 0, "CrossAttentionConfig.every", cross.every, constraint)
+        constraint = f"must be a multiple of moe_every ({self.moe_every})"
+        for name in ("every", "offset"):
+            value = getattr(cross, name)
+            require(value % self.moe_every == 0, f"CrossAttentionConfig.{name}", value, constraint)
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
@@ -83,3 +99,13 @@ class ModelConfig:
     def num_moe_layers(self) -> int:
         """Layers that hold experts."""
         return (self.num_layers - self.leading_dense_layers) // self.moe_every
+
+    @property
+    def superblocks_per_cross_attention(self) -> int:
+        """Layers with experts for each block of cross-attention; 1 where there is none."""
+        return self.vision.cross_attention.every // self.moe_every if self.vision else 1
+
+    @property
+    def num_cross_attention_layers(self) -> int:
+        """Blocks of cross-attention."""
+        return self.num_moe_layers // self.superblocks_per_cross_attention if self.vision else 0

@@ -28,6 +28,11 @@ class ShardingRules:
         ("router_experts", ()),
         ("mlp", ("tensor",)),
         ("norm", ()),
+        ("cross_layers", ("stage",)),
+        ("vision_layers", ()),
+        ("vision_embed", ("fsdp",)),
+        ("patch", ()),
+        ("position", ()),
     )
     batch_axes: tuple[str, ...] = ("data", "fsdp", "expert")
     overrides: tuple[tuple[str, tuple[str, ...]], ...] = ()

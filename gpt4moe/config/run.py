@@ -64,8 +64,20 @@ class RunConfig:
             vocab_size,
             f"must be at most the model's vocab_size ({self.model.vocab_size})",
         )
+        self._check_images()
         if -1 not in dict(self.mesh.axes).values():
             self.check_sizes(self.mesh.sizes(math.prod(size for _, size in self.mesh.axes)))
+
+    def _check_images(self) -> None:
+        vision, images = self.model.vision, self.data.images
+        if images is None:
+            return
+        mend = "include gin_configs/model/vision.gin, or set DataConfig.images to None"
+        require(vision is not None, "images", images, "needs a model that reads them (ModelConfig.vision)", mend)
+        for name in ("height", "width"):
+            value, of_encoder = getattr(images, name), getattr(vision.encoder, name)
+            constraint = f"must be the encoder's ({of_encoder})"
+            require(value == of_encoder, f"ImageConfig.{name}", value, constraint, "set both from one macro")
 
     @property
     def microbatch_rows(self) -> int:
@@ -81,7 +93,13 @@ class RunConfig:
 
         Configurations without an inferred axis have been checked; one with -1 is checked when the mesh is made.
         """
-        self.mesh.chunk_sizes(self.model.num_moe_layers, sizes["stage"])
+        chunks, each = (
+            self.mesh.chunk_sizes(self.model.num_moe_layers, sizes["stage"]),
+            self.model.superblocks_per_cross_attention,
+        )
+        constraint = f"must be multiples of the {each} superblocks that share a block of cross-attention"
+        whole = all(size % each == 0 for size in chunks)
+        require(whole, "stage_layers", chunks, constraint, "change MESH, stage_layers or CrossAttentionConfig.every")
         recorded = self.train.record_routing
         constraint = f"needs a mesh without stages; this one has {sizes['stage']}"
         require(not recorded or sizes["stage"] == 1, "record_routing", recorded, constraint, "change MESH")
@@ -100,7 +118,20 @@ class RunConfig:
     def check_dims(self, sizes: Mapping[str, int]) -> None:
         """Raises where a width of the model does not divide over the axes that its dim lies on."""
         model, moe = self.model, self.model.moe
+        cross, encoder = (model.vision.cross_attention, model.vision.encoder) if model.vision else (None, None)
         widths = (
+            *(
+                (
+                    ("CrossAttentionConfig.num_heads", "heads", cross.num_heads),
+                    ("CrossAttentionConfig.num_kv_heads", "kv_heads", cross.kv_heads),
+                    ("CrossAttentionConfig.hidden_dim", "mlp", cross.hidden_dim),
+                    ("EncoderConfig.num_heads", "heads", encoder.num_heads),
+                    ("EncoderConfig.dim", "vision_embed", encoder.dim),
+                    ("EncoderConfig.hidden_dim", "mlp", encoder.hidden_dim),
+                )
+                if model.vision
+                else ()
+            ),
             ("num_heads", "heads", model.attention.num_heads),
             ("num_kv_heads", "kv_heads", model.attention.num_kv_heads),
             ("vocab_size", "vocab", model.vocab_size),

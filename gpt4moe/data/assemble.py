@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 
+from gpt4moe.data import image_store
 from gpt4moe.data.encode import BAD_EXAMPLES, SPLITS, Unit, UnitCounts, token_dtype
 from gpt4moe.data.store import SourceReport
 from gpt4moe.data.tokenizer import Tokenizer
@@ -20,7 +21,10 @@ def assemble(
     tokenizer: Tokenizer,
     held_out_fraction: float,
 ) -> SourceReport:
-    """Writes `NAME.SPLIT.tokens`, `.offsets.npy`, `.bytes.npy` and `NAME.train.counts.npy`; returns the counts."""
+    """Writes `NAME.SPLIT.tokens`, `.offsets.npy`, `.bytes.npy` and `NAME.train.counts.npy`; returns the counts.
+
+    And the files of its images where it has any (see `data.image_store`).
+    """
     lengths = {split: _joined(done, split, "lengths") for split in SPLITS}
     num_bytes = {split: _joined(done, split, "bytes") for split in SPLITS}
     for split in SPLITS:
@@ -28,6 +32,8 @@ def assemble(
             for unit, _ in done:
                 with (unit.folder / f"{split}.tokens").open("rb") as part:
                     shutil.copyfileobj(part, out, 1 << 24)
+        parts = [(unit.folder / split, counts.tokens[split]) for unit, counts in done]
+        image_store.join_images(parts, directory / f"{name}.{split}")
     if 0 < held_out_fraction < 1 and not (len(lengths["train"]) and len(lengths["held_out"])):
         _hold_out_a_tail(name, directory, tokenizer, held_out_fraction, lengths, num_bytes)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -36,7 +42,8 @@ def assemble(
             out.write(np.asarray([tokenizer.end_of_text], dtype).tobytes())
         np.save(directory / f"{name}.{split}.offsets.npy", np.concatenate([[0], np.cumsum(lengths[split])]))
         np.save(directory / f"{name}.{split}.bytes.npy", num_bytes[split])
-    digest = _save_counts(directory, name, dtype, tokenizer.vocab_size)
+    digest = _save_counts(directory, name, dtype, tokenizer)
+    images = {split: image_store.stored_images(directory / f"{name}.{split}") for split in SPLITS}
     return SourceReport(
         name=name,
         documents=len(lengths["train"]),
@@ -49,6 +56,9 @@ def assemble(
         bad_examples=tuple(example for _, counts in done for example in counts.bad_examples)[:BAD_EXAMPLES],
         empty_documents=sum(counts.empty_documents for _, counts in done),
         digest=digest,
+        images=len(images["train"] or ()),
+        held_out_images=len(images["held_out"] or ()),
+        image_bytes=sum(found.num_bytes(len(found)) for found in images.values() if found),
     )
 
 
@@ -78,17 +88,25 @@ def _hold_out_a_tail(
     rest[longest] -= cut
     rest_bytes[longest] -= tail_bytes
     lengths.update(train=rest, held_out=np.asarray([cut + 1], np.int64))
+    prefixes = {split: directory / f"{name}.{split}" for split in SPLITS}
+    image_store.move_images(prefixes[full], end - cut, end, **prefixes)
     num_bytes.update(train=rest_bytes, held_out=np.asarray([tail_bytes], np.int64))
 
 
-def _save_counts(directory: pathlib.Path, name: str, dtype: np.dtype, vocab_size: int) -> str:
-    """Saves how often every id is a target in training, [V] int64, for the unigram entropy; returns a hash of all."""
+def _save_counts(directory: pathlib.Path, name: str, dtype: np.dtype, tokenizer: Tokenizer) -> str:
+    """Saves how often every id is a target in training, [V] int64, for the unigram entropy; returns a hash of all.
+
+    The token of an image is never a target.
+    """
     stream = np.memmap(directory / f"{name}.train.tokens", dtype, "r")
-    counts = np.zeros(vocab_size, np.int64)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
     digest = hashlib.blake2b(digest_size=8)
     for start in range(1, len(stream), 1 << 24):
         targets = stream[start : start + (1 << 24)]
-        counts += np.bincount(targets, minlength=vocab_size)
+        counts += np.bincount(targets, minlength=tokenizer.vocab_size)
         digest.update(targets)
+    if tokenizer.image is not None:
+        counts[tokenizer.image] = 0
+    image_store.add_to_digest(digest, directory / f"{name}.train")
     np.save(directory / f"{name}.train.counts.npy", counts)
     return digest.hexdigest()

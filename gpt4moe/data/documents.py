@@ -5,13 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
+IMAGE_MARKER = "<image>"
+# A compressed file (PNG, JPEG, WebP), or those of the frames of a clip, which is one image to the model.
+EncodedImage = bytes | tuple[bytes, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text. Documents of one `group` stay on one side of the held-out split (None: the text is its own group)."""
+    """One text. Documents of one `group` stay on one side of the held-out split (None: the text is its own group).
+
+    `images` stand where the markers `<image>` do, in their order; without markers all stand before the text. In a
+    document without images `<image>` is plain text. `where` is what a bad record is named by: `file:line`.
+    """
 
     text: str
     group: str | None = None
+    images: tuple[EncodedImage, ...] = ()
+    where: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +30,20 @@ class BadRecord:
 
     where: str
     reason: str
+
+
+def texts_between(document: Document) -> tuple[str, ...]:
+    """The texts before, between and behind the images; the text itself where there are none."""
+    if not document.images:
+        return (document.text,)
+    texts = tuple(document.text.split(IMAGE_MARKER))
+    return texts if len(texts) > 1 else ("",) * len(document.images) + texts
+
+
+def marker_mismatch(text: str, num_images: int) -> str | None:
+    """What is wrong where `text` does not have one marker an image, None where it has, or has no marker at all."""
+    markers = text.count(IMAGE_MARKER)
+    return None if markers in (0, num_images) else f"has {markers} {IMAGE_MARKER} markers and {num_images} images"
 
 
 def is_held_out(document: Document, fraction: float) -> bool:

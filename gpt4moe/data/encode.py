@@ -15,10 +15,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpt4moe.config.check import CallerError
-from gpt4moe.data.documents import BadRecord, Document, is_held_out
+from gpt4moe.config.check import CallerError, require
+from gpt4moe.data.documents import BadRecord, Document, is_held_out, marker_mismatch, texts_between
 from gpt4moe.data.files import FilePart, read_documents
-from gpt4moe.data.tokenizer import Tokenizer
+from gpt4moe.data.image_store import ImageWriter
+from gpt4moe.data.images import image_problem
+from gpt4moe.data.tokenizer import IMAGE_NAMES, Tokenizer
 
 SPLITS = ("train", "held_out")
 BAD_EXAMPLES = 5
@@ -28,7 +30,8 @@ BAD_EXAMPLES = 5
 class Unit:
     """Files that are tokenised together; `folder` is where the tokens go, which exists once it is complete.
 
-    `held_out_fraction` of their documents is held out.
+    `held_out_fraction` of their documents is held out. `image_field` is that of the source; `max_pixels` what an image
+    may unfold to (None: documents with images are refused).
     """
 
     source: str
@@ -37,6 +40,8 @@ class Unit:
     text_field: str
     group_field: str | None
     held_out_fraction: float
+    image_field: str | None = None
+    max_pixels: int | None = None
 
     @property
     def size(self) -> int:
@@ -64,7 +69,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def encode_unit(unit: Unit, tokenizer: Tokenizer, stop_at_bad: bool) -> UnitCounts:
     """Writes the tokens, lengths and byte counts of `unit`'s documents to its folder; at once if that exists.
 
-    Every document is stored as end-of-text followed by its tokens. ValueError at a bad record if `stop_at_bad`.
+    Every document is stored as end-of-text followed by its tokens, of which an image is one. A document with an image
+    that cannot be decoded is a bad record. ValueError at a bad record if `stop_at_bad`.
     """
     if (unit.folder / "counts.json").exists():
         return UnitCounts(**json.loads((unit.folder / "counts.json").read_text()))
@@ -75,14 +81,15 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer, stop_at_bad: bool) -> UnitCoun
     bad: list[str] = []
     empty = 0
     for record in _records(unit):
-        if isinstance(record, BadRecord):
-            bad.append(f"{record.where} {record.reason}")
+        problem = _problem(record, unit, tokenizer)
+        if problem:
+            bad.append(f"{problem.where} {problem.reason}")
             if stop_at_bad:
                 raise CallerError(f"bad_records='stop' met {bad[-1]}; mend the record or set bad_records='count'")
         elif not record.text:
             empty += 1
         else:
-            writers["held_out" if is_held_out(record, unit.held_out_fraction) else "train"].add(record.text)
+            writers["held_out" if is_held_out(record, unit.held_out_fraction) else "train"].add(record)
     documents, tokens, num_bytes = zip(*(writers[split].close() for split in SPLITS), strict=True)
     per_split = [dict(zip(SPLITS, counts, strict=True)) for counts in (documents, tokens, num_bytes)]
     counts = UnitCounts(*per_split, len(bad), tuple(bad[:BAD_EXAMPLES]), empty)
@@ -104,7 +111,20 @@ def end_with_parent() -> None:
 
 def _records(unit: Unit) -> Iterator[Document | BadRecord]:
     for file in unit.files:
-        yield from read_documents(file, unit.text_field, unit.group_field)
+        yield from read_documents(file, unit.text_field, unit.group_field, unit.image_field)
+
+
+def _problem(record: Document | BadRecord, unit: Unit, tokenizer: Tokenizer) -> BadRecord | None:
+    """What keeps a record from being stored, None where nothing does; `CallerError` where no image may be."""
+    if isinstance(record, BadRecord) or not record.images:
+        return record if isinstance(record, BadRecord) else None
+    require(unit.max_pixels is not None, "images", None, f"but source {unit.source!r} has some", "give an ImageConfig")
+    require(tokenizer.image is not None, "tokenizer.path", "", f"has none of {IMAGE_NAMES} for images", "add it")
+    where = record.where or f"a document of {unit.source}"
+    reason = marker_mismatch(record.text, len(record.images))
+    problems = (image_problem(image, unit.max_pixels) for image in record.images)
+    reason = reason or next((problem for problem in problems if problem), None)
+    return BadRecord(where, reason) if reason else None
 
 
 class _SplitWriter:
@@ -116,16 +136,29 @@ class _SplitWriter:
         self._lengths, self._bytes = array.array("q"), array.array("q")
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._start = np.asarray([tokenizer.end_of_text], self._dtype).tobytes()
+        self._images, self._position = ImageWriter(folder, split), 0
 
-    def add(self, text: str) -> None:
-        ids = self._tokenizer.encode_array(text)
+    def add(self, document: Document) -> None:
+        texts = texts_between(document)
+        parts = [self._tokenizer.encode_array(text) for text in texts]
+        length = 1 + len(parts[0])
+        for image, part in zip(document.images, parts[1:], strict=True):
+            self._images.add(image, self._position + length)
+            length += 1 + len(part)
+        ids = parts[0] if len(parts) == 1 else self._around_images(parts)
         self._file.write(self._start)
         self._file.write(ids.astype(self._dtype).tobytes())
-        self._lengths.append(len(ids) + 1)
-        self._bytes.append(len(text.encode()))
+        self._position += length
+        self._lengths.append(length)
+        self._bytes.append(sum(len(text.encode()) for text in texts))
+
+    def _around_images(self, parts: list[np.ndarray]) -> np.ndarray:
+        image = np.asarray([self._tokenizer.image], np.uint32)
+        return np.concatenate([parts[0], *(piece for part in parts[1:] for piece in (image, part))])
 
     def close(self) -> tuple[int, int, int]:
         self._file.close()
+        self._images.close()
         for name, values in (("lengths", self._lengths), ("bytes", self._bytes)):
             np.save(self._folder / f"{self._split}.{name}.npy", np.asarray(values, np.int64))
         return len(self._lengths), sum(self._lengths), sum(self._bytes)

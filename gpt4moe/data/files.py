@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from etils import epath
 
 from gpt4moe.config.check import CallerError, one_line, require
 from gpt4moe.data.documents import BadRecord, Document
-from gpt4moe.data.readers import READERS, Reader, read_errors
+from gpt4moe.data.image_readers import IMAGE_READERS, IMAGE_SUFFIXES
+from gpt4moe.data.readers import READERS, read_errors
 
 GLOB_LETTERS = "*?["
 
@@ -29,18 +30,30 @@ class FilePart:
     stop: int | None = None
 
 
-def find_files(paths: tuple[str, ...]) -> tuple[str, ...]:
+def find_files(paths: tuple[str, ...], image_field: str | None = None) -> tuple[str, ...]:
     """Every readable file that `paths` (files, directories, globs; local or `gs://`, `s3://`) name, sorted.
 
-    A directory gives the files below it that have a known suffix and are not hidden. ValueError where a path names
-    none.
+    A directory gives the files below it that have a known suffix and are not hidden. Image files below a folder whose
+    .jsonl is among them are what that speaks of, and no documents of their own. ValueError where a path names none.
     """
+    readers = _readers(image_field)
     found = set()
     for path in paths:
-        files = [file for file in _expand(path) if reader_of(file) is not None]
-        require(bool(files), "paths", path, f"names no file of a known kind ({' '.join(READERS)})", "check the path")
+        files = [file for file in _expand(path) if _of_suffix(file, readers) is not None]
+        require(bool(files), "paths", path, f"names no file of a known kind ({' '.join(readers)})", "check the path")
         found.update(files)
-    return tuple(sorted(found))
+    tables = {os.path.dirname(file) for file in found if file.endswith(".jsonl")} if image_field else set()
+    listed = {file for file in found if file.endswith(IMAGE_SUFFIXES) and _is_below(file, tables)}
+    return tuple(sorted(found - listed))
+
+
+def files_beside(files: tuple[str, ...]) -> tuple[str, ...]:
+    """What the image readers read beside `files`: captions of images, and the images below a folder with a .jsonl."""
+    folders = {os.path.dirname(file) for file in files if file.endswith(".jsonl")}
+    images = {file for folder in folders for file in _expand(folder) if file.endswith(IMAGE_SUFFIXES)}
+    stems = (os.path.splitext(file)[0] for file in files if file.endswith(IMAGE_SUFFIXES))
+    captions = {caption for stem in stems for suffix in (".txt", ".json") if os.path.exists(caption := stem + suffix)}
+    return tuple(sorted((images | captions) - set(files)))
 
 
 def file_identity(path: str) -> tuple[str, int, float]:
@@ -64,22 +77,38 @@ def cut_file(path: str, target_bytes: int) -> list[FilePart]:
     return [FilePart(path, size // count, edges[index], edges[index + 1]) for index in range(count)]
 
 
-def read_documents(part: FilePart, text_field: str, group_field: str | None = None) -> Iterator[Document | BadRecord]:
+def read_documents(
+    part: FilePart, text_field: str, group_field: str | None = None, image_field: str | None = None
+) -> Iterator[Document | BadRecord]:
     """Documents of a part in order, a `BadRecord` in the place of each that cannot be read.
 
-    ValueError where the file itself cannot be opened or is damaged.
+    With images where `image_field` says that there are some. ValueError where the file itself cannot be opened or is
+    damaged.
     """
-    reader = reader_of(part.path)
-    require(reader is not None, "paths", part.path, f"is of no known kind ({' '.join(READERS)})")
+    readers = _readers(image_field)
+    reader = _of_suffix(part.path, readers)
+    require(reader is not None, "paths", part.path, f"is of no known kind ({' '.join(readers)})")
+    fields = (text_field, group_field) if image_field is None else (text_field, group_field, image_field)
     try:
-        yield from reader(part.path, part.start, part.stop, text_field, group_field)
+        yield from reader(part.path, part.start, part.stop, *fields)
     except read_errors() as error:
         raise _unreadable(part.path, error) from None
 
 
-def reader_of(path: str) -> Reader | None:
+def _readers(image_field: str | None) -> Mapping[str, Callable[..., Iterator[Document | BadRecord]]]:
+    return READERS if image_field is None else IMAGE_READERS
+
+
+def _of_suffix(path: str, readers: Mapping[str, Callable]) -> Callable | None:
     """The reader for the suffix of `path`, None for an unknown one."""
-    return next((reader for suffix, reader in READERS.items() if path.endswith(suffix)), None)
+    return next((reader for suffix, reader in readers.items() if path.endswith(suffix)), None)
+
+
+def _is_below(path: str, folders: set[str]) -> bool:
+    while path != (path := os.path.dirname(path)):
+        if path in folders:
+            return True
+    return False
 
 
 def _expand(path: str) -> list[str]:

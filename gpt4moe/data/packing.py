@@ -1,7 +1,9 @@
 """The packing plan: which pieces of which documents make up every row, worked out once and kept beside the tokens.
 
 Best fit (Johnson 1973) over windows of documents, longest first: a piece goes into the open row with the least room
-that still holds it. Documents of at most T tokens stay whole; longer ones are cut into pieces of T and a rest.
+that still holds it. Documents of at most T tokens stay whole; longer ones are cut into pieces of T and a rest. Where
+there are images, a row also holds at most so many of them: a piece of more is cut before the first one too many, so
+that none is lost, and a piece only goes into a row with room for its images.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class Plan:
 
     row_offsets: [rows + 1] int64, the pieces of row r are row_offsets[r] .. row_offsets[r+1]-1.
     starts: [pieces] int64, first token of a piece in the stream. lengths: [pieces] int32.
-    split_documents: how many documents were longer than a row and cut.
+    split_documents: how many documents were longer than a row, or of more images, and cut.
     """
 
     sequence_length: int
@@ -55,32 +57,47 @@ class Plan:
         return self.num_tokens / (self.num_rows * self.sequence_length) if self.num_rows else 0.0
 
 
-def make_plan(offsets: np.ndarray, sequence_length: int) -> Plan:
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageLimit:
+    """Where the tokens of images stand in the stream, ascending, and how many images a row may hold."""
+
+    positions: np.ndarray
+    per_row: int
+
+
+def make_plan(offsets: np.ndarray, sequence_length: int, limit: ImageLimit | None = None) -> Plan:
     """Packs documents, document d being tokens offsets[d] .. offsets[d+1]-1 of the stream, into rows of T tokens."""
     starts, lengths = _pieces(offsets, sequence_length)
+    images = np.zeros(len(starts), np.int64)
+    if limit is not None:
+        starts, lengths, images = _cut_at_images(starts, lengths, limit)
     rows = np.empty(len(starts), np.int64)
-    packer = _BestFit(sequence_length)
+    packer = _BestFit(sequence_length, limit.per_row if limit else 0)
     for first in range(0, len(starts), WINDOW_PIECES):
-        window = lengths[first : first + WINDOW_PIECES]
+        window = slice(first, first + WINDOW_PIECES)
         # Stable, so that the plan is the same on every platform.
-        order = np.argsort(-window, kind="stable")
-        rows[first + order] = packer.place(window[order].tolist())
+        order = np.argsort(-lengths[window], kind="stable")
+        rows[first + order] = packer.place(lengths[window][order].tolist(), images[window][order].tolist())
     by_row = np.argsort(rows, kind="stable")
     row_offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=packer.num_rows))])
-    split_documents = int(np.count_nonzero(np.diff(offsets) > sequence_length))
+    split_documents = int(np.count_nonzero(np.diff(np.searchsorted(starts, offsets)) > 1))
     return Plan(sequence_length, row_offsets.astype(np.int64), starts[by_row], lengths[by_row], split_documents)
 
 
-def cached_plan(folder: pathlib.Path, key: str, offsets: np.ndarray, sequence_length: int) -> Plan:
+def cached_plan(
+    folder: pathlib.Path, key: str, offsets: np.ndarray, sequence_length: int, limit: ImageLimit | None = None
+) -> Plan:
     """`make_plan`, read from `folder` where `key` (what the offsets come from) was planned before, else saved there."""
     fields = f"{PLAN_VERSION}/{key}/{sequence_length}/{len(offsets)}"
+    if limit is not None:
+        fields += f"/images/{limit.per_row}"
     path = folder / f"{hashlib.blake2b(fields.encode(), digest_size=8).hexdigest()}.npz"
     if path.exists():
         with np.load(path) as saved:
             return Plan(
                 sequence_length, saved["row_offsets"], saved["starts"], saved["lengths"], int(saved["split_documents"])
             )
-    plan = make_plan(offsets, sequence_length)
+    plan = make_plan(offsets, sequence_length, limit)
     arrays = {name: getattr(plan, name) for name in ("row_offsets", "starts", "lengths", "split_documents")}
     if os.access(folder.parent, os.W_OK):
         folder.mkdir(exist_ok=True)
@@ -101,30 +118,51 @@ def _pieces(offsets: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.n
     return starts.astype(np.int64), lengths.astype(np.int32)
 
 
-class _BestFit:
-    """Open rows by the room they have left; bit n of `rooms` says that there is a row with room n."""
+def _cut_at_images(
+    starts: np.ndarray, lengths: np.ndarray, limit: ImageLimit
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pieces, none of more images than a row may hold, and how many images each has."""
+    firsts, lasts = np.searchsorted(limit.positions, (starts, starts + lengths))
+    crowded = np.flatnonzero(lasts - firsts > limit.per_row)
+    cuts = [limit.positions[firsts[piece] + limit.per_row : lasts[piece] : limit.per_row] for piece in crowded]
+    ends = np.concatenate([starts + lengths, *cuts])
+    starts = np.concatenate([starts, *cuts])
+    starts.sort()
+    ends.sort()
+    images = np.diff(np.searchsorted(limit.positions, (starts, ends)), axis=0)[0]
+    return starts, (ends - starts).astype(np.int32), images
 
-    def __init__(self, sequence_length: int) -> None:
-        self._length = sequence_length
-        self._open: list[list[int]] = [[] for _ in range(sequence_length + 1)]
-        self._rooms = 0
+
+class _BestFit:
+    """Open rows by the tokens and images they have room for; bit n of `rooms[i]`: there is a row of room n and i."""
+
+    def __init__(self, sequence_length: int, per_row: int = 0) -> None:
+        self._length, self._per_row = sequence_length, per_row
+        self._open: list[list[list[int]]] = [[[] for _ in range(sequence_length + 1)] for _ in range(per_row + 1)]
+        self._rooms = [0] * (per_row + 1)
         self.num_rows = 0
 
-    def place(self, lengths: list[int]) -> list[int]:
+    def place(self, lengths: list[int], images: list[int]) -> list[int]:
         """The row of every piece, in order."""
-        return [self._place(length) for length in lengths]
+        return [self._place(length, count) for length, count in zip(lengths, images, strict=True)]
 
-    def _place(self, length: int) -> int:
-        fitting = self._rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = self._open[room].pop()
-            if not self._open[room]:
-                self._rooms ^= 1 << room
+    def _place(self, length: int, count: int) -> int:
+        """Into the row with the least room for tokens, of those the one with the least for images."""
+        room, left = self._length + 1, self._per_row
+        for images in range(count, self._per_row + 1):
+            fitting = self._rooms[images] >> length
+            if fitting:
+                least = length + (fitting & -fitting).bit_length() - 1
+                if least < room:
+                    room, left = least, images
+        if room <= self._length:
+            row = self._open[left][room].pop()
+            if not self._open[left][room]:
+                self._rooms[left] ^= 1 << room
         else:
             room, row = self._length, self.num_rows
             self.num_rows += 1
         if room > length:
-            self._open[room - length].append(row)
-            self._rooms |= 1 << (room - length)
+            self._open[left - count][room - length].append(row)
+            self._rooms[left - count] |= 1 << (room - length)
         return row

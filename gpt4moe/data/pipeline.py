@@ -14,13 +14,16 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import grain
+import numpy as np
 
 from gpt4moe.config.check import CallerError, require, require_count
 from gpt4moe.config.data import DataConfig, SourceConfig
+from gpt4moe.data.image_bytes import ImageBytes, image_bytes
+from gpt4moe.data.image_rows import Decoding, ImageDecoder
 from gpt4moe.data.mixture import MixedSource, Mixture
-from gpt4moe.data.packing import Plan, cached_plan
+from gpt4moe.data.packing import ImageLimit, Plan, cached_plan
 from gpt4moe.data.prepare import Progress, prepare
-from gpt4moe.data.rows import PackedRows, Row, stack_rows
+from gpt4moe.data.rows import PackedRows, Row, image_targets, stack_rows
 from gpt4moe.data.store import REPORT_FILE, TokenStore
 from gpt4moe.types import Batch
 
@@ -46,7 +49,11 @@ def reopen_store(config: DataConfig, directory: str | pathlib.Path, content_hash
 def row_plan(store: TokenStore, config: DataConfig, source: str, split: str) -> Plan:
     """The packing plan of one split of one source, kept beside the tokens."""
     key = f"{store.content_hash}/{source}/{split}"
-    return cached_plan(store.directory / "plans", key, store.offsets(source, split), config.sequence_length)
+    images, limit = store.images(source, split), None
+    if images is not None:
+        require(config.images is not None, "images", None, f"but source {source!r} has some", "give an ImageConfig")
+        limit = ImageLimit(images.positions, config.images.per_row)
+    return cached_plan(store.directory / "plans", key, store.offsets(source, split), config.sequence_length, limit)
 
 
 class TrainRows:
@@ -54,7 +61,8 @@ class TrainRows:
 
     `next()` gives a numpy Batch of [microbatch_rows // num_hosts, T]; the last one of a finite mixture is filled up
     with empty rows, after it comes StopIteration. `source_ids` number `store.source_names`; sources that are held out
-    as a whole have no rows.
+    as a whole have no rows. With `config.images` the batches have images, of which those of the next one are decoded
+    while the caller works with this one.
     """
 
     def __init__(
@@ -81,9 +89,15 @@ class TrainRows:
         self._mixture = _mixture(self._sources, self._plans, kept, exhaust_together=config.exhaust_together)
         rows, numbers = [], []
         for source, plan, count in zip(self._sources, self._plans, kept, strict=True):
-            seed, index = _seed(config.seed, source.name), store.source_names.index(source.name)
-            rows.append(_endless(PackedRows(store.stream(source.name, "train"), plan, index), seed, count))
+            seed = _seed(config.seed, source.name)
+            rows.append(_endless(_packed_rows(store, plan, source.name, "train"), seed, count))
             numbers.append(_endless(range(plan.num_rows), seed, count))
+        self._targets = [
+            _row_targets(store, plan, source.name) for source, plan in zip(self._sources, self._plans, strict=True)
+        ]
+        self._decoder = _decoder(store, config, "train")
+        # By the first row of a microbatch: its images, on their way.
+        self._decoding: dict[int, Decoding] = {}
         self._rows = grain.MapDataset.select_from_datasets(rows, self._mixture)
         # The same order over row numbers alone, for the ledger of rows that other hosts read.
         self._order = numbers
@@ -97,11 +111,31 @@ class TrainRows:
     def __next__(self) -> Batch:
         if self._next_row >= len(self._mixture):
             raise StopIteration
-        first = self._next_row + self._first_row
-        last = min(first + self._host_rows, len(self._mixture))
-        rows = [self._rows[position] for position in range(first, last)]
+        position = self._next_row
         self._next_row = min(self._next_row + self._microbatch_rows, len(self._mixture))
-        return stack_rows(rows, self._host_rows, self._config.sequence_length)
+        if self._decoder is None:
+            return stack_rows(self._host_part(position), self._host_rows, self._config.sequence_length)
+        decoding = self._decoding.pop(position, None) or self._begin_decoding(position)
+        self.look_ahead(1)
+        batch = stack_rows(decoding.rows, self._host_rows, self._config.sequence_length)
+        return self._decoder.finish(decoding, batch)
+
+    def look_ahead(self, count: int) -> None:
+        """Begins to decode the images of the next `count` microbatches; of no other effect."""
+        if self._decoder is None or not self._config.images.workers:
+            return
+        positions = [self._next_row + index * self._microbatch_rows for index in range(count)]
+        for position in positions:
+            if position < len(self._mixture) and position not in self._decoding:
+                self._decoding[position] = self._begin_decoding(position)
+
+    def _begin_decoding(self, position: int) -> Decoding:
+        return self._decoder.begin(self._host_part(position), self._host_rows)
+
+    def _host_part(self, position: int) -> list[Row]:
+        """The rows of this host in the microbatch that begins at `position`."""
+        first = position + self._first_row
+        return [self._rows[row] for row in range(first, min(first + self._host_rows, len(self._mixture)))]
 
     def get_state(self) -> dict:
         """Where the iterator stands, JSON-able and the same on every host: next global row, ledger, and of what."""
@@ -120,13 +154,14 @@ class TrainRows:
                 "give another workdir, or --allow_config_change to begin a new order of rows"
             )
         self._next_row = self._counted_row = int(state["next_row"]) if same else 0
+        self._decoding.clear()
         self._ledger = {source.name: int(state["ledger"].get(source.name, 0)) for source in self._sources}
 
     def ledger(self) -> dict[str, int]:
         """Tokens (targets) delivered so far by source, over all hosts."""
         for position in range(self._counted_row, self._next_row):
             source, number = self._mixture[position]
-            tokens = self._plans[source].row_tokens[self._order[source][number]]
+            tokens = self._targets[source][self._order[source][number]]
             self._ledger[self._sources[source].name] += int(tokens)
         self._counted_row = self._next_row
         return dict(self._ledger)
@@ -152,11 +187,25 @@ class TrainRows:
             for source, plan in pairs
         }
 
+    def image_bytes(self, patch_size: int) -> dict[str, ImageBytes]:
+        """What the images of every source that has some cost in bytes; `patch_size` is the encoder's."""
+        split = {source.name: self._store.images(source.name, "train") for source in self._sources}
+        plans = {source.name: plan for source, plan in zip(self._sources, self._plans, strict=True)}
+        return {
+            name: image_bytes(
+                self._config.images, images, plans[name], patch_size, self._store.stream(name, "train").itemsize
+            )
+            for name, images in split.items()
+            if images is not None
+        }
+
     def _fingerprint(self) -> str:
         """Changes with anything that the order of rows depends on."""
         config = self._config
         mixed = [_mixed(source) for source in config.sources if source.is_trained]
         fields = [self._store.digests, config.sequence_length, config.seed, config.exhaust_together, mixed]
+        if self._store.sources_with_images:
+            fields.append(config.images.per_row)
         return hashlib.blake2b(json.dumps(fields).encode(), digest_size=8).hexdigest()
 
 
@@ -174,10 +223,37 @@ def held_out_of_source(store: TokenStore, config: DataConfig, source: str, *, ro
     """What `held_out_batches` has of one source; rows are read as they are asked for."""
     require_count("rows", rows)
     plan = row_plan(store, config, source, "held_out")
-    packed = PackedRows(store.stream(source, "held_out"), plan, store.source_names.index(source))
-    for first in range(0, len(packed), rows):
-        taken = [packed[row] for row in range(first, min(first + rows, len(packed)))]
-        yield stack_rows(taken, rows, config.sequence_length)
+    packed = _packed_rows(store, plan, source, "held_out")
+    decoder = _decoder(store, config, "held_out")
+    starts = range(0, len(packed), rows)
+    taken = ([packed[row] for row in range(first, min(first + rows, len(packed)))] for first in starts)
+    if decoder is None:
+        yield from (stack_rows(part, rows, config.sequence_length) for part in taken)
+        return
+    begun = (decoder.begin(part, rows) for part in taken)
+    decoding = next(begun, None)
+    while decoding is not None:
+        following = next(begun, None)
+        yield decoder.finish(decoding, stack_rows(decoding.rows, rows, config.sequence_length))
+        decoding = following
+
+
+def _packed_rows(store: TokenStore, plan: Plan, source: str, split: str) -> PackedRows:
+    number = store.source_names.index(source)
+    return PackedRows(store.stream(source, split), plan, number, store.images(source, split))
+
+
+def _decoder(store: TokenStore, config: DataConfig, split: str) -> ImageDecoder | None:
+    """What decodes the images of rows of `split`; None where batches have none."""
+    if config.images is None:
+        return None
+    return ImageDecoder(config.images, lambda number: store.images(store.source_names[number], split))
+
+
+def _row_targets(store: TokenStore, plan: Plan, source: str) -> np.ndarray:
+    """Targets of every row of a plan of training rows, [rows] int64: its tokens, less those that are images."""
+    images = store.images(source, "train")
+    return plan.row_tokens if images is None else plan.row_tokens - image_targets(plan, images)
 
 
 def _mixed(source: SourceConfig) -> tuple:

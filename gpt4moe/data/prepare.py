@@ -25,7 +25,8 @@ from gpt4moe.data.assemble import assemble
 from gpt4moe.data.encode import Unit, UnitCounts, encode_unit, end_with_parent
 from gpt4moe.data.files import FilePart, cut_file, find_files
 from gpt4moe.data.sample import training_texts
-from gpt4moe.data.sources import function_documents, source_identity
+from gpt4moe.data.sources import source_identity
+from gpt4moe.data.spool import SPOOL_FIELDS, spool_documents
 from gpt4moe.data.store import REPORT_FILE, TOKENIZER_FILE, PrepareReport, SourceReport, read_report
 from gpt4moe.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 
@@ -82,6 +83,8 @@ def _clear(building: pathlib.Path, lock: pathlib.Path, made: list[pathlib.Path])
 def format_report(report: PrepareReport) -> str:
     """The report as a table for people, bad records by name below it."""
     names = ("documents", "tokens", "bytes", "held_out_documents", "held_out_tokens", "bad_records", "empty_documents")
+    if any(source.has_images for source in report.sources):
+        names += ("images", "held_out_images", "image_bytes")
     rows = [("source", *names)]
     rows += [(source.name, *(f"{getattr(source, name):,}" for name in names)) for source in report.sources]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -97,7 +100,7 @@ def store_hash(config: DataConfig) -> str:
         tokenizer = {"text": load_tokenizer(config.tokenizer.path).serialized}
     fields = {
         "version": STORE_VERSION,
-        "sources": {source.name: source_identity(source) | _split_of(source) for source in config.sources},
+        "sources": {source.name: source_identity(source) | _read_of(config, source) for source in config.sources},
         "tokenizer": tokenizer,
         "held_out_fraction": config.held_out_fraction,
         "bad_records": config.bad_records,
@@ -105,8 +108,16 @@ def store_hash(config: DataConfig) -> str:
     return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _split_of(source: SourceConfig) -> dict:
-    return {} if source.is_trained else {"held_out": "all"}
+def _read_of(config: DataConfig, source: SourceConfig) -> dict:
+    """What the documents of a source depend on beside itself. That a function will give images is not known yet."""
+    split = {} if source.is_trained else {"held_out": "all"}
+    return split | ({"max_pixels": _max_pixels(config, source)} if source.image_field else {})
+
+
+def _max_pixels(config: DataConfig, source: SourceConfig) -> int:
+    needed = f"but source {source.name!r} has image_field={source.image_field!r}"
+    require(config.images is not None, "images", None, needed, "give DataConfig.images an ImageConfig")
+    return config.images.max_pixels
 
 
 def _build(
@@ -119,7 +130,7 @@ def _build(
         sources = _tokenise(config, building, workers, progress)
         vocab_size = load_tokenizer(building / TOKENIZER_FILE).vocab_size
         report = PrepareReport("", content_hash, vocab_size, sources)
-        _write(parts, building / REPORT_FILE, json.dumps(dataclasses.asdict(report), indent=1))
+        _write(parts, building / REPORT_FILE, report.to_json())
     shutil.rmtree(parts, ignore_errors=True)
 
 
@@ -127,7 +138,7 @@ def _tokenise(
     config: DataConfig, building: pathlib.Path, workers: int | None, progress: Progress
 ) -> tuple[SourceReport, ...]:
     fractions = {source.name: config.held_out_fraction_of(source) for source in config.sources}
-    units = [unit for source in config.sources for unit in _units(source, fractions[source.name], building, progress)]
+    units = [unit for source in config.sources for unit in _units(config, source, building, progress)]
     tokenizer = _tokenizer(config, units, building, progress)
     counts = _encode(config, units, tokenizer, workers, progress)
     by_source: dict[str, list[tuple[Unit, UnitCounts]]] = {source.name: [] for source in config.sources}
@@ -151,16 +162,14 @@ def _write(scratch_folder: pathlib.Path, path: pathlib.Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def _units(
-    source: SourceConfig, held_out_fraction: float, building: pathlib.Path, progress: Progress
-) -> Iterator[Unit]:
+def _units(config: DataConfig, source: SourceConfig, building: pathlib.Path, progress: Progress) -> Iterator[Unit]:
     """Cuts a source into files that make about `UNIT_BYTES` together, in order."""
-    text_field, group_field = source.text_field, None
+    text_field, group_field, image_field = source.text_field, None, source.image_field
     if source.documents is None:
-        paths = find_files(source.paths)
+        paths = find_files(source.paths, image_field)
     else:
-        paths = _spooled(source, building / "parts" / f"documents.{source.name}", progress)
-        text_field, group_field = "text", "group"
+        paths = spool_documents(source, building / "parts" / f"documents.{source.name}", UNIT_BYTES, progress)
+        text_field, group_field, image_field = SPOOL_FIELDS
     groups: list[list[FilePart]] = [[]]
     room = UNIT_BYTES
     for file in (part for path in paths for part in cut_file(path, UNIT_BYTES)):
@@ -171,28 +180,8 @@ def _units(
         room -= file.size
     for index, group in enumerate(groups):
         folder = building / "parts" / f"{source.name}-{index:06d}"
-        yield Unit(source.name, folder, tuple(group), text_field, group_field, held_out_fraction)
-
-
-def _spooled(source: SourceConfig, folder: pathlib.Path, progress: Progress) -> tuple[str, ...]:
-    """Documents of a source function written to .jsonl files once, so that they can be read again and in parallel."""
-    if not folder.exists():
-        progress(f"collecting documents of {source.name}")
-        scratch = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        with contextlib.ExitStack() as files:
-            written = UNIT_BYTES
-            for document in function_documents(source.documents):
-                if written >= UNIT_BYTES:
-                    files.close()
-                    name = f"{len(list(scratch.iterdir())):06d}.jsonl"
-                    file, written = files.enter_context((scratch / name).open("w", encoding="utf-8")), 0
-                written += file.write(json.dumps({"text": document.text, "group": document.group}) + "\n")
-        os.replace(scratch, folder)
-    paths = tuple(str(path) for path in sorted(folder.iterdir()))
-    require(bool(paths), "source", source.name, f"has no documents: {source.documents!r} yielded none")
-    return paths
+        fraction, limit = config.held_out_fraction_of(source), config.images and config.images.max_pixels
+        yield Unit(source.name, folder, tuple(group), text_field, group_field, fraction, image_field, limit)
 
 
 def _tokenizer(config: DataConfig, units: list[Unit], building: pathlib.Path, progress: Progress) -> Tokenizer:

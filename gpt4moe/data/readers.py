@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
+import tarfile
 import tokenize
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ def read_errors() -> tuple[type[BaseException], ...]:
     """What the formats raise for a file that cannot be opened or is damaged."""
     import pyarrow
 
-    return OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException
+    return OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, tarfile.TarError
 
 
 def read_text(path: str, start: int, stop: int | None, text_field: str, group_field: str | None) -> Records:
@@ -56,6 +58,11 @@ def read_python(path: str, start: int, stop: int | None, text_field: str, group_
 
 def read_jsonl(path: str, start: int, stop: int | None, text_field: str, group_field: str | None) -> Records:
     """Uncompressed JSON lines that begin in bytes start..stop-1."""
+    return read_lines(path, start, stop, lambda line: _json_record(line, path, text_field, group_field))
+
+
+def read_lines(path: str, start: int, stop: int | None, parse: Callable[[bytes], Document | BadRecord]) -> Records:
+    """What `parse` makes of every line that is not empty and begins in bytes start..stop-1, with file and line."""
     lines_before = None
     with epath.Path(path).open("rb") as file:
         if start:
@@ -66,10 +73,10 @@ def read_jsonl(path: str, start: int, stop: int | None, text_field: str, group_f
             if stop is not None and position >= stop:
                 return
             position += len(line)
-            record = _json_record(line, path, text_field, group_field) if line.strip() else None
-            if isinstance(record, BadRecord):
+            record = parse(line) if line.strip() else None
+            if isinstance(record, BadRecord) or getattr(record, "images", None):
                 lines_before = _count_lines(path, start) if lines_before is None else lines_before
-                record = BadRecord(f"{path}:{lines_before + index + 1}", record.reason)
+                record = dataclasses.replace(record, where=f"{path}:{lines_before + index + 1}")
             if record is not None:
                 yield record
 
@@ -122,19 +129,26 @@ def read_array_record(path: str, start: int, stop: int | None, text_field: str, 
         raise OSError(str(error)) from None
 
 
-def _json_record(line: bytes, where: str, text_field: str, group_field: str | None) -> Document | BadRecord:
+def json_fields(line: bytes, where: str, text_field: str) -> dict | BadRecord:
+    """The object of a JSON line that has a text in `text_field`, or what is wrong with it."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
         return BadRecord(where, f"is not JSON ({str(error).splitlines()[0]})")
     if not isinstance(fields, dict) or not isinstance(fields.get(text_field), str):
         return BadRecord(where, f"has no text in field {text_field!r}")
-    text = fields[text_field]
     try:
-        text.encode()
+        fields[text_field].encode()
     except UnicodeEncodeError:
         return BadRecord(where, "holds half of a surrogate pair, which UTF-8 cannot express")
-    return Document(text, fields.get(group_field) if group_field else None)
+    return fields
+
+
+def _json_record(line: bytes, where: str, text_field: str, group_field: str | None) -> Document | BadRecord:
+    fields = json_fields(line, where, text_field)
+    if isinstance(fields, BadRecord):
+        return fields
+    return Document(fields[text_field], fields.get(group_field) if group_field else None)
 
 
 def _array_record(record: bytes, where: str, text_field: str, group_field: str | None) -> Document | BadRecord:

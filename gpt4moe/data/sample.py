@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from gpt4moe.config.data import DataConfig
-from gpt4moe.data.documents import Document, is_held_out
+from gpt4moe.data.documents import BadRecord, Document, is_held_out, marker_mismatch, texts_between
 from gpt4moe.data.encode import Unit
 from gpt4moe.data.files import read_documents
 
@@ -41,7 +41,7 @@ def _source_texts(name: str, units: Sequence[Unit], held_out_fraction: float, sh
         spent = 0
         for document in _sampled(name, units):
             if not is_held_out(document, fraction):
-                text = document.text[: math.ceil(share - spent)]
+                text = "".join(texts_between(document))[: math.ceil(share - spent)]
                 spent += len(text.encode())
                 yield text
             if spent >= share:
@@ -54,6 +54,7 @@ def _sampled(source: str, units: Sequence[Unit]) -> Iterator[Document]:
     files = [(file, unit) for unit in units if unit.source == source for file in unit.files]
     for number in sorted(range(len(files)), key=lambda number: hashlib.blake2b(str(number).encode()).digest()):
         file, unit = files[number]
-        for record in read_documents(file, unit.text_field, unit.group_field):
-            if isinstance(record, Document):
+        for record in read_documents(file, unit.text_field, unit.group_field, unit.image_field):
+            bad = isinstance(record, BadRecord) or (record.images and marker_mismatch(record.text, len(record.images)))
+            if not bad:
                 yield record

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.data import SourceConfig
 from gpt4moe.data.documents import Document
-from gpt4moe.data.files import FilePart, file_identity, find_files, read_documents
+from gpt4moe.data.files import FilePart, file_identity, files_beside, find_files, read_documents
 
 DocumentFunction = Callable[[], Iterable[Document | str]]
 # The tests of the library are left out: only some builds of Python ship them, so that numbers would differ from one
@@ -69,8 +69,12 @@ def stdlib_manual() -> Iterator[Document]:
 def source_identity(source: SourceConfig) -> dict:
     """What `source` reads, in plain values that change when it does: its files, or the code of its function."""
     if source.documents is None:
-        files = [list(file_identity(path)) for path in find_files(source.paths)]
-        return {"files": files, "text_field": source.text_field}
+        paths = find_files(source.paths, source.image_field)
+        fields = {"text_field": source.text_field}
+        if source.image_field is not None:
+            paths += files_beside(paths)
+            fields["image_field"] = source.image_field
+        return {"files": [list(file_identity(path)) for path in paths], **fields}
     return {"function": _function_identity(source.documents), "python": platform.python_version()}
 
 
@@ -128,7 +132,7 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
 
 def _function_identity(function: Callable) -> dict:
     if isinstance(function, functools.partial):
-        arguments = json.dumps([function.args, function.keywords], default=repr)
+        arguments = json.dumps([function.args, function.keywords], default=_plain_argument)
         return _function_identity(function.func) | {"arguments": arguments}
     module = sys.modules.get(getattr(function, "__module__", ""))
     try:
@@ -137,3 +141,8 @@ def _function_identity(function: Callable) -> dict:
         code = getattr(function, "__qualname__", repr(function))
     name = getattr(function, "__qualname__", type(function).__name__)
     return {"name": name, "code": hashlib.blake2b(code.encode(), digest_size=16).hexdigest()}
+
+
+def _plain_argument(value: object) -> object:
+    # The text of a function would name its address.
+    return _function_identity(value) if callable(value) else repr(value)

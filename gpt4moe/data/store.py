@@ -11,6 +11,7 @@ import pathlib
 import numpy as np
 
 from gpt4moe.data.encode import token_dtype
+from gpt4moe.data.image_store import StoredImages, stored_images
 from gpt4moe.data.tokenizer import Tokenizer, load_tokenizer
 
 REPORT_FILE = "report.json"
@@ -22,7 +23,8 @@ class SourceReport:
     """What preparing one source met.
 
     `tokens` count one end-of-text a document; bytes are those of the UTF-8 text. `digest` is a hash of the training
-    tokens, the same wherever and from whichever copy of the files they were made.
+    tokens and images, the same wherever and from whichever copy of the files they were made. `image_bytes` are
+    compressed, of both splits.
     """
 
     name: str
@@ -36,6 +38,14 @@ class SourceReport:
     bad_examples: tuple[str, ...]
     empty_documents: int
     digest: str
+    images: int = 0
+    held_out_images: int = 0
+    image_bytes: int = 0
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any of its documents has an image."""
+        return bool(self.images or self.held_out_images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +57,15 @@ class PrepareReport:
     vocab_size: int
     sources: tuple[SourceReport, ...]
 
+    def to_json(self) -> str:
+        """The text of `report.json`; sources without images say nothing of them."""
+        fields = dataclasses.asdict(self)
+        for report, source in zip(self.sources, fields["sources"], strict=True):
+            if not report.has_images:
+                for name in ("images", "held_out_images", "image_bytes"):
+                    del source[name]
+        return json.dumps(fields, indent=1)
+
 
 class TokenStore:
     """Read access to a prepared store.
@@ -54,7 +73,7 @@ class TokenStore:
     A document of n tokens lies on disk as end-of-text and its n tokens; the stream of a split ends with one more
     end-of-text, so that inputs are `stream[a:b]` and targets `stream[a+1:b+1]`, and every token of every document
     is a target exactly once, as is the end of every document. At most `held_out_limit` held-out tokens a source
-    count as held out (whole documents, at least one).
+    count as held out (whole documents, at least one). An image is one token of its document, and no target.
     """
 
     def __init__(self, directory: str | pathlib.Path, held_out_limit: int = 2**62) -> None:
@@ -89,8 +108,23 @@ class TokenStore:
         return offsets
 
     def num_tokens(self, source: str, split: str) -> int:
-        """Tokens, and as many targets, of a split."""
+        """Tokens of a split."""
         return int(self.offsets(source, split)[-1])
+
+    def num_targets(self, source: str, split: str) -> int:
+        """Targets of a split: as many as tokens, less those that are images."""
+        images, tokens = self.images(source, split), self.num_tokens(source, split)
+        return tokens if images is None else tokens - images.within(0, tokens)[1]
+
+    @functools.cache  # noqa: B019
+    def images(self, source: str, split: str) -> StoredImages | None:
+        """The images of a split, memory-mapped; None where it has none."""
+        return stored_images(self.directory / f"{source}.{split}")
+
+    @property
+    def sources_with_images(self) -> tuple[str, ...]:
+        """Names of the sources of which any document has an image."""
+        return tuple(source.name for source in self.report.sources if source.has_images)
 
     def held_out_bytes(self, source: str) -> int:
         """UTF-8 bytes that the held-out targets of `source` spell: nats / ln 2 / this is bits per byte."""
@@ -107,12 +141,14 @@ class TokenStore:
         trained = (source,) if self.num_tokens(source, "train") else self.source_names
         counts = sum(np.load(self._path(name, "train", "counts.npy")) for name in trained) + 1.0
         held_out = self.stream(source, "held_out")[1 : self.num_tokens(source, "held_out") + 1]
+        if source in self.sources_with_images:
+            held_out = held_out[held_out != self.tokenizer.image]
         return float(np.mean(math.log(counts.sum()) - np.log(counts[held_out]))) if len(held_out) else math.nan
 
     def unigram_bits_per_byte(self, source: str) -> float:
         """`unigram_nats` in bits a byte of the held-out text."""
         num_bytes = self.held_out_bytes(source)
-        targets = self.num_tokens(source, "held_out")
+        targets = self.num_targets(source, "held_out")
         return self.unigram_nats(source) * targets / math.log(2) / num_bytes if num_bytes else math.nan
 
     def _path(self, source: str, split: str, kind: str) -> pathlib.Path:

@@ -22,6 +22,7 @@ PATTERN = (
 )
 END_OF_TEXT_NAMES = (SPECIAL_TOKENS[0], "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]")
+IMAGE_NAMES = ("<|image|>", "<image>")
 # Documents are encoded in stretches: the regex engine overflows its stack on about a million spaces in a row.
 STRETCH_CHARACTERS = 200_000
 
@@ -29,9 +30,10 @@ STRETCH_CHARACTERS = 200_000
 class Tokenizer:
     """Text to ids and back.
 
-    `vocab_size` is one more than the highest id, `end_of_text` stands before every document, `specials` maps the
-    reserved tokens to their ids, and `token_bytes` holds the bytes of every id (None where the tokens are not bytes).
-    The text of a special token inside a document is encoded as plain text.
+    `vocab_size` is one more than the highest id, `end_of_text` stands before every document, `image` where an image
+    is (None where there is no such token), `specials` maps the reserved tokens to their ids, and `token_bytes`
+    holds the bytes of every id (None where the tokens are not bytes). The text of a special token inside a document
+    is encoded as plain text.
     """
 
     def __init__(self, serialized: str) -> None:
@@ -53,6 +55,7 @@ class Tokenizer:
             self.end_of_text is not None, "tokenizer.path", "", f"needs one of {END_OF_TEXT_NAMES} in the vocabulary"
         )
         self.pad = _first_of(PAD_NAMES, vocabulary)
+        self.image = _first_of(IMAGE_NAMES, self.specials)
         self.token_bytes = _token_bytes(serialized, vocabulary, self.specials, self.vocab_size)
         self._fast = fast_engine(serialized, self._reference) if self.token_bytes is not None else None
 

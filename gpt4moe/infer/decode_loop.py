@@ -15,25 +15,44 @@ from flax import nnx
 
 from gpt4moe.infer.sampling import SamplingParams, sample
 from gpt4moe.model.cache import KVCache
+from gpt4moe.model.cross_attention import Media
 from gpt4moe.types import Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The images of the prompts and which of them each token sees, all as `types.Batch` has them."""
+
+    images: Array
+    image_valid: Array
+    image_index_BT: Array
+    first_image_BT: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Request:
-    """Right-padded prompts [B, T], how long each is, how many tokens each may get (0: a filling row), how to draw."""
+    """Right-padded prompts [B, T], how long each is, how many tokens each may get (0: a filling row), how to draw.
+
+    pictures: those of the prompts, None where no prompt has any.
+    """
 
     tokens_BT: Array
     lengths_B: Array
     limits_B: Array
     params: SamplingParams
     keys_B: Array
+    pictures: Pictures | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """The decode loop's state: step counts tokens drawn so far, ids_BT and logprobs_BT hold them (-1: none)."""
+    """The decode loop's state: step counts tokens drawn so far, ids_BT and logprobs_BT hold them (-1: none).
+
+    media: the images as the last token of every prompt sees them, encoded once; None without any.
+    """
 
     step: Array
     last_B: Array
@@ -41,6 +60,7 @@ class Decoding:
     ids_BT: Array
     logprobs_BT: Array
     cache: KVCache
+    media: Media | None
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "num_slots", "num_new"))
@@ -51,7 +71,9 @@ def prefill(graphdef, state, request: Request, end_of_text: Array, num_slots: in
     cache = model.init_cache(num_rows, num_slots)
     positions_BT = jnp.broadcast_to(jnp.arange(num_tokens), (num_rows, num_tokens))
     present_BT = (positions_BT < request.lengths_B[:, None]) & (request.limits_B > 0)[:, None]
-    x_BTD, out = model(request.tokens_BT, positions_BT, present_BT.astype(jnp.int32), dropless=True, cache=cache)
+    media = None if request.pictures is None else model.keep(model.look(*vars(request.pictures).values()))
+    given = {"dropless": True, "cache": cache, "media": media}
+    x_BTD, out = model(request.tokens_BT, positions_BT, present_BT.astype(jnp.int32), **given)
     last_BD = x_BTD[jnp.arange(num_rows), request.lengths_B - 1]
     blank = Decoding(
         step=jnp.int32(0),
@@ -60,6 +82,7 @@ def prefill(graphdef, state, request: Request, end_of_text: Array, num_slots: in
         ids_BT=jnp.full((num_rows, num_new), -1, jnp.int32),
         logprobs_BT=jnp.zeros((num_rows, num_new), jnp.float32),
         cache=out.cache,
+        media=None if media is None else _after(media, request.lengths_B),
     )
     return _draw(model.logits(last_BD), blank, request, end_of_text)
 
@@ -73,11 +96,21 @@ def decode(graphdef, state, decoding: Decoding, request: Request, end_of_text: A
         positions_B1 = (request.lengths_B + decoding.step - 1)[:, None]
         # A finished row is padding: it is neither routed to an expert nor written to the cache.
         segment_ids_B1 = (~decoding.done_B).astype(jnp.int32)[:, None]
-        x_B1D, out = model(decoding.last_B[:, None], positions_B1, segment_ids_B1, dropless=True, cache=decoding.cache)
+        given = {"dropless": True, "cache": decoding.cache, "media": decoding.media}
+        x_B1D, out = model(decoding.last_B[:, None], positions_B1, segment_ids_B1, **given)
         drawn = dataclasses.replace(decoding, cache=out.cache)
         return _draw(model.logits(x_B1D[:, 0]), drawn, request, end_of_text)
 
     return jax.lax.while_loop(lambda decoding: ~jnp.all(decoding.done_B), step, decoding)
+
+
+def _after(media: Media, lengths_B: Array) -> Media:
+    """`media` for tokens after the prompts: they see what the last token of their prompt sees."""
+    last_B1 = lengths_B[:, None] - 1
+    index_B1, first_B1 = (
+        jnp.take_along_axis(of_BT, last_B1, 1) for of_BT in (media.image_index_BT, media.first_image_BT)
+    )
+    return dataclasses.replace(media, image_index_BT=index_B1, first_image_BT=first_B1)
 
 
 def _draw(logits_BV: Array, decoding: Decoding, request: Request, end_of_text: Array) -> Decoding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,19 @@ MATMUL_NAME = "matmul"
 Slots = tuple[int, ...]  # which layer each slot of a stack holds, -1 where it holds none
 
 
-def normal_parameter(rngs: nnx.Rngs, layers: Slots | None, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
+def normal_parameter(
+    rngs: nnx.Rngs,
+    layers: Slots | None,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    std: float,
+    stack: str = "layers",
+):
     """Returns a float32 parameter from a normal cut at two sigmas, of deviation `std`.
 
-    `layers` stacks one for each of these layers along a leading "layers" dim, each from its own key, so that a layer's
-    values depend neither on how many layers there are nor on where they lie; an empty slot (-1) is zeros. `axes` are
-    the logical dims of one layer; the parameter carries them, "layers" first where stacked, as its `logical_axes`.
+    `layers` stacks one for each of these layers along a leading dim, each from its own key, so that a layer's values
+    depend neither on how many layers there are nor on where they lie; an empty slot (-1) is zeros. `axes` are the
+    logical dims of one layer; the parameter carries them, `stack` first where stacked, as its `logical_axes`.
     """
 
     def draw(key: Array) -> Array:
@@ -40,7 +48,14 @@ def normal_parameter(rngs: nnx.Rngs, layers: Slots | None, shape: tuple[int, ...
     slots = jnp.array(layers)
     keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.maximum(slots, 0))
     held = (slots >= 0).reshape(-1, *(1,) * len(shape))
-    return nnx.Param(jnp.where(held, jax.vmap(draw)(keys), 0.0), logical_axes=("layers", *axes))
+    return nnx.Param(jnp.where(held, jax.vmap(draw)(keys), 0.0), logical_axes=(stack, *axes))
+
+
+def filled_parameter(layers: Slots | None, shape: tuple[int, ...], axes: tuple[str, ...], value: float, stack: str):
+    """Returns a float32 parameter of one value, stacked as in `normal_parameter`."""
+    if layers is None:
+        return nnx.Param(jnp.full(shape, value, jnp.float32), logical_axes=axes)
+    return nnx.Param(jnp.full((len(layers), *shape), value, jnp.float32), logical_axes=(stack, *axes))
 
 
 def depth_scale(num_layers: int) -> float:
@@ -73,21 +88,96 @@ def _matmul_backward(num_contracted: int, residuals: tuple[Array, Array], dy: Ar
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def rematerialised(function: Callable, remat: str, *, in_loop: bool) -> Callable:
+    """Returns `function` under the remat policy of `ModelConfig.remat`.
+
+    Outside a loop XLA would find that recomputing is what was computed before, and keep that.
+    """
+    if remat == "none":
+        return function
+    saved = jax.checkpoint_policies.save_only_these_names(MATMUL_NAME) if remat == "dots" else None
+    return jax.checkpoint(function, policy=saved, prevent_cse=not in_loop)
+
+
+class Linear(nnx.Module):
+    """x [*rows, *contracted] times a matrix of `shape` [*contracted, *rest], plus a bias where it `has_bias`.
+
+    The bias is kept as one dim, named like the first of the rest: weight decay tells a matrix by its number of dims.
+    """
+
+    def __init__(
+        self,
+        layers: Slots | None,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        rngs: nnx.Rngs,
+        *,
+        num_contracted: int = 1,
+        out_scale: float = 1.0,
+        has_bias: bool = True,
+        stack: str = "layers",
+    ):
+        std = math.prod(shape[:num_contracted]) ** -0.5 * out_scale
+        size, name = math.prod(shape[num_contracted:]), axes[num_contracted]
+        self.weight = normal_parameter(rngs, layers, shape, axes, std, stack)
+        self.bias = filled_parameter(layers, (size,), (name,), 0.0, stack) if has_bias else None
+        self.num_contracted = num_contracted
+
+    def __call__(self, x: Float[Array, " ..."]) -> Float[Array, " ..."]:
+        y = matmul(x, self.weight[...], self.num_contracted)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(y.dtype).reshape(self.weight[...].shape[self.num_contracted :])
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last dim, in float32, returned in x's dtype (Zhang and Sennrich 2019).
 
     The scale begins at `initial`.
     """
 
-    def __init__(self, layers: Slots | None, dim: int, epsilon: float, initial: float = 1.0):
-        shape, axes = ((dim,), ("norm",)) if layers is None else ((len(layers), dim), ("layers", "norm"))
-        self.scale = nnx.Param(jnp.full(shape, initial, jnp.float32), logical_axes=axes)
+    def __init__(self, layers: Slots | None, dim: int, epsilon: float, initial: float = 1.0, stack: str = "layers"):
+        self.scale = filled_parameter(layers, (dim,), ("norm",), initial, stack)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         x_float = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
         return (x_float * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + bias over the last dim, in float32, returned in x's dtype (Ba et al. 2016)."""
+
+    def __init__(self, layers: Slots | None, dim: int, epsilon: float, stack: str = "layers"):
+        self.scale = filled_parameter(layers, (dim,), ("norm",), 1.0, stack)
+        self.bias = filled_parameter(layers, (dim,), ("norm",), 0.0, stack)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        x_float = x.astype(jnp.float32)
+        centred = x_float - jnp.mean(x_float, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+@functools.cache  # one object a name, so that modules that hold it are of one graph
+def activation(name: str) -> Callable[[Array], Array]:
+    """Returns one of `config.vision.ACTIVATIONS` as a function of an array; float32 inside, x's dtype out.
+
+    gelu is exact, gelu_tanh its approximation (Hendrycks and Gimpel 2016), quick_gelu x * sigmoid(1.702 x), as in CLIP,
+    squared_relu that of So et al. 2021.
+    """
+    functions = {
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "relu": jax.nn.relu,
+        "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
+    }
+    function = functions[name]
+    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def activate(up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None) -> Float[Array, "*rows F"]:
@@ -98,14 +188,28 @@ def activate(up: Float[Array, "*rows F"], gate: Float[Array, "*rows F"] | None) 
 
 
 class FeedForward(nnx.Module):
-    """A dense feed-forward: SwiGLU where `gated` (three matrices), else plain GELU (two); no biases."""
+    """A dense feed-forward: SwiGLU where `gated` (three matrices), else a function, GELU by default; no biases."""
 
-    def __init__(self, layers: Slots | None, dim: int, hidden: int, gated: bool, out_scale: float, rngs: nnx.Rngs):
-        std = dim**-0.5
-        self.gate = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std) if gated else None
-        self.up = normal_parameter(rngs, layers, (dim, hidden), ("embed", "mlp"), std)
-        self.down = normal_parameter(rngs, layers, (hidden, dim), ("mlp", "embed"), hidden**-0.5 * out_scale)
+    def __init__(
+        self,
+        layers: Slots | None,
+        dim: int,
+        hidden: int,
+        gated: bool,
+        out_scale: float,
+        rngs: nnx.Rngs,
+        activation: Callable[[Array], Array] | None = None,
+        stack: str = "layers",
+    ):
+        def matrix(shape: tuple[int, int], axes: tuple[str, str], std: float) -> nnx.Param:
+            return normal_parameter(rngs, layers, shape, axes, std, stack)
+
+        std, self.activation = dim**-0.5, activation
+        self.gate = matrix((dim, hidden), ("embed", "mlp"), std) if gated else None
+        self.up = matrix((dim, hidden), ("embed", "mlp"), std)
+        self.down = matrix((hidden, dim), ("mlp", "embed"), hidden**-0.5 * out_scale)
 
     def __call__(self, x_D: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         gate_F = None if self.gate is None else matmul(x_D, self.gate[...])
-        return matmul(activate(matmul(x_D, self.up[...]), gate_F), self.down[...])
+        up_F = matmul(x_D, self.up[...])
+        return matmul(activate(up_F, gate_F) if self.activation is None else self.activation(up_F), self.down[...])

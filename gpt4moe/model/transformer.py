@@ -9,15 +9,18 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Float32, Int, UInt32
+from jaxtyping import Bool, Float, Float32, Int, UInt32
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.attention import Attention
 from gpt4moe.model.cache import KVCache, init_cache
-from gpt4moe.model.layers import MATMUL_NAME, FeedForward, RMSNorm, Slots, depth_scale, normal_parameter
+from gpt4moe.model.cross_attention import GatedCrossAttention, Media
+from gpt4moe.model.layers import FeedForward, RMSNorm, Slots, depth_scale, normal_parameter, rematerialised
 from gpt4moe.model.layout import ONE_DEVICE, Layout, is_unrolled, scan_layers
 from gpt4moe.model.moe import Moe, MoeOut, RoutedTokens
+from gpt4moe.model.resampler import Resampler
 from gpt4moe.model.rope import Rotation, rotation
+from gpt4moe.model.vision import VisionEncoder
 from gpt4moe.types import Array
 
 EMBEDDING_STD = 0.02
@@ -43,7 +46,8 @@ class TransformerOut:
 class Tokens:
     """What every layer needs to know of the tokens: token_ids, positions, segment_ids [B, T] and their rotation.
 
-    keys_B2: data of a random key for every row; replay_ids_BTLK: expert choices of every layer; None without them.
+    keys_B2: data of a random key for every row; replay_ids_BTLK: expert choices of every layer; media: the images of
+    the rows; None without them.
     """
 
     token_ids_BT: Int[Array, "B T"]
@@ -52,6 +56,7 @@ class Tokens:
     turn: Rotation
     keys_B2: UInt32[Array, "B 2"] | None
     replay_ids_BTLK: Int[Array, "B T L K"] | None
+    media: Media | None
 
     def routed(self, layer: Array) -> RoutedTokens:
         """What the router of the `layer`-th layer with experts needs of them."""
@@ -108,6 +113,8 @@ class Transformer(nnx.Module):
 
     A superblock is `moe_every` layers, the last of which has experts; the forward pass scans over superblocks. Before
     them come the `leading_blocks`, dense and each with parameters of its own; on a pipeline every stage runs them.
+    Where the model reads images, a block of `cross_attention` goes before every few superblocks, which are scanned
+    together with it; rows without images pass by all that vision adds.
     Initialisation: embeddings have deviation 0.02 and enter the residual stream at unit deviation (times 50), so
     that the first router tells tokens apart before it sees what attention made of their context; the final norm begins
     at the scale that gives a tied head a logit of 4 for the token just read, whatever the width. Matrices have
@@ -125,6 +132,8 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(None, config.model_dim, config.norm_epsilon, initial=logit_scale)
         self.head = None if config.tie_embeddings else normal_parameter(rngs, None, shape, axes, std)
         self.config, self.layout = config, layout
+        if config.vision:
+            self._add_vision(config, slots, rngs)
 
     def __call__(
         self,
@@ -137,26 +146,55 @@ class Transformer(nnx.Module):
         keys_B2: UInt32[Array, "B 2"] | None = None,
         replay_ids_BTLK: Int[Array, "B T L K"] | None = None,
         with_choices: bool = False,
+        media: Media | None = None,
     ) -> tuple[Float[Array, "B T D"], TransformerOut]:
         """Returns x_BTD after the final norm, in the compute dtype, and what the layers report.
 
         Tokens see their own segment up to themselves; segment 0 is padding, routed nowhere. With `cache`, valid
         tokens are written at their positions and see every slot up to them: prefill and decode are the same call.
         `dropless` overrides the capacity factor, as evaluation and decoding must. `keys_B2` are for routers that draw
-        at random in training; `replay_ids_BTLK` forces expert choices (-1: none); `with_choices` reports them.
+        at random in training; `replay_ids_BTLK` forces expert choices (-1: none); `with_choices` reports them. `media`
+        are the images of the rows (`look`); without them the model is the text model.
         """
         config = self.config
         turn = rotation(positions_BT, config.head_dim, config.attention.rope_theta)
-        tokens = Tokens(tokens_BT, positions_BT, segment_ids_BT, turn, keys_B2, replay_ids_BTLK)
+        tokens = Tokens(tokens_BT, positions_BT, segment_ids_BT, turn, keys_B2, replay_ids_BTLK, media)
         mode = Mode(dropless, with_choices)
         x_BTD = self.layout.residual(self._embed(tokens_BT))
         x_BTD, leading = self._leading_layers(x_BTD, cache, tokens, mode)
-        in_loop = self.layout.run_layers is not scan_layers or not is_unrolled(config.num_moe_layers)
-        step, parameters = self._layers([*self.dense_blocks, self.blocks], mode, in_loop=in_loop)
-        stacked = _stack_superblocks(cache, config.moe_every)
-        numbers = jnp.array(self.layout.slots or range(config.num_moe_layers), jnp.int32)
-        x_BTD, stacked, moe, idle = self.layout.run_layers(step, (parameters, numbers), stacked, x_BTD, tokens)
+        group, layers = self._stack(mode, media)
+        size = config.moe_every * (1 if media is None else config.superblocks_per_cross_attention)
+        stacked = _stack_superblocks(cache, size)
+        x_BTD, stacked, moe, idle = self.layout.run_layers(group, layers, stacked, x_BTD, tokens)
+        if media is not None:  # [groups, superblocks of a group, ...]
+            moe = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), moe)
         return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked, leading), idle)
+
+    def look(
+        self,
+        images: Array,
+        image_valid: Bool[Array, "B I *frames"],
+        image_index_BT: Int[Array, "B T"],
+        first_image_BT: Int[Array, "B T"],
+    ) -> Media:
+        """Returns what every token sees of the images, all as `types.Batch` has them (float pixels are normalised)."""
+        vision, is_clip = self.config.vision, images.ndim == 6
+        clips, frames = (images, image_valid) if is_clip else (images[:, :, None], image_valid[:, :, None])
+        x_BIFPD = self.vision_encoder(clips)
+        if self.resampler is not None:
+            features_BIRD = self.resampler(x_BIFPD, frames)
+            valid_BIR = jnp.broadcast_to(jnp.any(frames, axis=-1)[..., None], features_BIRD.shape[:3])
+        else:
+            features_BIRD = x_BIFPD.reshape(*x_BIFPD.shape[:2], -1, x_BIFPD.shape[-1])
+            valid_BIR = jnp.repeat(frames, x_BIFPD.shape[3], axis=2)
+        since_BT = first_image_BT if vision.cross_attention.sees == "all" else image_index_BT
+        return Media(features_BIRD, valid_BIR, image_index_BT, since_BT)
+
+    def keep(self, media: Media) -> Media:
+        """Returns `media` with the keys and values of every block of cross-attention, which decoding needs again."""
+        graph, parameters = nnx.split(self.cross_attention)
+        keys, values = jax.vmap(lambda block: nnx.merge(graph, block).keys_values(media.features_BIRD))(parameters)
+        return dataclasses.replace(media, keys=keys, values=values)
 
     def init_cache(self, batch_rows: int, max_length: int) -> KVCache:
         """Returns an empty cache for `max_length` tokens of `batch_rows` rows, in the compute dtype."""
@@ -172,11 +210,35 @@ class Transformer(nnx.Module):
         """Returns the matrix [V, D] that logits are products with: the embedding where they are tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
+    def _add_vision(self, config: ModelConfig, slots: Slots, rngs: nnx.Rngs) -> None:
+        """Encoder, resampler and cross-attention, drawn after everything of the text model, which stays as it is."""
+        vision, each = config.vision, config.superblocks_per_cross_attention
+        self.vision_encoder = VisionEncoder(vision.encoder, config.compute_dtype, config.remat, rngs)
+        dim = vision.encoder.dim
+        self.resampler = Resampler(vision.resampler, dim, config.compute_dtype, rngs) if vision.resampler else None
+        self.cross_attention = GatedCrossAttention(tuple(slot // each for slot in slots[::each]), config, rngs)
+
+    def _stack(self, mode: Mode, media: Media | None) -> tuple[Callable, tuple]:
+        """The function of one step of the scan over layers, and the parameters of every step, to be scanned over."""
+        config, scans = self.config, self.layout.run_layers is scan_layers
+        each = 1 if media is None else config.superblocks_per_cross_attention
+        in_loop = not scans or not is_unrolled(config.num_moe_layers // each)
+        superblock, parameters = self._layers([*self.dense_blocks, self.blocks], mode, in_loop=in_loop)
+        text = parameters, jnp.array(self.layout.slots or range(config.num_moe_layers), jnp.int32)
+        if media is None:
+            return superblock, text
+        graph, crossing = nnx.split(self.cross_attention)
+        read = rematerialised(functools.partial(_read, graph=graph), config.remat, in_loop=in_loop)
+        group = functools.partial(_group, read=read, superblock=superblock, config=config)
+        kept = None if media.keys is None or not scans else (media.keys, media.values)
+        text = jax.tree.map(lambda leaf: leaf.reshape(-1, each, *leaf.shape[1:]), text)
+        return group, (text, (crossing, kept))
+
     def _layers(self, blocks: Sequence[Block], mode: Mode, *, in_loop: bool) -> tuple[Callable, nnx.State]:
         """A function of these layers, one after the other, under the remat policy, and their parameters."""
         graph, parameters = nnx.split(nnx.List(blocks))
         superblock = functools.partial(_superblock, graph=graph, mode=mode)
-        return _rematerialised(superblock, self.config.remat, in_loop=in_loop), parameters
+        return rematerialised(superblock, self.config.remat, in_loop=in_loop), parameters
 
     def _leading_layers(self, x_BTD: Array, cache: KVCache | None, tokens: Tokens, mode: Mode) -> tuple[Array, tuple]:
         """The residual stream after the layers before the stack, and their caches."""
@@ -192,17 +254,6 @@ class Transformer(nnx.Module):
     def _embed(self, tokens_BT: Array) -> Array:
         x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0) / EMBEDDING_STD
         return x_BTD.astype(self.config.compute_dtype)
-
-
-def _rematerialised(function: Callable, remat: str, *, in_loop: bool) -> Callable:
-    """Returns `function` under the remat policy of `ModelConfig.remat`.
-
-    Outside a loop XLA would find that recomputing is what was computed before, and keep that.
-    """
-    if remat == "none":
-        return function
-    saved = jax.checkpoint_policies.save_only_these_names(MATMUL_NAME) if remat == "dots" else None
-    return jax.checkpoint(function, policy=saved, prevent_cse=not in_loop)
 
 
 def _superblock(
@@ -223,6 +274,40 @@ def _superblock(
         x_BTD, layer_cache, moe = block(x_BTD, tokens, layer_cache, mode, number)
         caches.append(layer_cache)
     return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), moe
+
+
+def _read(x_BTD: Array, crossing: tuple, media: Media, at: tuple, *, graph: nnx.GraphDef) -> Array:
+    """The residual stream after a block of cross-attention."""
+    parameters, kept = jax.tree.map(lambda leaf: leaf[at], crossing)
+    return nnx.merge(graph, parameters)(x_BTD, media, kept)
+
+
+def _group(
+    x_BTD: Array,
+    layers: tuple,
+    cache: KVCache | None,
+    tokens: Tokens,
+    at: tuple = (),
+    *,
+    read: Callable,
+    superblock: Callable,
+    config: ModelConfig,
+) -> tuple[Array, KVCache | None, MoeOut]:
+    """Superblocks one after the other, with cross-attention before one of them; reports lead with a dim over them."""
+    (text, crossing), size = layers, config.moe_every
+    before = config.vision.cross_attention.offset // size
+    reports, caches = [], []
+    for index in range(config.superblocks_per_cross_attention):
+        if index == before:
+            x_BTD = read(x_BTD, crossing, tokens.media, at)
+        here = jax.tree.map(lambda leaf, start=index * size: leaf[start : start + size], cache)
+        # Where the stack is at hand whole, a superblock takes its parameters from it (see there).
+        own = text if at else jax.tree.map(lambda leaf, index=index: leaf[index], text)
+        x_BTD, here, report = superblock(x_BTD, own, here, tokens, (*at, index) if at else ())
+        reports.append(report)
+        caches.append(here)
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+    return x_BTD, joined, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
 
 
 def _stack_superblocks(cache: KVCache | None, size: int) -> KVCache | None:

@@ -41,6 +41,11 @@ class Schedule:
         held = np.array(self.slots)
         return np.argsort(held, kind="stable")[np.sum(held < 0) :]
 
+    def grouped(self, each: int) -> Schedule:
+        """The schedule of groups of `each` superblocks, which stand side by side on a stage."""
+        slots = tuple(superblock // each for superblock in self.slots[::each])
+        return dataclasses.replace(self, slots=slots)
+
 
 def pipelined_layers(spread: Spread, schedule: Schedule) -> Callable:
     """Returns `scan_layers` for a mesh with a `stage` axis."""
@@ -48,6 +53,7 @@ def pipelined_layers(spread: Spread, schedule: Schedule) -> Callable:
 
 
 def _run(spread: Spread, schedule: Schedule, superblock: Callable, parameters, cache, x_BTD: Array, tokens) -> tuple:
+    schedule = schedule.grouped(len(schedule.slots) // jax.tree.leaves(parameters)[0].shape[0])
     span = int(np.prod([spread.mesh.shape[axis] for axis in spread.rows]))
     count = schedule.microbatches or max(len(x_BTD) // span, 1)
     on_stage, everywhere = PartitionSpec("stage"), PartitionSpec()

@@ -21,12 +21,13 @@ USABLE_FRACTION = 0.8
 SCARCE_DISK_BYTES = 5e9
 
 
-def examine(model: ModelConfig | None, folder: str | os.PathLike) -> dict:
+def examine(model: ModelConfig | None, folder: str | os.PathLike, num_trained: int | None = None) -> dict:
     """Returns the JSON document of `doctor`.
 
     Args:
       model: the model to fit, None to look at the machine alone.
       folder: where runs are written; its disk is measured.
+      num_trained: parameters of the model that are not frozen, None for all.
     """
     devices = [_device(device) for device in jax.local_devices()]
     disk = shutil.disk_usage(_existing(pathlib.Path(folder)))
@@ -44,7 +45,7 @@ def examine(model: ModelConfig | None, folder: str | os.PathLike) -> dict:
     if disk.free < SCARCE_DISK_BYTES:
         document["warnings"].append(f"only {scaled(disk.free)}B free on the disk of {folder}: checkpoints may not fit")
     if model is not None:
-        document["model"] = _fit(model, document)
+        document["model"] = _fit(model, num_trained, document)
     return document
 
 
@@ -91,11 +92,11 @@ def _device(device: jax.Device) -> dict:
     }
 
 
-def _fit(model: ModelConfig, document: dict) -> dict:
+def _fit(model: ModelConfig, num_trained: int | None, document: dict) -> dict:
     """Whether the training state, sharded evenly, fits on the devices there are (a CPU's is the host's memory)."""
     accelerators = [device["memory_bytes"] for device in document["devices"] if device["platform"] != "cpu"]
     total = sum(accelerators) if accelerators and all(accelerators) else document["host_memory_bytes"]
-    needed = memory.train_state_bytes(model)
+    needed = memory.train_state_bytes(model, num_trained)
     usable = USABLE_FRACTION * total
     where = f"{len(accelerators)} device(s)" if accelerators else "this host"
     return {"train_state_bytes": needed, "usable_bytes": int(usable), "fits": needed <= usable, "where": where}

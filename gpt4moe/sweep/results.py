@@ -18,6 +18,7 @@ from gpt4moe.accounting import flops, memory, parameters
 from gpt4moe.config.run import RunConfig
 from gpt4moe.sweep.cells import Build, Cell
 from gpt4moe.sweep.worker import run_folder, state_of, write_json
+from gpt4moe.train import trainable
 
 # An expert with less than this share of the mean load is dead.
 DEAD_BELOW = 0.01
@@ -81,13 +82,14 @@ def _counted(run: RunConfig) -> dict[str, Any]:
     """Sizes and FLOPs: parameters, of a token forward, and bytes of the training state."""
     model = run.model
     counted = parameters.count(model)
+    trained = trainable.count(model, run.optimizer) if run.optimizer.frozen else None
     return {
         "total_parameters": counted.total,
         "non_embedding_parameters": counted.total - counted.embedding - counted.head,
         "active_parameters": parameters.count_active(model),
         "forward_flops_per_token": flops.forward_flops_per_token(model),
         "train_flops_per_token": flops.train_flops_per_token(model),
-        "train_state_bytes": memory.train_state_bytes(model),
+        "train_state_bytes": memory.train_state_bytes(model, trained),
         "sparsity": 1 - model.moe.experts_per_token / model.moe.num_experts,
     }
 

@@ -38,26 +38,32 @@ def load_balance(
 
 
 def move_biases(
-    params: nnx.State, before: nnx.State, load_LE: Int[Array, "L E"], slots: Slots, rate: float
+    trained: nnx.State, before: nnx.State, load_LE: Int[Array, "L E"], slots: Slots, rate: float
 ) -> nnx.State:
-    """Returns `params` with each router's bias moved by `rate` towards equal loads (Wang et al. 2024, algorithm 1).
+    """Returns `trained` with each router's bias moved by `rate` towards equal loads (Wang et al. 2024, algorithm 1).
 
     From the value of `before`, whatever the optimizer made of it: up for an expert with less than the mean load of the
-    whole batch, down for one with more. `slots` says which layer each bias of the stack is for, -1 for none.
+    whole batch, down for one with more. `slots` says which layer each bias of the stack is for, -1 for none. A bias
+    that is frozen, not among these parameters, stays.
     """
+    if "router_bias" not in before.get("blocks", {}).get("moe", {}):
+        return trained
     bias_SE = before["blocks"]["moe"]["router_bias"][...]
     load_SE = load_LE[jnp.array(slots)].astype(jnp.float32)
     held_S1 = jnp.array(slots)[:, None] >= 0
     towards_SE = jnp.sign(jnp.mean(load_SE, axis=-1, keepdims=True) - load_SE)
-    moved = jax.tree.map(lambda leaf: leaf, params)  # its containers anew: `params` stays as it is
+    moved = jax.tree.map(lambda leaf: leaf, trained)  # its containers anew: `trained` stays as it is
     moved["blocks"]["moe"]["router_bias"][...] = bias_SE + rate * jnp.where(held_S1, towards_SE, 0.0)
     return moved
 
 
-def expert_grad_norms(grads: nnx.State, order: list[int]) -> Float[Array, "L E"]:
-    """Returns the norm of the gradient of each layer's each expert; `order` is the slot of every layer."""
-    squares = [
-        jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=(2, 3))
-        for leaf in jax.tree.leaves(grads["blocks"]["moe"]["experts"])
-    ]
+def expert_grad_norms(grads: nnx.State, order: list[int], num_experts: int) -> Float[Array, "L E"]:
+    """Returns the norm of the gradient of each layer's each expert, 0 for what `grads` lacks.
+
+    `order` is the slot of every layer.
+    """
+    experts = grads.get("blocks", {}).get("moe", {}).get("experts", {})
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=(2, 3)) for leaf in jax.tree.leaves(experts)]
+    if not squares:
+        return jnp.zeros((len(order), num_experts), jnp.float32)
     return jnp.sqrt(sum(squares))[jnp.array(order)]

@@ -21,11 +21,12 @@ from gpt4moe.config.check import require
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
+from gpt4moe.data.image_bytes import format_image_bytes
 from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.model import grouped_matmul, routers
 from gpt4moe.parallel import multihost, sharding
 from gpt4moe.parallel.mesh import make_mesh
-from gpt4moe.train import feed, metrics, resume, schedule, trace, upcycle
+from gpt4moe.train import adapter, feed, metrics, resume, schedule, trace, upcycle
 from gpt4moe.train import state as train_state
 from gpt4moe.train.console import say
 from gpt4moe.train.state import TrainState
@@ -92,7 +93,10 @@ def begin(
 
 
 def first_position(start: Beginning) -> Position:
-    """Returns the newest checkpoint's position, or step 0 with fresh parameters or those of `init_from`."""
+    """Returns the newest checkpoint's position, or step 0 with fresh parameters or those of `init_from`.
+
+    Parts of an adapter for images that `init_from` lacks begin fresh.
+    """
     run, abstract, slots, progress = start.run, start.abstract, start.slots, start.progress
     if progress:
         step = progress["step"]
@@ -101,12 +105,13 @@ def first_position(start: Beginning) -> Position:
     if run.train.init_from is None:
         return Position(state)
     source, step = run.train.init_from, checkpoint.latest_step(run.train.init_from)
-    dense = upcycle.dense_source(run, step)
+    dense, new = upcycle.dense_source(run, step), adapter.new_parts(source, step, abstract.params)
     if dense:
-        params = upcycle.restore_upcycled(run, dense, step, state.params, start.mesh)
+        params = upcycle.restore_upcycled(run, dense, step, adapter.without(state.params, new), start.mesh)
     else:
-        params = checkpoint.restore(source, step, {"params": abstract.params}, layer_order=slots)["params"]
-    return Position(dataclasses.replace(state, params=params))
+        wanted = {"params": adapter.without(abstract.params, new)}
+        params = checkpoint.restore(source, step, wanted, layer_order=slots)["params"]
+    return Position(dataclasses.replace(state, params=adapter.with_parts(params, new, state.params)))
 
 
 def not_causal(moe: MoeConfig) -> str | None:
@@ -125,6 +130,9 @@ def say_what_begins(start: Beginning) -> None:
     for name, packing in rows.packing().items():
         tokens = f"{store.num_tokens(name, 'train'):,} tokens in {packing['rows']:,} rows, {packing['fill']:.1%} full"
         say(f"source {name}: {tokens}, {packing['split_documents']:,} documents longer than a row")
+    if run.model.vision:
+        for line in format_image_bytes(rows.image_bytes(run.model.vision.encoder.patch_size)):
+            say(line)
     planned, there = schedule.planned_tokens(run.train), rows.total_tokens()
     if there is not None and there < planned:
         say(
@@ -136,7 +144,8 @@ def say_what_begins(start: Beginning) -> None:
         step = checkpoint.latest_step(source)
         dense, moe = upcycle.dense_source(run, step), run.model.moe
         as_experts = f", its feed-forward of {dense.moe.hidden_dim:,} as {moe.num_experts} experts" if dense else ""
-        say(f"parameters are those of step {step:,} of {source}{as_experts}")
+        new = " and ".join(adapter.new_parts(source, step, start.abstract.params))
+        say(f"parameters are those of step {step:,} of {source}{as_experts}{f'; fresh are {new}' if new else ''}")
     if start.progress:
         say(f"going on from step {start.progress['step']} of {start.workdir}")
     why = None if run.train.replay_routing else not_causal(run.model.moe)

@@ -23,9 +23,11 @@ from gpt4moe.config.check import require
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
 from gpt4moe.data.store import TokenStore
+from gpt4moe.model.cross_attention import Media
 from gpt4moe.model.layout import ONE_DEVICE, Layout
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.sharding import batch_sharding
+from gpt4moe.train.loss import look
 from gpt4moe.train.metrics import write_atomically
 from gpt4moe.train.state import model_definition, run_layout
 from gpt4moe.types import Array, Batch
@@ -37,6 +39,7 @@ class EvalResult:
 
     loss: nats a target, the end of every document included. bits_per_byte: the same nats over the bytes of the text,
     which does not depend on the tokenizer. unigram_*: what token frequencies of the training text alone would reach.
+    loss_without_image: the loss where no token sees an image; None of a source that has none.
     """
 
     loss: float
@@ -44,6 +47,7 @@ class EvalResult:
     unigram_loss: float
     unigram_bits_per_byte: float
     tokens: int
+    loss_without_image: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Evaluation:
         return {
             f"eval/{source}/{field}": value
             for source, result in self.sets.items()
-            for field, value in dataclasses.asdict(result).items()
+            for field, value in _fields(result).items()
         }
 
 
@@ -82,9 +86,9 @@ def evaluate(run: RunConfig, store: TokenStore, params: nnx.State) -> Evaluation
     batches = pipeline.held_out_batches(store, run.data, rows=rows)
     sums_of = _compiled_sums(_everywhere(where))
     sums = [(source, sums_of(definition, params, _place(batch, where))) for source, batch in batches]
-    totals = {source: np.zeros(2) for source, _ in sums}
-    for source, nats_and_targets in jax.device_get(sums):
-        totals[source] += nats_and_targets
+    totals = {source: np.zeros(3) for source, _ in sums}
+    for source, of_batch in jax.device_get(sums):
+        totals[source] += of_batch
     unseen = frozenset(source.name for source in run.data.sources if not source.is_trained)
     return Evaluation({source: _result(store, source, *total) for source, total in totals.items()}, unseen)
 
@@ -128,9 +132,14 @@ def to_document(evaluation: Evaluation | None) -> dict[str, dict]:
     """What `--json` prints: fields by source, null for what is not finite; empty where nothing was evaluated."""
     sets = evaluation.sets if evaluation else {}
     return {
-        source: {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(result).items()}
+        source: {name: value if math.isfinite(value) else None for name, value in _fields(result).items()}
         for source, result in sets.items()
     }
+
+
+def _fields(result: EvalResult) -> dict[str, float]:
+    """The results that there are."""
+    return {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
 
 
 def format_evaluation(evaluation: Evaluation | None) -> str:
@@ -142,7 +151,9 @@ def format_evaluation(evaluation: Evaluation | None) -> str:
     for source, result in evaluation.sets.items():
         nats = f"{result.loss:8.3f} {result.unigram_loss:8.3f}"
         bits = f"{result.bits_per_byte:8.3f} {result.unigram_bits_per_byte:8.3f}"
-        lines.append(f"{source:{width}}  {nats}     {bits} {result.tokens:12,d}")
+        blind = result.loss_without_image
+        without = "" if blind is None else f"  without images {blind:.3f} nats"
+        lines.append(f"{source:{width}}  {nats}     {bits} {result.tokens:12,d}{without}")
     return "\n".join(lines)
 
 
@@ -153,15 +164,22 @@ def _compiled_sums(where: Sharding) -> Callable[[nnx.GraphDef, nnx.State, Batch]
 
 
 def _sums(definition: nnx.GraphDef, params: nnx.State, batch: Batch) -> Array:
-    """[2] float32: nats over the targets of a batch, and their number."""
+    """[3] float32: nats over the targets of a batch, their number, and the nats where no token sees an image."""
     model = nnx.merge(definition, params)
-    x_BTD, _ = model(batch.tokens, batch.positions, batch.segment_ids, dropless=True)
-    nll_BT = model.layout.cross_entropy(x_BTD, model.unembedding(), batch.targets)
-    return jnp.stack([jnp.sum(nll_BT * batch.loss_weights), jnp.sum(batch.loss_weights)])
+
+    def nats(media: Media | None) -> Array:
+        x_BTD, _ = model(batch.tokens, batch.positions, batch.segment_ids, dropless=True, media=media)
+        return jnp.sum(model.layout.cross_entropy(x_BTD, model.unembedding(), batch.targets) * batch.loss_weights)
+
+    media = look(model, batch)
+    seeing = nats(media)
+    # With the images taken away but not the adapter, whose feed-forward may learn without looking.
+    blind = seeing if media is None else nats(dataclasses.replace(media, image_index_BT=media.image_index_BT * 0 - 1))
+    return jnp.stack([seeing, jnp.sum(batch.loss_weights), blind])
 
 
-def _result(store: TokenStore, source: str, nats: float, targets: float) -> EvalResult:
-    expected = store.num_tokens(source, "held_out")
+def _result(store: TokenStore, source: str, nats: float, targets: float, blind: float) -> EvalResult:
+    expected = store.num_targets(source, "held_out")
     assert round(targets) == expected, f"{targets} of {expected} held-out targets of {source} were evaluated"
     num_bytes = store.held_out_bytes(source)
     return EvalResult(
@@ -170,6 +188,7 @@ def _result(store: TokenStore, source: str, nats: float, targets: float) -> Eval
         unigram_loss=store.unigram_nats(source),
         unigram_bits_per_byte=store.unigram_bits_per_byte(source),
         tokens=expected,
+        loss_without_image=float(blind / targets) if store.images(source, "held_out") is not None else None,
     )
 
 
@@ -193,5 +212,11 @@ def _everywhere(rows: Sharding) -> Sharding:
 
 
 def _place(batch: Batch, where: Sharding) -> Batch:
-    """`batch`, which every host holds whole, on the devices."""
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__), batch)
+    """`batch`, which every host holds whole, on the devices: tokens at `where`, images with their rows."""
+
+    def place(path: tuple, leaf: np.ndarray) -> jax.Array:
+        of_image = path[0].name in ("images", "image_valid") and isinstance(where, NamedSharding)
+        over = NamedSharding(where.mesh, PartitionSpec(*where.spec[:1])) if of_image else where
+        return jax.make_array_from_callback(leaf.shape, over, leaf.__getitem__)
+
+    return jax.tree_util.tree_map_with_path(place, batch)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gpt4moe.config.data import ImageConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.train import trace
 from gpt4moe.types import Batch
@@ -49,7 +50,24 @@ def abstract_microbatches(run: RunConfig, rows: NamedSharding) -> Batch:
     if run.train.replay_routing:
         choices = (*shape, run.model.num_moe_layers, trace.recorded_width(run))
         leaves["replay_ids"] = jax.ShapeDtypeStruct(choices, np.int32, sharding=where)
+    if run.data.images is not None:
+        leaves |= _abstract_images(run.data.images, shape, where)
     return Batch(**leaves)
+
+
+def _abstract_images(config: ImageConfig, shape: tuple[int, ...], where: NamedSharding) -> dict:
+    """The image fields of a batch of `shape` [microbatches, B, T]; images follow their rows and are whole elsewhere."""
+    by_row = NamedSharding(where.mesh, PartitionSpec(*where.spec[:2]))
+    frames = (config.frames,) if config.frames > 1 else ()
+    valid = (*shape[:2], config.per_row, *frames)
+    pixels = (*valid, config.height, config.width, 3)
+    seen = jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
+    return {
+        "images": jax.ShapeDtypeStruct(pixels, np.uint8, sharding=by_row),
+        "image_valid": jax.ShapeDtypeStruct(valid, np.bool_, sharding=by_row),
+        "image_index": seen,
+        "first_image": seen,
+    }
 
 
 def draw(rows: TrainRows, batch_tokens: int, abstract: Batch, replay: Replay | None = None) -> Drawn | None:
@@ -62,6 +80,8 @@ def draw(rows: TrainRows, batch_tokens: int, abstract: Batch, replay: Replay | N
     drawn = [microbatch for _, microbatch in zip(range(wanted), rows, strict=False)]
     if not drawn:
         return None
+    if abstract.images is not None:
+        rows.look_ahead(wanted)  # decoded while this batch trains
     tokens_BT = [microbatch.tokens for microbatch in drawn]
     if replay is not None:
         drawn = [dataclasses.replace(part, replay_ids=ids) for part, ids in zip(drawn, replay(tokens_BT), strict=True)]

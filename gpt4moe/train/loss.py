@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int, Key
 
+from gpt4moe.model.cross_attention import Media
 from gpt4moe.model.moe import MoeOut
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.train import balance
@@ -60,6 +61,13 @@ def normalizers(batch: Batch) -> LossNormalizers:
     )
 
 
+def look(model: Transformer, batch: Batch) -> Media | None:
+    """Returns the images of a batch as `model` sees them; None where the batch has none."""
+    if batch.images is None:
+        return None
+    return model.look(batch.images, batch.image_valid, batch.image_index, batch.first_image)
+
+
 def batch_loss(
     model: Transformer,
     batch: Batch,
@@ -80,6 +88,7 @@ def batch_loss(
     """
     keys_B2 = None if key is None else jax.random.key_data(jax.random.split(key, len(batch.tokens)))
     given = {"keys_B2": keys_B2, "replay_ids_BTLK": batch.replay_ids, "with_choices": with_choices}
+    given |= {"media": look(model, batch)}
     x_BTD, out = model(batch.tokens, batch.positions, batch.segment_ids, **given)
     nll_BT = model.layout.cross_entropy(x_BTD, model.unembedding(), batch.targets)
     weighted_BT = nll_BT * batch.loss_weights

@@ -13,15 +13,20 @@ import optax
 from flax import nnx
 
 from gpt4moe.config.optimizer import OptimizerConfig
+from gpt4moe.train import trainable
 
 # Dims over which a tensor is a stack of separate matrices or vectors.
-STACKED_DIMS = ("layers", "experts")
+STACKED_DIMS = ("layers", "cross_layers", "vision_layers", "experts")
 
 
 def make_optimizer(learning_rate: jax.typing.ArrayLike, config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns clipping to `clip_norm` followed by the user's `build`, or AdamW where there is none."""
+    """Returns clipping to `clip_norm` followed by the user's `build`, or AdamW where there is none, and `rate_scales`.
+
+    It is given what is trained and nothing else; the norm is of those gradients.
+    """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(clip, (config.build or adamw)(learning_rate, config))
+    rates = [optax.stateless(lambda updates, _: trainable.scaled(updates, config))] if config.rate_scales else []
+    return optax.chain(clip, (config.build or adamw)(learning_rate, config), *rates)
 
 
 def adamw(learning_rate: jax.typing.ArrayLike, config: OptimizerConfig) -> optax.GradientTransformation:

@@ -20,7 +20,7 @@ from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data.store import TOKENIZER_FILE
 from gpt4moe.data.tokenizer import build_tokenizer, load_tokenizer
-from gpt4moe.train import upcycle
+from gpt4moe.train import adapter, trainable, upcycle
 from gpt4moe.train.state import TrainState
 
 # A run may be prolonged, logged, saved and laid out differently. Its schedule follows its length (planned tokens), so
@@ -39,6 +39,7 @@ FREE_SETTINGS = (
     "train.sample_tokens",
     "train.record_routing",
     "data.store",
+    "data.images.workers",
     "mesh.",
     "rules.",
     "model.remat",
@@ -92,8 +93,9 @@ def saved_progress(
     if not steps:
         if source is not None:
             step = checkpoint.latest_step(source)
-            dense = upcycle.dense_source(run, step)
+            dense, new = upcycle.dense_source(run, step), adapter.new_parts(source, step, abstract.params)
             params = upcycle.abstract_dense(run, dense, abstract.step.sharding.mesh)[0] if dense else abstract.params
+            params = adapter.without(params, new)
             checkpoint.check_shapes(source, step, {"params": params}, layer_order=layer_order)
         return None
     progress = checkpoint.restore_progress(workdir, steps[-1])
@@ -103,8 +105,20 @@ def saved_progress(
             f"workdir={str(workdir)!r} was trained with another configuration ({'; '.join(changed)}); "
             "give its own configuration, another workdir, or --allow_config_change to go on with the new one"
         )
+    _require_optimizer_state(run, progress["settings"], abstract)
     checkpoint.check_shapes(workdir, steps[-1], abstract, layer_order=layer_order)
     return progress
+
+
+def _require_optimizer_state(run: RunConfig, saved: Mapping[str, Any], abstract: TrainState) -> None:
+    """Raises `CallerError` where what is trained was frozen; what is frozen now only loses its state."""
+    then = dataclasses.replace(run.optimizer, frozen=tuple(saved.get("optimizer.frozen", ())))
+    all_names = trainable.names(abstract.params)
+    names = [name for name in all_names if run.optimizer.trains(name) and not then.trains(name)]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    constraint = f"trains {names[0]}{more}, of which the checkpoint has no optimizer state" if names else ""
+    mend = "keep frozen as it was, or give another workdir and INIT_FROM this one"
+    require(not names, "frozen", list(run.optimizer.frozen), constraint, mend)
 
 
 def inherit_tokenizer(run: RunConfig) -> RunConfig:
@@ -144,5 +158,6 @@ def _plain(value: Any) -> Any:
     if callable(value):
         name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
         parameters = value.keywords if isinstance(value, functools.partial) else {}
-        return f"{name}({', '.join(f'{key}={item!r}' for key, item in parameters.items())})" if parameters else name
+        shown = {key: _plain(item) if callable(item) else repr(item) for key, item in parameters.items()}
+        return f"{name}({', '.join(f'{key}={item}' for key, item in shown.items())})" if parameters else name
     return value

@@ -16,7 +16,7 @@ from gpt4moe.model.layout import ONE_DEVICE, Layout
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel import sharding
 from gpt4moe.parallel.layout import make_layout
-from gpt4moe.train import optimizer
+from gpt4moe.train import optimizer, trainable
 
 
 @jax.tree_util.register_dataclass
@@ -24,9 +24,10 @@ from gpt4moe.train import optimizer
 class TrainState:
     """Parameters, optimizer moments and counters; the data position and the tokens seen are kept on the host.
 
-    params: `nnx.State` of float32 parameters. opt_state: as optax has it. step: int32 [], steps taken, skipped ones
-    included. key: uint32 [2], key data for what is random inside a step. skipped_steps, skipped_in_row: int32 [],
-    steps whose update was not applied for a non-finite loss or gradient, in all and since the last applied one.
+    params: `nnx.State` of float32 parameters. opt_state: as optax has it, of those that are trained. step: int32 [],
+    steps taken, skipped ones included. key: uint32 [2], key data for what is random inside a step. skipped_steps,
+    skipped_in_row: int32 [], steps whose update was not applied for a non-finite loss or gradient, in all and since the
+    last applied one.
     """
 
     params: nnx.State
@@ -48,13 +49,18 @@ def run_layout(run: RunConfig, mesh: Mesh) -> Layout:
 
 
 def initial_state(run: RunConfig, layout: Layout = ONE_DEVICE) -> TrainState:
-    """The state before the first step, from `run.train.seed`; pure, so that it can be traced, laid out and jitted."""
+    """The state before the first step, from `run.train.seed`; pure, so that it can be traced, laid out and jitted.
+
+    Raises `CallerError` where a pattern of `run.optimizer` fits no parameter.
+    """
     model_key, step_key = jax.random.split(jax.random.key(run.train.seed))
     params = nnx.split(Transformer(run.model, rngs=nnx.Rngs(model_key), layout=layout))[1]
+    trainable.check(params, run.optimizer)
+    trained, _ = trainable.split(params, run.optimizer)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         params=params,
-        opt_state=optimizer.make_optimizer(run.optimizer.learning_rate, run.optimizer).init(params),
+        opt_state=optimizer.make_optimizer(run.optimizer.learning_rate, run.optimizer).init(trained),
         step=zero,
         key=jax.random.key_data(step_key),
         skipped_steps=zero,

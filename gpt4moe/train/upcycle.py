@@ -31,6 +31,7 @@ from gpt4moe.model.router import top_k
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel import sharding
 from gpt4moe.parallel.layout import make_layout
+from gpt4moe.train import adapter
 from gpt4moe.types import Array
 
 # They choose by each expert's own score and nothing else, so that equal scores are chosen together.
@@ -56,6 +57,7 @@ def restore_upcycled(run: RunConfig, dense: ModelConfig, step: int, fresh: nnx.S
     """Returns `fresh` parameters of the run's model with those of the `dense` one at `step` of `init_from` in them."""
     abstract, order = abstract_dense(run, dense, mesh)
     source = run.train.init_from
+    abstract = adapter.without(abstract, [part for part in adapter.PARTS if part not in fresh])
     params = checkpoint.restore(source, step, {"params": abstract}, layer_order=order)["params"]
     where = jax.tree.map(lambda leaf: leaf.sharding, fresh)
     return jax.jit(lambda params, fresh: upcycled(params, fresh, run.model.moe), out_shardings=where)(params, fresh)

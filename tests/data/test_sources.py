@@ -6,6 +6,7 @@ import pytest
 
 from gpt4moe.config.data import SourceConfig
 from gpt4moe.data.documents import Document, is_held_out
+from gpt4moe.data.rendered import lines
 from gpt4moe.data.sources import function_documents, source_identity, stdlib_code, stdlib_text
 
 
@@ -63,3 +64,11 @@ def test_identity_changes_with_what_is_read(tmp_path):
     two, three = (SourceConfig("a", documents=functools.partial(words, count)) for count in (2, 3))
     assert source_identity(two) != source_identity(three)
     assert source_identity(two) != source_identity(SourceConfig("a", documents=stdlib_code))
+
+
+def test_identity_of_a_function_given_another_is_of_its_code_and_not_of_its_address():
+    identities = [
+        source_identity(SourceConfig("a", documents=functools.partial(lines, texts=texts)))
+        for texts in (stdlib_text, stdlib_code)
+    ]
+    assert identities[0] != identities[1] and " at 0x" not in str(identities)

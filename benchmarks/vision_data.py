@@ -1,0 +1,152 @@
+"""Speed and bytes of images in the data pipeline, from compressed files on disk to a batch on the host.
+
+    python benchmarks/vision_data.py [--digits 4000] [--pages 120] [--seconds 5] [--json]
+
+Measures for small images (strings of digits, 48 x 16, PNG) and large ones (pages of text, 448 x 448, JPEG): the time to
+draw one, to check one in `prepare`, images a second decoded into batches with 0, 1 and 2 threads, and bytes a patch and
+a token, stored and fed, against the reference's 600 a patch and 4 a token. Ratios are of numbers measured in this run;
+`free_cores`, what two threads that never touch Python do over one, is the most that threads can bring just now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+import tempfile
+import threading
+import time
+
+import numpy as np
+
+from gpt4moe.config.data import DataConfig, ImageConfig, SourceConfig
+from gpt4moe.config.tokenizer import TokenizerConfig
+from gpt4moe.data import rendered
+from gpt4moe.data.documents import Document
+from gpt4moe.data.image_bytes import FED_BYTES_PER_TOKEN
+from gpt4moe.data.images import image_problem
+from gpt4moe.data.pipeline import TrainRows, open_store
+from gpt4moe.data.store import TokenStore
+
+WORKERS = (0, 1, 2)
+MICROBATCH_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of image: how it is drawn, how it comes into rows of how many tokens, the patch that a model cuts.
+
+    `warm_up` images are drawn first, after which every font is there at every size.
+    """
+
+    draw: functools.partial
+    warm_up: int
+    images: ImageConfig
+    sequence_length: int
+    patch_size: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--digits", type=int, default=4000, help="small images to draw")
+    parser.add_argument("--pages", type=int, default=120, help="large images to draw")
+    parser.add_argument("--seconds", type=float, default=5, help="how long to decode with each number of threads")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    arguments = parser.parse_args()
+    small, large = ImageConfig(height=16, width=48, per_row=16), ImageConfig(height=448, width=448, per_row=2)
+    kinds = {
+        "digits": Kind(functools.partial(rendered.digits, count=arguments.digits), 3000, small, 128, 8),
+        "pages": Kind(functools.partial(rendered.pages, count=arguments.pages), 1, large, 2048, 14),
+    }
+    results: dict = {"cores": len(os.sched_getaffinity(0)), "free_cores": free_cores()}
+    for name, kind in kinds.items():
+        results |= {f"{name}/{key}": value for key, value in measure(kind, arguments.seconds).items()}
+    if arguments.json:
+        print(json.dumps(results))
+    else:
+        print("\n".join(f"{key:44} {value}" for key, value in results.items()))
+
+
+def measure(kind: Kind, seconds: float) -> dict:
+    """Everything about one kind of image."""
+    list(itertools.islice(kind.draw(seed=1), kind.warm_up))
+    start = time.process_time()
+    documents = list(kind.draw())
+    results = {"draw_cpu_microseconds": cpu_microseconds(start, len(documents))}
+    start = time.process_time()
+    for document in documents:
+        assert image_problem(document.images[0], kind.images.max_pixels) is None
+    results["check_cpu_microseconds"] = cpu_microseconds(start, len(documents))
+    with tempfile.TemporaryDirectory() as folder:
+        store, config = stored(kind, documents, pathlib.Path(folder))
+        results |= counted(kind, store, config)
+        rates = {workers: images_per_second(store, config, workers, seconds) for workers in WORKERS}
+    results |= {f"images_per_second/{workers}_threads": round(rate) for workers, rate in rates.items()}
+    results |= {f"{workers}_threads_over_0": round(rates[workers] / rates[0], 2) for workers in WORKERS[1:]}
+    return results
+
+
+def stored(kind: Kind, documents: list[Document], folder: pathlib.Path) -> tuple[TokenStore, DataConfig]:
+    """A store of the documents, all of them for training."""
+    source = SourceConfig("images", documents=lambda: documents)
+    tokenizer = TokenizerConfig(byte_level_only=True)
+    config = DataConfig((source,), kind.sequence_length, tokenizer, held_out_fraction=0.0, images=kind.images)
+    return open_store(config, folder), config
+
+
+def counted(kind: Kind, store: TokenStore, config: DataConfig) -> dict:
+    """Bytes a patch and a token, and how many times as many a patch is."""
+    counts = TrainRows(store, config, microbatch_rows=MICROBATCH_ROWS).image_bytes(kind.patch_size)["images"]
+    return {
+        "stored_bytes_per_image": round(counts.stored_per_image),
+        "stored_bytes_per_patch": round(counts.stored_per_patch, 1),
+        "stored_patch_over_token": round(counts.stored_per_patch / counts.stored_per_token, 1),
+        "fed_bytes_per_patch": round(counts.fed_per_patch),
+        "fed_patch_over_token": round(counts.fed_per_patch / FED_BYTES_PER_TOKEN, 1),
+        "fed_pixel_bytes_per_text_token": round(counts.fed_per_token),
+        "image_slots_filled": round(counts.slots_filled, 3),
+    }
+
+
+def images_per_second(store: TokenStore, config: DataConfig, workers: int, seconds: float) -> float:
+    """Images decoded into batches by wall clock, nothing else being done with the batches."""
+    config = dataclasses.replace(config, images=dataclasses.replace(config.images, workers=workers))
+    rows = TrainRows(store, config, microbatch_rows=MICROBATCH_ROWS)
+    next(rows)
+    images, start = 0, time.perf_counter()
+    for batch in itertools.takewhile(lambda _: time.perf_counter() - start < seconds, rows):
+        images += int(batch.image_valid.any(axis=tuple(range(2, batch.image_valid.ndim))).sum())
+    return images / (time.perf_counter() - start)
+
+
+# How much of a training step waits for images is measured here once there is a run that reads them: the seconds in
+# `feed.draw` over those of a step, with `ImageConfig.workers` 0 and 2.
+
+
+def free_cores() -> float:
+    """What two threads that sort arrays do in a second over what one does."""
+    values = np.random.default_rng(0).random(1_000_000)
+
+    def rate(threads: int) -> float:
+        running = [threading.Thread(target=lambda: [np.sort(values) for _ in range(10)]) for _ in range(threads)]
+        start = time.perf_counter()
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+        return threads / (time.perf_counter() - start)
+
+    return round(rate(2) / rate(1), 2)
+
+
+def cpu_microseconds(start: float, count: int) -> float:
+    """CPU time of this process since `start`, by image."""
+    return round((time.process_time() - start) / count * 1e6, 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What the vision adapter is: image encoder, resampler, gated cross-attention."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt4moe.config.check import require, require_count, require_flag, require_positive
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu")
+POSITIONS = ("learned", "rotary")
+NORMS = ("rms", "layer")
+GATES = ("scalar", "vector")
+SEEN = ("latest", "all")
+
+
+def _choice(setting: str, value: object, choices: tuple[str, ...]) -> None:
+    require(value in choices, setting, value, f"must be in {choices}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """A vision transformer (Dosovitskiy et al. 2021): an image to one feature a patch, and its leading tokens.
+
+    `height` and `width` are pixels, multiples of `patch_size`. `positions` are a learned table, or rotary over rows and
+    columns (half of a head's dims each). `class_token` and `num_registers` learned tokens stand before the patches and
+    are features too. `norm_before` normalises what goes into the blocks (CLIP), `norm_after` what comes out (SigLIP).
+    Pixels arrive as bytes and are scaled to [0, 1], less `pixel_mean`, over `pixel_std`, on the device.
+    """
+
+    height: int
+    width: int
+    patch_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    positions: str = "learned"
+    class_token: bool = False
+    num_registers: int = 0
+    patch_bias: bool = True
+    norm_before: bool = False
+    norm_after: bool = True
+    activation: str = "gelu_tanh"
+    norm_epsilon: float = 1e-6
+    rope_theta: float = 100.0
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "patch_size", "dim", "num_layers", "num_heads", "hidden_dim"):
+            require_count(f"EncoderConfig.{name}", getattr(self, name))
+        require_count("EncoderConfig.num_registers", self.num_registers, least=0)
+        for name in ("height", "width"):
+            whole = getattr(self, name) % self.patch_size == 0
+            constraint = f"must be a multiple of patch_size ({self.patch_size})"
+            require(whole, f"EncoderConfig.{name}", getattr(self, name), constraint, f"change {name} or patch_size")
+        constraint = f"must be a multiple of num_heads ({self.num_heads})"
+        require(self.dim % self.num_heads == 0, "EncoderConfig.dim", self.dim, constraint)
+        _choice("EncoderConfig.positions", self.positions, POSITIONS)
+        quarters = self.positions != "rotary" or self.dim // self.num_heads % 4 == 0
+        constraint = f"must be a multiple of 4 for each of {self.num_heads} heads where positions are rotary"
+        require(quarters, "EncoderConfig.dim", self.dim, constraint)
+        for name in ("class_token", "patch_bias", "norm_before", "norm_after"):
+            require_flag(f"EncoderConfig.{name}", getattr(self, name))
+        _choice("EncoderConfig.activation", self.activation, ACTIVATIONS)
+        require_positive("EncoderConfig.norm_epsilon", self.norm_epsilon)
+        require_positive("EncoderConfig.rope_theta", self.rope_theta)
+        for name in ("pixel_mean", "pixel_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            require(len(getattr(self, name)) == 3, f"EncoderConfig.{name}", getattr(self, name), "must be of 3 colours")
+        for value in self.pixel_std:
+            require_positive("EncoderConfig.pixel_std", value)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.height // self.patch_size, self.width // self.patch_size
+
+    @property
+    def num_leading(self) -> int:
+        """Tokens before the patches."""
+        return int(self.class_token) + self.num_registers
+
+    @property
+    def num_features(self) -> int:
+        """Features of one image: its patches and leading tokens."""
+        return self.grid[0] * self.grid[1] + self.num_leading
+
+
+@dataclasses.dataclass(frozen=True)
+class ResamplerConfig:
+    """A Perceiver resampler (Alayrac et al. 2022): `num_latents` learned queries that read the features of an image.
+
+    Few latents are cheap and enough for a caption; reading needs about as many as there are patches, or no resampler.
+    `head_dim` None: dim / num_heads. `qk_norm` normalises queries and keys by head. `max_frames` above 0 adds a learned
+    embedding to the features of each frame (or tile), `max_images` above 0 to those of each image of a row.
+    """
+
+    num_latents: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    head_dim: int | None = None
+    activation: str = "squared_relu"
+    qk_norm: bool = False
+    max_frames: int = 0
+    max_images: int = 0
+    norm_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("num_latents", "num_layers", "num_heads", "hidden_dim"):
+            require_count(f"ResamplerConfig.{name}", getattr(self, name))
+        if self.head_dim is not None:
+            require_count("ResamplerConfig.head_dim", self.head_dim)
+        for name in ("max_frames", "max_images"):
+            require_count(f"ResamplerConfig.{name}", getattr(self, name), least=0)
+        _choice("ResamplerConfig.activation", self.activation, ACTIVATIONS)
+        require_flag("ResamplerConfig.qk_norm", self.qk_norm)
+        require_positive("ResamplerConfig.norm_epsilon", self.norm_epsilon)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossAttentionConfig:
+    """Gated cross-attention and a gated dense feed-forward (Alayrac et al. 2022) before every `every`-th decoder layer.
+
+    Before layers `offset`, `offset` + `every`, ... (counted from 0, after the leading dense ones). Both are added to
+    the residual stream times tanh of a gate that starts at `gate_init`: at 0 the model is the text model.
+    `num_kv_heads` None: as many as heads. `activation` None: SwiGLU. A token `sees` the latest image before it in its
+    document, or all of them. A token that sees none is left as it is, or, where `feed_forward_without_image`, goes
+    through the gated feed-forward all the same, as in OpenFlamingo and Idefics.
+    """
+
+    every: int
+    num_heads: int
+    head_dim: int
+    hidden_dim: int
+    num_kv_heads: int | None = None
+    offset: int = 0
+    activation: str | None = None
+    norm: str = "rms"
+    qk_norm: bool = True
+    gate: str = "scalar"
+    gate_init: float = 0.0
+    sees: str = "latest"
+    feed_forward_without_image: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_heads", "head_dim", "hidden_dim"):
+            require_count(f"CrossAttentionConfig.{name}", getattr(self, name))
+        if self.num_kv_heads is not None:
+            require_count("CrossAttentionConfig.num_kv_heads", self.num_kv_heads)
+        require_count("CrossAttentionConfig.offset", self.offset, least=0)
+        constraint = f"must be below every ({self.every})"
+        require(self.offset < self.every, "CrossAttentionConfig.offset", self.offset, constraint)
+        constraint = f"must divide num_heads ({self.num_heads})"
+        require(self.num_heads % self.kv_heads == 0, "CrossAttentionConfig.num_kv_heads", self.num_kv_heads, constraint)
+        _choice("CrossAttentionConfig.activation", self.activation, (None, *ACTIVATIONS))
+        _choice("CrossAttentionConfig.norm", self.norm, NORMS)
+        _choice("CrossAttentionConfig.gate", self.gate, GATES)
+        _choice("CrossAttentionConfig.sees", self.sees, SEEN)
+        for name in ("qk_norm", "feed_forward_without_image"):
+            require_flag(f"CrossAttentionConfig.{name}", getattr(self, name))
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Encoder, resampler (None: the decoder reads the encoder's features themselves) and cross-attention."""
+
+    encoder: EncoderConfig
+    cross_attention: CrossAttentionConfig
+    resampler: ResamplerConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.encoder, EncoderConfig), "encoder", self.encoder, "must be an EncoderConfig")
+        cross = self.cross_attention
+        require(isinstance(cross, CrossAttentionConfig), "cross_attention", cross, "must be a CrossAttentionConfig")
+        perceiver = self.resampler is None or isinstance(self.resampler, ResamplerConfig)
+        require(perceiver, "resampler", self.resampler, "must be a ResamplerConfig or None")
+
+    def features_per_image(self, frames: int = 1) -> int:
+        """How many features of one image (or clip, or tiled page, of `frames`) cross-attention reads."""
+        return self.resampler.num_latents if self.resampler else frames * self.encoder.num_features

@@ -1,0 +1,151 @@
+"""Compressed images to pixels: what is wrong with a file, and its frames as uint8 arrays of a batch's size."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from gpt4moe.config.data import ImageConfig
+from gpt4moe.data.documents import EncodedImage
+
+# Formats that Pillow decodes itself: others may start a program (EPS) or are not what a browser shows.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+JPEG_DRAFT = 8
+# Where in a file its orientation may stand.
+ORIENTED_BY = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+# What Pillow and the libraries below it raise for a file that is not what it says.
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, EOFError, IndexError, KeyError, OverflowError)
+
+
+def frames_of(image: EncodedImage) -> tuple[bytes, ...]:
+    """The compressed frames of an image: itself, or those of a clip."""
+    return (image,) if isinstance(image, bytes) else tuple(image)
+
+
+def image_problem(image: EncodedImage, max_pixels: int) -> str | None:
+    """What keeps `image` from being decoded in training, None where nothing does.
+
+    The size is read from the header before anything is unfolded, then every frame is decoded once (a JPEG at an eighth
+    of its size, which reads all of it), so that what is stored can be trained on.
+    """
+    frames = frames_of(image)
+    if not frames:
+        return "has a clip without frames"
+    for data in frames:
+        problem = _file_problem(data, max_pixels)
+        if problem:
+            return problem
+    return None
+
+
+def rgb_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """The picture of a compressed file as people see it: upright (EXIF), in RGB, transparent pixels white.
+
+    Of an animated file it is the first frame; 16 bits a channel become 8. `size` (width, height) is that from which
+    the caller goes on, so that a JPEG much larger is unfolded at a half, a quarter or an eighth only.
+    """
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if size is not None:
+        image.draft(None, size)
+    image.load()
+    return _in_rgb(_upright(image))
+
+
+def decode_into(image: EncodedImage, config: ImageConfig, out: np.ndarray, valid: np.ndarray) -> None:
+    """Writes the fitted frames of `image` into zeroed `out` [frames, height, width, 3], which are there into `valid`.
+
+    A clip of more frames than `config.frames` gives that many, evenly spread from its first to its last.
+    """
+    encoded = frames_of(image)
+    if config.fit == "tile" and len(encoded) == 1:
+        fitted = _tiles(rgb_image(encoded[0]), config)
+    else:
+        chosen = np.linspace(0, len(encoded) - 1, min(len(encoded), config.frames)).round().astype(int)
+        fitted = [_fitted(encoded[index], config) for index in chosen]
+    for index, frame in enumerate(fitted):
+        out[index] = frame
+    valid[: len(fitted)] = True
+
+
+def _file_problem(data: bytes, max_pixels: int) -> str | None:
+    if not data:
+        return "has an image of zero bytes"
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of sizes that `max_pixels` is there to judge.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
+            if width * height > max_pixels:
+                return f"has an image of {width} x {height} pixels, above max_pixels={max_pixels}"
+            image.draft(None, (max(width // JPEG_DRAFT, 1), max(height // JPEG_DRAFT, 1)))
+            image.load()
+            _in_rgb(_upright(image))
+    except Image.DecompressionBombError:
+        return f"has an image of too many pixels, above max_pixels={max_pixels} or what Pillow opens"
+    except DECODE_ERRORS as error:
+        return f"has an image that cannot be decoded ({_reason(error)})"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    # Pillow names the buffer by its address.
+    unknown = isinstance(error, Image.UnidentifiedImageError)
+    return f"not one of {' '.join(FORMATS)}" if unknown else (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Looking for an orientation takes as long as decoding a small image.
+    return ImageOps.exif_transpose(image) if ORIENTED_BY.intersection(image.info) else image
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image)
+        narrow = pixels // 257 if image.mode.startswith("I;16") or pixels.max(initial=0) > 255 else pixels
+        return Image.fromarray(narrow.clip(0, 255).astype(np.uint8), "L").convert("RGB")
+    if image.has_transparency_data:
+        layered = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _fitted(data: bytes, config: ImageConfig) -> np.ndarray:
+    """One frame, [height, width, 3] uint8. A clip is never cut into tiles: its frames are padded instead."""
+    size = (config.width, config.height)
+    image = rgb_image(data, size)
+    if image.size != size:
+        if config.fit == "squash":
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        elif config.fit == "crop":
+            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+        else:
+            image = ImageOps.pad(image, size, Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def _tiles(image: Image.Image, config: ImageConfig) -> list[np.ndarray]:
+    """Tiles of a page in reading order, [height, width, 3] uint8 each; black on the right and below the page."""
+    rows, columns, scale = _grid(image.size, config)
+    whole = (columns * config.width, rows * config.height)
+    size = tuple(min(max(round(side * scale), 1), most) for side, most in zip(image.size, whole, strict=True))
+    canvas = np.zeros((whole[1], whole[0], 3), np.uint8)
+    canvas[: size[1], : size[0]] = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+    by_tile = canvas.reshape(rows, config.height, columns, config.width, 3).swapaxes(1, 2)
+    return list(by_tile.reshape(-1, config.height, config.width, 3))
+
+
+def _grid(size: tuple[int, int], config: ImageConfig) -> tuple[int, int, float]:
+    """Rows and columns of tiles and the page's scale: the fewest that keep every pixel, else the finest there are."""
+    counts = range(1, config.frames + 1)
+    choices = []
+    for rows, columns in itertools.product(counts, counts):
+        if rows * columns <= config.frames:
+            scale = min(columns * config.width / size[0], rows * config.height / size[1])
+            choices.append((min(scale, 1.0), -rows * columns, rows, columns, scale))
+    _, _, rows, columns, scale = max(choices)
+    return rows, columns, scale

@@ -1,0 +1,1 @@
+"""Foreign formats in and out; nothing else knows them."""

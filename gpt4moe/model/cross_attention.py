@@ -1,0 +1,156 @@
+"""Gated cross-attention: what tokens read of the images before them (Alayrac et al. 2022, figure 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from gpt4moe.config.model import ModelConfig
+from gpt4moe.config.vision import CrossAttentionConfig
+from gpt4moe.model.attention_kernel import MASKED
+from gpt4moe.model.layers import (
+    FeedForward,
+    LayerNorm,
+    RMSNorm,
+    Slots,
+    activation,
+    depth_scale,
+    filled_parameter,
+    matmul,
+    normal_parameter,
+)
+from gpt4moe.types import Array
+
+STACK = "cross_layers"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """The images of the rows and which of them each token sees.
+
+    features_BIRD: what the resampler or the encoder made of every image, R features each; valid_BIR: which there are.
+    A token sees images first_image_BT .. image_index_BT of its row, none where image_index is -1. keys, values: those
+    of every block of cross-attention, [L, B, S, M, H] with S = I * R, kept while decoding; None where they follow from
+    the features.
+    """
+
+    features_BIRD: Float[Array, "B I R D"]
+    valid_BIR: Bool[Array, "B I R"]
+    image_index_BT: Int[Array, "B T"]
+    first_image_BT: Int[Array, "B T"]
+    keys: Float[Array, "L B S M H"] | None = None
+    values: Float[Array, "L B S M H"] | None = None
+
+    def visible_BTS(self) -> Bool[Array, "B T S"]:
+        """Returns which features each token sees."""
+        images, features = self.valid_BIR.shape[1:]
+        image_S = jnp.repeat(jnp.arange(images), features)
+        until, since = self.image_index_BT[..., None], self.first_image_BT[..., None]
+        return (image_S <= until) & (image_S >= since) & self.valid_BIR.reshape(len(self.valid_BIR), 1, -1)
+
+
+class GatedCrossAttention(nnx.Module):
+    """query [D, N, H], key and value [encoder's dim, M, H], output [N, H, D], a feed-forward, and a gate of each.
+
+    The gates are scalars, or vectors [D].
+    """
+
+    def __init__(self, layers: Slots | None, config: ModelConfig, rngs: nnx.Rngs):
+        cross, dim, features = config.vision.cross_attention, config.model_dim, config.vision.encoder.dim
+        out_scale, heads, kv_heads, head_dim = depth_scale(config.num_layers), *_heads(cross)
+
+        def norm(width: int, kind: str) -> nnx.Module:
+            return (RMSNorm if kind == "rms" else LayerNorm)(layers, width, config.norm_epsilon, stack=STACK)
+
+        def matrix(shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
+            return normal_parameter(rngs, layers, shape, axes, std, stack=STACK)
+
+        query_axes, kv_axes = ("embed", "heads", "head_dim"), ("vision_embed", "kv_heads", "head_dim")
+        self.attention_norm, self.feed_forward_norm = norm(dim, cross.norm), norm(dim, cross.norm)
+        self.query = matrix((dim, heads, head_dim), query_axes, dim**-0.5)
+        self.key = matrix((features, kv_heads, head_dim), kv_axes, features**-0.5)
+        self.value = matrix((features, kv_heads, head_dim), kv_axes, features**-0.5)
+        output_std = (heads * head_dim) ** -0.5 * out_scale
+        self.output = matrix((heads, head_dim, dim), ("heads", "head_dim", "embed"), output_std)
+        self.query_norm = norm(head_dim, "rms") if cross.qk_norm else None
+        self.key_norm = norm(head_dim, "rms") if cross.qk_norm else None
+        function = None if cross.activation is None else activation(cross.activation)
+        given = {"activation": function, "stack": STACK}
+        self.dense = FeedForward(layers, dim, cross.hidden_dim, function is None, out_scale, rngs, **given)
+        self.attention_gate, self.feed_forward_gate = (_gate(layers, dim, cross) for _ in range(2))
+        self.without_image, self.query_chunk = cross.feed_forward_without_image, config.attention.query_chunk
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], media: Media, keys_values: tuple[Array, Array] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Returns the residual stream with what its tokens read; one that sees no image is left as it is.
+
+        `keys_values` are this layer's ([B, S, M, H] each) where they are kept.
+        """
+        keys, values = self.keys_values(media.features_BIRD) if keys_values is None else keys_values
+        q_BTNH = _normed(self.query_norm, matmul(self.attention_norm(x_BTD), self.query[...]))
+        visible_BTS = media.visible_BTS()
+        read_BTNH = attend_across(q_BTNH, keys, values, visible_BTS, self.query_chunk)
+        sees_BT1 = jnp.any(visible_BTS, axis=-1, keepdims=True)
+        read_BTD = _gated(self.attention_gate, matmul(read_BTNH, self.output[...], 2))
+        x_BTD = x_BTD + jnp.where(sees_BT1, read_BTD, 0)
+        made_BTD = _gated(self.feed_forward_gate, self.dense(self.feed_forward_norm(x_BTD)))
+        return x_BTD + (made_BTD if self.without_image else jnp.where(sees_BT1, made_BTD, 0))
+
+    def keys_values(self, features_BIRD: Float[Array, "B I R D"]) -> tuple[Array, Array]:
+        """Returns keys and values [B, S, M, H] of the features of a row's images."""
+        features_BSD = features_BIRD.reshape(len(features_BIRD), -1, features_BIRD.shape[-1])
+        keys_BSMH = _normed(self.key_norm, matmul(features_BSD, self.key[...]))
+        return keys_BSMH, matmul(features_BSD, self.value[...])
+
+
+def attend_across(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSMH: Float[Array, "B S M H"],
+    v_BSMH: Float[Array, "B S M H"],
+    visible_BTS: Bool[Array, "B T S"],
+    query_chunk: int,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(q k^T / sqrt(H)) v over what each query sees, float32 softmax; N must be a multiple of M.
+
+    Scores are kept for `query_chunk` queries at a time and computed again in the backward pass. A query that sees
+    nothing gets an average of no meaning.
+    """
+    rows, length, heads, head_dim = q_BTNH.shape
+    kv_heads = k_BSMH.shape[2]
+    k_BSMH, v_BSMH = k_BSMH.astype(q_BTNH.dtype), v_BSMH.astype(q_BTNH.dtype)
+    q_BTMGH = q_BTNH.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
+
+    @jax.checkpoint
+    def chunk(q_BQMGH: Array, visible_BQS: Array) -> Array:
+        scores = jnp.einsum("BQMGH,BSMH->BMGQS", q_BQMGH, k_BSMH, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible_BQS[:, None, None], scores * head_dim**-0.5, MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q_BQMGH.dtype)
+        y_BQMGH = jnp.einsum("BMGQS,BSMH->BQMGH", weights, v_BSMH, preferred_element_type=jnp.float32)
+        return y_BQMGH.astype(q_BQMGH.dtype)
+
+    starts = range(0, length, query_chunk)
+    parts = [chunk(q_BTMGH[:, at : at + query_chunk], visible_BTS[:, at : at + query_chunk]) for at in starts]
+    return jnp.concatenate(parts, axis=1).reshape(q_BTNH.shape)
+
+
+def _heads(cross: CrossAttentionConfig) -> tuple[int, int, int]:
+    return cross.num_heads, cross.kv_heads, cross.head_dim
+
+
+def _gate(layers: Slots | None, dim: int, cross: CrossAttentionConfig) -> nnx.Param:
+    shape, axes = ((dim,), ("norm",)) if cross.gate == "vector" else ((), ())
+    return filled_parameter(layers, shape, axes, cross.gate_init, STACK)
+
+
+def _gated(gate: nnx.Param, y_BTD: Array) -> Array:
+    return jnp.tanh(gate[...]).astype(y_BTD.dtype) * y_BTD
+
+
+def _normed(norm: nnx.Module | None, x: Array) -> Array:
+    return x if norm is None else norm(x)

@@ -1,0 +1,132 @@
+"""From a text model's checkpoint to a model that reads images: the text model stays, the adapter begins fresh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from gpt4moe.config.check import CallerError
+from gpt4moe.config.variants import variant
+from gpt4moe.config.vision import CrossAttentionConfig, EncoderConfig, ResamplerConfig, VisionConfig
+from gpt4moe.infer import trained
+from gpt4moe.train import adapter, beginning, evaluate, loop, step, trainable
+from tests.train import tiny
+from tests.train.test_trainable import by_name, keep_gradients, names_of_state
+
+DECODER = ("*", "!vision_encoder.*", "!resampler.*", "!cross_attention.*")
+GATES = {"cross_attention.attention_gate", "cross_attention.feed_forward_gate"}
+VISION = VisionConfig(
+    EncoderConfig(height=8, width=8, patch_size=4, dim=8, num_layers=1, num_heads=2, hidden_dim=16),
+    CrossAttentionConfig(every=1, num_heads=2, head_dim=8, hidden_dim=24),
+    ResamplerConfig(num_latents=3, num_layers=1, num_heads=2, hidden_dim=16),
+)
+ROWS = 4
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus")
+    tiny.write_corpus(directory)
+    return directory
+
+
+def run_of(corpus, model=tiny.MODEL, optimizer=None, **train):
+    train = {"steps": 2, "checkpoint_every": 2, "batch_tokens": ROWS * tiny.LENGTH} | train
+    run = tiny.run_config(corpus, model=model, **train)
+    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, **optimizer or {}))
+
+
+def seeing(model=tiny.MODEL, vision=VISION):
+    return dataclasses.replace(model, vision=vision)
+
+
+@pytest.fixture(scope="module")
+def text(corpus, tmp_path_factory):
+    """(run, work directory, held-out results) of a text model."""
+    run, workdir = run_of(corpus), tmp_path_factory.mktemp("text") / "run"
+    return run, workdir, loop.train(run, workdir, config_text="", show_progress=False).evaluation
+
+
+def begin(run, workdir):
+    return beginning.begin(run, epath.Path(workdir), "", allow_change=False, progress=None)
+
+
+def microbatches(seed):
+    """One microbatch of rows whose second half sees one image each."""
+    batch, draw = tiny.random_batch(ROWS, seed=seed), np.random.default_rng(seed)
+    index_BT = np.where(batch.positions >= 4, 0, -1).astype(np.int32)
+    images = draw.integers(0, 256, (ROWS, 1, 8, 8, 3)).astype(np.uint8)
+    of_images = {"images": images, "image_valid": np.ones((ROWS, 1), bool)}
+    batch = dataclasses.replace(batch, **of_images, image_index=index_BT, first_image=index_BT)
+    return jax.tree.map(lambda leaf: leaf[None], batch)
+
+
+def take(start, steps):
+    """State and metrics after so many steps on rows with images, past the warm-up."""
+    train_step, at = step.make_step(start.run, 2, start.abstract), beginning.first_position(start).state
+    for seed in range(steps):
+        at, metrics = train_step(at, microbatches(seed), jnp.int32(1), jnp.float32(1000))
+    return jax.device_get((at, metrics))
+
+
+def test_the_decoder_stays_bit_for_bit_and_the_adapter_learns(corpus, text, tmp_path):
+    text_run, source, held_out = text
+    before = by_name(jax.device_get(nnx.split(trained.restore(text_run, source).model)[1]))
+    start = begin(run_of(corpus, seeing(), {"frozen": DECODER}, init_from=str(source)), tmp_path)
+    fresh = by_name(jax.device_get(beginning.first_position(start).state.params))
+    at, metrics = take(start, 3)
+    after = by_name(at.params)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    assert names_of_state(at.opt_state) == after.keys() - before.keys()
+    assert {name.partition(".")[0] for name in names_of_state(at.opt_state)} == set(adapter.PARTS)
+    assert all((after[name] != fresh[name]).any() for name in GATES)
+    assert int(metrics.skipped_steps) == 0 and metrics.grad_norm > 0 and not metrics.expert_grad_norm_LE.any()
+    assert evaluate.evaluate(start.run, start.store, jax.device_put(at.params)).sets == held_out.sets
+
+
+def test_at_first_only_the_gates_have_a_gradient(corpus, text, tmp_path):
+    settings = {"frozen": DECODER, "build": keep_gradients}
+    at, _ = take(begin(run_of(corpus, seeing(), settings, init_from=str(text[1])), tmp_path), 1)
+    gradients = by_name(at.opt_state[1][0].trace)
+    assert {name for name, gradient in gradients.items() if gradient.any()} == GATES
+
+
+def test_it_is_said_which_parts_are_fresh_and_training_goes_on_from_them(corpus, text, tmp_path, capsys):
+    run = run_of(corpus, seeing(vision=dataclasses.replace(VISION, resampler=None)), init_from=str(text[1]))
+    loop.train(run, tmp_path / "seeing", config_text="")
+    fresh = f"parameters are those of step 2 of {text[1]}; fresh are vision_encoder and cross_attention\n"
+    assert fresh in capsys.readouterr().err
+    again = dataclasses.replace(
+        run, model=seeing(), train=dataclasses.replace(run.train, init_from=str(tmp_path / "seeing"))
+    )
+    start = begin(again, tmp_path / "resampled")
+    assert adapter.new_parts(tmp_path / "seeing", 2, start.abstract.params) == ("resampler",)
+    got = by_name(beginning.first_position(start).state.params)
+    want = by_name(nnx.split(trained.restore(run, tmp_path / "seeing").model)[1])
+    assert {name.partition(".")[0] for name in got.keys() - want.keys()} == {"resampler"}
+    assert all(np.array_equal(got[name], value) for name, value in want.items())
+    with pytest.raises(CallerError, match=r"has vision_encoder and cross_attention, which this model lacks; give the"):
+        begin(run_of(corpus, init_from=str(tmp_path / "seeing")), tmp_path / "text")
+    assert not (tmp_path / "text").exists()
+
+
+def test_any_other_difference_is_refused_as_ever(corpus, text, tmp_path):
+    model = dataclasses.replace(seeing(), tie_embeddings=False)
+    with pytest.raises(CallerError, match=r"is of another model: params.head is missing; use the configuration"):
+        begin(run_of(corpus, model, init_from=str(text[1])), tmp_path / "headed")
+
+
+def test_experts_of_a_dense_model_and_an_adapter_at_once(corpus, tmp_path):
+    dense = dataclasses.replace(tiny.MODEL, moe=variant(tiny.MODEL.moe, compare="dense_active"))
+    run = run_of(corpus, dense)
+    loop.train(run, tmp_path / "dense", config_text="", show_progress=False)
+    start = begin(run_of(corpus, seeing(), init_from=str(tmp_path / "dense")), tmp_path / "seeing")
+    params = beginning.first_position(start).state.params
+    assert trainable.names(params) == trainable.names(start.abstract.params)
+    want = nnx.split(trained.restore(run, tmp_path / "dense").model)[1]
+    np.testing.assert_array_equal(params["embedding"][...], want["embedding"][...])
