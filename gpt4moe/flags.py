@@ -101,6 +101,8 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     _trained_flags(parser)
     defaults = SamplingConfig()
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    image = "image that the prompt shows, where it says <image> or before it; may be repeated"
+    parser.add_argument("--image", action="append", default=[], type=_folder, metavar="FILE", help=image)
     parser.add_argument(
         "--temperature", type=float, default=defaults.temperature, help="0 is greedy (default: %(default)s)"
     )

@@ -157,7 +157,16 @@ def _generate(args: argparse.Namespace) -> int:
     from gpt4moe.infer.generate import generate
 
     trained = load(args.workdir, step=args.step, mesh=_mesh(args))
-    generations, timing = generate(trained.model, trained.tokenizer, args.prompt or [""], sampling)
+    prompts, pictures = args.prompt or [""], ()
+    if args.image:
+        alone = len(prompts) == 1
+        require(
+            alone, "--image", args.image, f"goes with one prompt, not {len(prompts)}", "give the command once for each"
+        )
+        from gpt4moe.infer.pictures import read_picture
+
+        pictures = [[read_picture(path, trained.config.data.images) for path in args.image]]
+    generations, timing = generate(trained.model, trained.tokenizer, prompts, sampling, pictures)
     document = {"step": trained.step, "samples": [_plain(item) for item in generations], "timing": _plain(timing)}
     _print(args, document, lambda _: "\n\n".join(item.prompt + item.text for item in generations))
     return DONE

@@ -22,6 +22,7 @@ from gpt4moe.config.check import require
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer import decode_loop
 from gpt4moe.infer.decode_loop import Request
+from gpt4moe.infer.pictures import Picture, split_at_images, stack_pictures
 from gpt4moe.infer.sampling import row_keys, sampling_params
 from gpt4moe.model.transformer import Transformer
 
@@ -34,6 +35,7 @@ class Codec(Protocol):
     """What generation needs of a tokenizer; `gpt4moe.data.tokenizer.Tokenizer` is one."""
 
     end_of_text: int
+    image: int | None
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -69,18 +71,28 @@ class Timing:
 
 
 def generate(
-    model: Transformer, tokenizer: Codec, prompts: Sequence[str], sampling: SamplingConfig | None = None
+    model: Transformer,
+    tokenizer: Codec,
+    prompts: Sequence[str],
+    sampling: SamplingConfig | None = None,
+    pictures: Sequence[Sequence[Picture]] = (),
 ) -> tuple[list[Generation], Timing]:
     """Continues every prompt and returns the generations in the prompts' order, and how long it took.
 
     A prompt follows an end-of-text token as documents do in training, so that an empty one starts a new document.
-    Raises `ValueError` for a prompt that leaves no room in the model's context.
+    `pictures` are those of each prompt, which stand where it says `<image>`, or before it. Raises `ValueError` for a
+    prompt that leaves no room in the model's context, or that has not one marker a picture.
     """
-    sampling = sampling or SamplingConfig()
-    prompt_ids = [_prompt_ids(tokenizer, prompt, model.config.context_length) for prompt in prompts]
+    sampling, pictures = sampling or SamplingConfig(), list(pictures) or [()] * len(prompts)
+    require(len(pictures) == len(prompts), "pictures", len(pictures), f"must be of each of the {len(prompts)} prompts")
+    if any(pictures):
+        sees, mend = model.config.vision is not None, "give the workdir of a model that does"
+        require(sees, "pictures", sum(map(len, pictures)), "but the model reads no images", mend)
+    length = model.config.context_length
+    prompt_ids = [_prompt_ids(tokenizer, *of, length) for of in zip(prompts, map(len, pictures), strict=True)]
     if not prompts:
         return [], Timing(0.0, 0.0, 0.0, 0, 0)
-    request = _request(prompt_ids, sampling, model)
+    request = _request(prompt_ids, sampling, model, pictures, tokenizer)
     new, seconds = _run(model, request, tokenizer.end_of_text, _lengths(request, sampling, model.config.context_length))
     generations = [
         _generation(tokenizer, prompt, ids, new_ids, logprobs)
@@ -90,6 +102,21 @@ def generate(
     return generations, Timing(*seconds, sum(map(len, prompt_ids)), num_new)
 
 
+def generate_ids(
+    model: Transformer,
+    tokenizer: Codec,
+    prompt_ids: Sequence[list[int]],
+    sampling: SamplingConfig,
+    pictures: Sequence[Sequence[Picture]],
+) -> list[list[int]]:
+    """The new ids after each prompt of ids, with the pictures of its image tokens, without the end of text."""
+    request = _request(list(prompt_ids), sampling, model, pictures, tokenizer)
+    lengths = _lengths(request, sampling, model.config.context_length)
+    (new_ids, _), _ = _run(model, request, tokenizer.end_of_text, lengths)
+    made = [row[row >= 0].tolist() for row in new_ids[: len(prompt_ids)]]
+    return [ids[:-1] if ids and ids[-1] == tokenizer.end_of_text else ids for ids in made]
+
+
 def write_samples(workdir: str | epath.Path, generations: Sequence[Generation]) -> epath.Path:
     """Writes the generations to `samples.json` in the work directory, where the report finds them; returns its path."""
     path = epath.Path(workdir) / "samples.json"
@@ -97,10 +124,13 @@ def write_samples(workdir: str | epath.Path, generations: Sequence[Generation]) 
     return path
 
 
-def _prompt_ids(tokenizer: Codec, prompt: str, context_length: int) -> list[int]:
+def _prompt_ids(tokenizer: Codec, prompt: str, num_pictures: int, context_length: int) -> list[int]:
     is_text = prompt.encode("utf-8", "ignore").decode() == prompt
     require(is_text, "prompt", prompt[:40], "holds bytes that are not UTF-8")
-    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    before, *behind = split_at_images(prompt, num_pictures)
+    ids = [tokenizer.end_of_text, *tokenizer.encode(before)]
+    for text in behind:
+        ids += [tokenizer.image, *tokenizer.encode(text)]
     require(
         len(ids) < context_length,
         "prompt",
@@ -125,7 +155,13 @@ def _generation(tokenizer: Codec, prompt: str, ids: list[int], new_ids: np.ndarr
     )
 
 
-def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, model: Transformer) -> Request:
+def _request(
+    prompt_ids: list[list[int]],
+    sampling: SamplingConfig,
+    model: Transformer,
+    pictures: Sequence[Sequence[Picture]],
+    tokenizer: Codec,
+) -> Request:
     context_length = model.config.context_length
     multiple = model.layout.row_multiple
     num_rows = -(-_bucket(len(prompt_ids), MIN_ROWS) // multiple) * multiple
@@ -142,6 +178,7 @@ def _request(prompt_ids: list[list[int]], sampling: SamplingConfig, model: Trans
         limits_B=limits_B,
         params=sampling_params([sampling] * num_rows, model.config.vocab_size),
         keys_B=row_keys(jnp.full(num_rows, sampling.seed, jnp.uint32)),
+        pictures=stack_pictures(pictures, tokens_BT, tokenizer.image) if any(pictures) else None,
     )
 
 

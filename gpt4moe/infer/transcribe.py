@@ -1,0 +1,117 @@
+"""How well a model reads: held-out images transcribed, character error rate, with the images and without them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+from gpt4moe.config.sampling import SamplingConfig
+from gpt4moe.data.store import TokenStore
+from gpt4moe.infer.generate import generate_ids
+from gpt4moe.infer.pictures import Picture, fitted_picture
+from gpt4moe.infer.trained import Trained
+
+ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcription:
+    """Held-out transcriptions of one source.
+
+    character_error_rate: edits a character of the references, blanks run together, Unicode NFC; exact_match: share
+    without any. *_without_image: the same of what the model writes when it may not look: what it knows of the language.
+    examples: the first references with what was read.
+    """
+
+    documents: int
+    character_error_rate: float
+    exact_match: float
+    character_error_rate_without_image: float
+    examples: tuple[tuple[str, str], ...]
+
+
+def transcribe(trained: Trained, store: TokenStore, *, limit: int = 256) -> dict[str, Transcription]:
+    """Reads at most `limit` held-out documents of each source of one image first and its text behind it, greedily."""
+    results = {}
+    for source in store.source_names:
+        prompts, references, images = _held_out(store, source, limit)
+        if prompts:
+            pictures = [fitted_picture(image, trained.config.data.images) for image in images]
+            read = _read(trained, prompts, references, pictures)
+            blank = [Picture(picture.pixels, np.zeros_like(picture.valid)) for picture in pictures]
+            results[source] = _scored(trained, references, read, _read(trained, prompts, references, blank))
+    return results
+
+
+def format_transcriptions(results: dict[str, Transcription]) -> str:
+    """The table that a run which reads images ends with."""
+    if not results:
+        return ""
+    width = max(len("read"), *map(len, results))
+    lines = [f"{'read':{width}}  character errors  exact  without image  documents"]
+    for source, result in results.items():
+        errors, blind = result.character_error_rate, result.character_error_rate_without_image
+        lines.append(
+            f"{source:{width}}  {errors:16.1%} {result.exact_match:6.1%} {blind:14.1%} {result.documents:10,d}"
+        )
+    return "\n".join(lines)
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Insertions, deletions and replacements of characters that make `other` of `one` (Levenshtein 1966)."""
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, start=1):
+        corner, row[0] = row[0], i
+        for j, b in enumerate(other, start=1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (a != b))
+    return row[-1]
+
+
+def _held_out(store: TokenStore, source: str, limit: int) -> tuple[list, list, list]:
+    """Prompts of ids up to their image, the ids behind it and the compressed image of documents that begin with one."""
+    images = store.images(source, "held_out")
+    if images is None:
+        return [], [], []
+    prompts, references, encoded = [], [], []
+    stream, offsets = store.stream(source, "held_out"), store.offsets(source, "held_out")
+    for start, end in itertools.pairwise(offsets.tolist()):
+        first, last = images.within(start, end)
+        if last - first == 1 and images.positions[first] == start + 1 and len(prompts) < limit:
+            prompts.append(stream[start : start + 2].tolist())
+            references.append(stream[start + 2 : end].tolist())
+            encoded.append(images[first])
+    return prompts, references, encoded
+
+
+def _read(trained: Trained, prompts: list, references: list, pictures: Sequence[Picture]) -> list[list[int]]:
+    """What the model writes after each prompt, half as much again as there is to read at most."""
+    most = max(map(len, references))
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=most + most // 2 + 1)
+    made = []
+    for start in range(0, len(prompts), ROWS):
+        rows = slice(start, start + ROWS)
+        of_rows = [[picture] for picture in pictures[rows]]
+        made += generate_ids(trained.model, trained.tokenizer, prompts[rows], sampling, of_rows)
+    return made
+
+
+def _scored(trained: Trained, references: list, read: list, blind: list) -> Transcription:
+    texts, seen, unseen = (
+        [_normalised(trained.tokenizer.decode(ids)) for ids in each] for each in (references, read, blind)
+    )
+    length = max(sum(map(len, texts)), 1)
+    return Transcription(
+        documents=len(texts),
+        character_error_rate=sum(map(edit_distance, texts, seen)) / length,
+        exact_match=sum(a == b for a, b in zip(texts, seen, strict=True)) / len(texts),
+        character_error_rate_without_image=sum(map(edit_distance, texts, unseen)) / length,
+        examples=tuple(zip(texts[:5], seen[:5], strict=True)),
+    )
+
+
+def _normalised(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
