@@ -111,31 +111,52 @@ def _show_finished(args: argparse.Namespace, run, result) -> None:
     from gpt4moe.analysis import report
     from gpt4moe.train.evaluate import format_evaluation, to_document
 
-    generations = []
-    if run.train.sample_prompts and jax.process_count() == 1:
-        generations = _final_samples(args.workdir, run)
-    elif run.train.sample_prompts:
+    generations, read = [], {}
+    wanted = run.train.sample_prompts or run.data.images
+    if wanted and jax.process_count() == 1:
+        generations, read = _final_samples(args.workdir, run)
+    elif wanted:
         _progress(f"no samples by several processes; see gpt4moe generate --workdir={args.workdir}")
     page = report.write_report(args.workdir)
     document = {"step": result.step, "tokens": result.tokens, "data_ended": result.data_ended, "report": str(page)}
     document |= {"evaluation": to_document(result.evaluation), "samples": [_plain(item) for item in generations]}
+    document |= {"read": {source: _plain(result) for source, result in read.items()}} if run.data.images else {}
 
     def to_text(_: dict) -> str:
         samples = [f"--- {item.prompt!r}\n{item.prompt}{item.text}" for item in generations]
-        return "\n".join([format_evaluation(result.evaluation), *samples, "", f"report: {page}"])
+        tables = [format_evaluation(result.evaluation), *_read_table(read)]
+        return "\n".join([*tables, *samples, "", f"report: {page}"])
 
     _print(args, document, to_text)
 
 
-def _final_samples(workdir: str, run) -> list:
+def _final_samples(workdir: str, run) -> tuple[list, dict]:
+    """Continuations of the sample prompts, and how well held-out images are read."""
     from gpt4moe.infer import trained
     from gpt4moe.infer.generate import generate, write_samples
 
     model = trained.restore(run, workdir)
     sampling = SamplingConfig(temperature=0.8, max_new_tokens=run.train.sample_tokens, seed=run.train.seed)
     generations, _ = generate(model.model, model.tokenizer, run.train.sample_prompts, sampling)
-    write_samples(workdir, generations)
-    return generations
+    if generations:
+        write_samples(workdir, generations)
+    return generations, _transcribe(model, run)
+
+
+def _transcribe(model, run) -> dict:
+    """How well held-out images are read, by source; empty of a run without any."""
+    if run.data.images is None:
+        return {}
+    from gpt4moe.infer.transcribe import transcribe
+    from gpt4moe.train.evaluate import trained_store
+
+    return transcribe(model, trained_store(run, model.workdir, model.step))
+
+
+def _read_table(read: dict) -> list[str]:
+    from gpt4moe.infer.transcribe import format_transcriptions
+
+    return ["", format_transcriptions(read)] if read else []
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -147,7 +168,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     run = dataclasses.replace(run, mesh=mesh)  # evaluation lays its batches over it
     model = trained.restore(run, args.workdir, step=args.step, mesh=mesh)
     evaluation = evaluate.evaluate_trained(model.model, run, args.workdir, step=model.step)
-    _print(args, evaluate.to_document(evaluation), lambda _: evaluate.format_evaluation(evaluation))
+    read = _transcribe(model, run)
+    document = evaluate.to_document(evaluation)
+    for source, result in read.items():
+        document[source] |= {"read": _plain(result)}
+    _print(args, document, lambda _: "\n".join([evaluate.format_evaluation(evaluation), *_read_table(read)]))
     return DONE
 
 

@@ -1,0 +1,177 @@
+"""Images in prompts: a run that reads images, generation and transcription from it, and what is refused."""
+
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gpt4moe
+from gpt4moe.config.sampling import SamplingConfig
+from gpt4moe.infer.generate import generate, generate_ids
+from gpt4moe.infer.pictures import fitted_picture, read_picture, split_at_images, stack_pictures
+from gpt4moe.infer.transcribe import edit_distance, transcribe
+from gpt4moe.launch import main
+from gpt4moe.train.evaluate import trained_store
+
+GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=6)
+# The quickstart of vision, small enough to be trained in a test.
+SMALL = {
+    "INIT_FROM": "None", "FROZEN": "[]", "NUM_IMAGES": "60", "TRAIN_STEPS": "2", "BATCH_TOKENS": "512", "NUM_LAYERS": "2",
+    "VOCAB_SIZE": "300", "model.ModelConfig.model_dim": "32", "attention.AttentionConfig.num_heads": "2",
+    "ENCODER_DIM": "16", "ENCODER_LAYERS": "1", "model.ModelConfig.compute_dtype": "'float32'", "NUM_EXPERTS": "2",
+    "data.DataConfig.sources": "[@digits/data.SourceConfig()]", "EVALUATE_EVERY": "None", "CHECKPOINT_EVERY": "2",
+    "data.DataConfig.held_out_fraction": "0.3",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vision") / "run"
+    flags = [f"--gin.{name}={value}" for name, value in SMALL.items()]
+    given = ["--gin_file=gin_configs/run/vision_quickstart.gin", *flags, f"--workdir={path}"]
+    assert main(["train", *given]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(workdir):
+    return gpt4moe.load(workdir)
+
+
+def _png(shade=200, size=(48, 16)) -> bytes:
+    out = io.BytesIO()
+    Image.new("L", size, shade).save(out, "PNG")
+    return out.getvalue()
+
+
+def _noise(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 48, 3)).astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_evaluation_reports_the_loss_without_images_and_how_much_was_read(workdir, trained, capsys):
+    assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
+    digits = json.loads(capsys.readouterr().out)["digits"]
+    assert digits["loss_without_image"] == pytest.approx(digits["loss"], rel=0.2)
+    assert digits["loss_without_image"] != digits["loss"]
+    read = digits["read"]
+    store = trained_store(trained.config, workdir, trained.step)
+    assert read["documents"] == len(store.offsets("digits", "held_out")) - 1 > 5
+    assert read["character_error_rate"] > 0 and 0 <= read["exact_match"] <= 1
+
+
+def test_transcription_counts_the_edits_of_what_generation_writes(workdir, trained):
+    store = trained_store(trained.config, workdir, trained.step)
+    result = transcribe(trained, store, limit=3)["digits"]
+    (reference, read), *_ = result.examples
+    images, offsets = store.images("digits", "held_out"), store.offsets("digits", "held_out")
+    reference_ids = store.stream("digits", "held_out")[offsets[0] + 2 : offsets[1]]
+    assert reference == trained.tokenizer.decode(reference_ids) and reference.isdigit() and 3 <= len(reference) <= 5
+    picture = fitted_picture(images[0], trained.config.data.images)
+    most = max(len(text) for text, _ in result.examples)  # of single digits here: a token each
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=most + most // 2 + 1)
+    (ids,) = generate_ids(
+        trained.model,
+        trained.tokenizer,
+        [[trained.tokenizer.end_of_text, trained.tokenizer.image]],
+        sampling,
+        [[picture]],
+    )
+    assert " ".join(trained.tokenizer.decode(ids).split()) == read
+    edits = sum(edit_distance(a, b) for a, b in result.examples)
+    assert result.character_error_rate == pytest.approx(edits / sum(len(a) for a, _ in result.examples))
+
+
+def test_what_is_written_depends_on_the_image_and_not_on_the_neighbours(trained):
+    config = trained.config.data.images
+    for gate in (trained.model.cross_attention.attention_gate, trained.model.cross_attention.feed_forward_gate):
+        gate[...] = gate[...] + 2.0
+    one, other = (fitted_picture(_noise(seed), config) for seed in (1, 2))
+
+    def written(pictures, prompts):
+        return [made.logprobs for made in generate(trained.model, trained.tokenizer, prompts, GREEDY, pictures)[0]]
+
+    first, second, none = written([[one], [other], []], ["", "", "a"])
+    assert not np.allclose(first, second, atol=1e-3)
+    np.testing.assert_allclose(written([[one]], [""])[0], first, atol=1e-4)
+    np.testing.assert_allclose(written([[]], ["a"])[0], none, atol=1e-4)
+    # Where the marker stands counts: behind it a picture is seen, before it not.
+    behind, before = written([[one], [one]], ["12<image>", "<image>12"])
+    assert not np.allclose(behind, before, atol=1e-3)
+
+
+def test_which_picture_a_token_of_a_prompt_sees():
+    class Config:
+        height, width, frames, fit = 16, 48, 1, "squash"
+
+    pictures = [fitted_picture(_png(shade), Config) for shade in (10, 20, 30)]
+    tokens = np.array([[0, 7, 5, 5, 7, 5], [0, 5, 7, 5, 0, 0], [0, 5, 0, 0, 0, 0]])
+    stacked = stack_pictures([pictures[:2], pictures[2:], []], tokens, image_token=7)
+    assert stacked.image_index_BT.tolist() == [[-1, 0, 0, 0, 1, 1], [-1, -1, 0, 0, 0, 0], [-1] * 6]
+    assert stacked.first_image_BT.tolist() == [[-1, 0, 0, 0, 0, 0], [-1, -1, 0, 0, 0, 0], [-1] * 6]
+    assert stacked.image_valid[..., 0].tolist() == [[True, True], [True, False], [False, False]]
+    assert [stacked.images[0, 0].mean(), stacked.images[0, 1].mean(), stacked.images[1, 0].mean()] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "texts"),
+    [("a", 0, ("a",)), ("a<image>", 0, ("a<image>",)), ("a", 2, ("", "", "a")), ("a<image>b", 1, ("a", "b"))],
+)
+def test_a_prompt_is_split_at_its_images(prompt, count, texts):
+    assert split_at_images(prompt, count) == texts
+
+
+def test_markers_and_images_must_agree():
+    with pytest.raises(ValueError, match="has 1 <image> markers and 2 images; write one <image> for each"):
+        split_at_images("a<image>b", 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "edits"),
+    [("", "", 0), ("123", "123", 0), ("123", "", 3), ("kitten", "sitting", 3), ("12", "21", 2)],
+)
+def test_edit_distance(one, other, edits):
+    assert edit_distance(one, other) == edit_distance(other, one) == edits
+
+
+BAD_FILES = {
+    "corrupt": (_png()[:60], "cannot be decoded|truncated|broken"),
+    "empty": (b"", "empty|zero|no bytes"),
+    "text": (b"hello", "cannot identify|is not"),
+    "huge": (None, "pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_images_that_cannot_be_taken_are_one_line(name, workdir, tmp_path, capsys):
+    data, message = BAD_FILES[name]
+    if data is None:
+        out = io.BytesIO()
+        Image.new("1", (10_000, 10_000)).save(out, "PNG")
+        data = out.getvalue()
+    path = tmp_path / "image.png"
+    path.write_bytes(data)
+    assert main(["generate", f"--workdir={workdir}", f"--image={path}"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and str(path) in said[0]
+
+
+def test_a_missing_image_and_one_for_many_prompts_are_one_line(workdir, tmp_path, capsys):
+    assert main(["generate", f"--workdir={workdir}", f"--image={tmp_path / 'none.png'}"]) == 2
+    assert "is not a file" in capsys.readouterr().err
+    path = tmp_path / "image.png"
+    path.write_bytes(_png())
+    assert main(["generate", f"--workdir={workdir}", f"--image={path}", "--prompt=a", "--prompt=b"]) == 2
+    assert "goes with one prompt, not 2" in capsys.readouterr().err
+    assert main(["generate", f"--workdir={workdir}", f"--image={path}", "--max_new_tokens=2", "--json"]) == 0
+
+
+def test_a_text_model_refuses_images(tmp_path):
+    path = pathlib.Path(tmp_path / "image.png")
+    path.write_bytes(_png())
+    with pytest.raises(ValueError, match="the model reads no images"):
+        read_picture(str(path), None)
