@@ -246,7 +246,8 @@ def _with_parameters(gin, value: Any) -> Any:
     if ("", selector) not in gin.config._CONFIG:
         return value
     parameters, function = gin.get_bindings(selector), inspect.unwrap(value)
-    gin.config._OPERATIVE_CONFIG.setdefault(("", selector), {}).update(parameters)  # they go into config.gin
+    # They go into config.gin as they are bound there, macros by name, so that what is read again reads every macro.
+    gin.config._OPERATIVE_CONFIG.setdefault(("", selector), {}).update(gin.config._CONFIG["", selector])
     return functools.update_wrapper(functools.partial(function, **parameters), function)
 
 

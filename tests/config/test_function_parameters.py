@@ -45,6 +45,15 @@ def test_a_saved_configuration_has_the_parameters(gin_file, tmp_path):
     assert address(again) == address(run)
 
 
+def test_a_saved_configuration_reads_the_macros_of_parameters(gin_file, tmp_path):
+    with open(gin_file, "a") as file:
+        file.write("TEMPERATURE = 2.0\nmy_own_router.router.temperature = %TEMPERATURE\n")
+    _, text = build_run([gin_file], ["TEMPERATURE=3.0"])
+    (tmp_path / "config.gin").write_text(text)
+    again, same = build_run([str(tmp_path / "config.gin")], ["TEMPERATURE=4.0"])
+    assert again.model.moe.router(0, 0, 0) == 4.0 and "temperature = %TEMPERATURE" in same
+
+
 def test_another_parameter_is_another_run(gin_file):
     first, _ = build_run([gin_file])
     second, _ = build_run([gin_file], ["my_own_router.router.temperature=3.0"])

@@ -19,7 +19,8 @@ from gpt4moe.train.evaluate import trained_store
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=6)
 # The quickstart of vision, small enough to be trained in a test.
 SMALL = {
-    "INIT_FROM": "None", "FROZEN": "[]", "NUM_IMAGES": "60", "TRAIN_STEPS": "2", "BATCH_TOKENS": "512", "NUM_LAYERS": "2",
+    "INIT_FROM": "None", "FROZEN": "[]", "NUM_IMAGES": "60",
+    "TRAIN_STEPS": "2", "BATCH_TOKENS": "512", "NUM_LAYERS": "2",
     "VOCAB_SIZE": "300", "model.ModelConfig.model_dim": "32", "attention.AttentionConfig.num_heads": "2",
     "ENCODER_DIM": "16", "ENCODER_LAYERS": "1", "model.ModelConfig.compute_dtype": "'float32'", "NUM_EXPERTS": "2",
     "data.DataConfig.sources": "[@digits/data.SourceConfig()]", "EVALUATE_EVERY": "None", "CHECKPOINT_EVERY": "2",
@@ -138,17 +139,12 @@ def test_edit_distance(one, other, edits):
     assert edit_distance(one, other) == edit_distance(other, one) == edits
 
 
-BAD_FILES = {
-    "corrupt": (_png()[:60], "cannot be decoded|truncated|broken"),
-    "empty": (b"", "empty|zero|no bytes"),
-    "text": (b"hello", "cannot identify|is not"),
-    "huge": (None, "pixels"),
-}
+BAD_FILES = {"corrupt": _noise(0)[:900], "empty": b"", "text": b"hello", "huge": None}
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_images_that_cannot_be_taken_are_one_line(name, workdir, tmp_path, capsys):
-    data, message = BAD_FILES[name]
+    data = BAD_FILES[name]
     if data is None:
         out = io.BytesIO()
         Image.new("1", (10_000, 10_000)).save(out, "PNG")
@@ -157,7 +153,7 @@ def test_images_that_cannot_be_taken_are_one_line(name, workdir, tmp_path, capsy
     path.write_bytes(data)
     assert main(["generate", f"--workdir={workdir}", f"--image={path}"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and str(path) in said[0]
+    assert len(said) == 1 and str(path) in said[0], said
 
 
 def test_a_missing_image_and_one_for_many_prompts_are_one_line(workdir, tmp_path, capsys):
