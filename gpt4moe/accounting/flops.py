@@ -6,16 +6,19 @@ weighted values), which is counted on its own. Training is three times forward; 
 
 from __future__ import annotations
 
-from gpt4moe.accounting import parameters
+from gpt4moe.accounting import parameters, vision
 from gpt4moe.config.model import ModelConfig
 
 
 def forward_flops_per_token(config: ModelConfig) -> int:
-    """Returns the forward matmul FLOPs of one token: twice the active matrix parameters, the head once."""
+    """Returns the forward matmul FLOPs of one token: twice the active matrix parameters, the head once.
+
+    With the token's part of cross-attention; what an image costs is `vision.flops_per_image`.
+    """
     counted = parameters.count(config)
     head = counted.head or counted.embedding
     matrices = counted.attention + parameters.experts_active(config) + counted.shared_experts
-    return 2 * (matrices + counted.dense + counted.router + head)
+    return 2 * (matrices + counted.dense + counted.router + head) + vision.cross_attention_flops_per_token(config)
 
 
 def attention_core_flops_per_token(config: ModelConfig, length: int, *, causal: bool = True) -> int:

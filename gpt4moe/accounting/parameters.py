@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from gpt4moe.accounting import vision
 from gpt4moe.config.model import ModelConfig
 
 
@@ -19,6 +20,9 @@ class ParameterCount:
     router: int
     norms: int
     head: int
+    vision_encoder: int = 0
+    resampler: int = 0
+    cross_attention: int = 0
 
     @property
     def total(self) -> int:
@@ -28,7 +32,7 @@ class ParameterCount:
 
 def count(config: ModelConfig) -> ParameterCount:
     """Returns every parameter the model instantiates."""
-    embedding = config.vocab_size * config.model_dim
+    embedding, seeing = config.vocab_size * config.model_dim, config.vision
     return ParameterCount(
         embedding=embedding,
         attention=config.num_layers * attention_per_layer(config),
@@ -38,13 +42,20 @@ def count(config: ModelConfig) -> ParameterCount:
         router=config.num_moe_layers * config.model_dim * config.moe.num_experts,
         norms=_norms(config),
         head=0 if config.tie_embeddings else embedding,
+        vision_encoder=vision.encoder_parameters(seeing.encoder) if seeing else 0,
+        resampler=vision.resampler_parameters(seeing.resampler, seeing.encoder.dim) if seeing else 0,
+        cross_attention=vision.cross_attention_parameters(config) if seeing else 0,
     )
 
 
 def count_active(config: ModelConfig) -> int:
-    """Returns the parameters that one token touches: as `count`, with K experts a layer instead of E."""
+    """Returns the parameters that one token of text touches: as `count`, with K experts a layer instead of E.
+
+    Encoder and resampler, which images pass through, are left out.
+    """
     everything = count(config)
-    return everything.total - everything.experts + experts_active(config)
+    of_images = everything.vision_encoder + everything.resampler
+    return everything.total - everything.experts - of_images + experts_active(config)
 
 
 def experts_active(config: ModelConfig) -> int:

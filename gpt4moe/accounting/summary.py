@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from gpt4moe.accounting import flops, memory, parameters
+from gpt4moe.accounting import flops, memory, parameters, vision
 from gpt4moe.config.model import ModelConfig
 
 
@@ -29,6 +29,17 @@ def summarize(config: ModelConfig, num_trained: int | None = None) -> dict:
         "train_state_bytes": memory.train_state_bytes(config, num_trained),
         "weight_bytes": memory.weight_bytes(config),
         "cache_bytes_per_token": memory.cache_bytes_per_token(config),
+    } | (_images(config) if config.vision else {})
+
+
+def _images(config: ModelConfig) -> dict:
+    """What one image of one frame costs."""
+    per_value = memory.DTYPE_BYTES[config.compute_dtype]
+    return {
+        "features_per_image": config.vision.features_per_image(),
+        "forward_flops_per_image": vision.flops_per_image(config),
+        "cache_bytes_per_image": vision.cache_bytes_per_image(config, per_value),
+        "input_bytes_per_image": vision.input_bytes_per_image(config.vision.encoder),
     }
 
 
@@ -52,6 +63,11 @@ def format_summary(document: dict) -> str:
     lines.append(f"weights in compute dtype      {scaled(document['weight_bytes'])}B")
     lines.append(f"parameters, gradients, AdamW  {scaled(document['train_state_bytes'])}B")
     lines.append(f"key/value cache               {scaled(document['cache_bytes_per_token'])}B a token")
+    if "features_per_image" in document:
+        seen, fed = document["features_per_image"], scaled(document["input_bytes_per_image"])
+        lines.append(f"an image                      {seen:,} features, {fed}B of pixels fed")
+        lines.append(f"forward of an image           {scaled(document['forward_flops_per_image'])}FLOP")
+        lines.append(f"keys and values of an image   {scaled(document['cache_bytes_per_image'])}B")
     return "\n".join((*lines, *_listed(document.get("paths", ()))))
 
 

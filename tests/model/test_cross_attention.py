@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gpt4moe.accounting import parameters, vision
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
@@ -248,6 +249,33 @@ def test_in_the_first_step_only_the_gates_of_what_is_new_are_moved(name):
     assert {name.split(".")[0] for name in rest} == {"cross_attention", "vision_encoder"} | (
         {"resampler"} if name == "resampler" else set()
     )
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_every_parameter_is_counted(config):
+    shapes = nnx.to_flat_state(nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[1])
+    counted = parameters.count(config)
+    sizes = {}
+    for path, leaf in shapes:
+        sizes[path[0]] = sizes.get(path[0], 0) + leaf.get_value().size
+    assert sum(sizes.values()) == counted.total
+    for part in ("vision_encoder", "resampler", "cross_attention"):
+        assert sizes.get(part, 0) == getattr(counted, part)
+
+
+@pytest.mark.parametrize("name", ["before every layer", "resampler", "layer norms, vector gates"])
+def test_the_flops_of_an_image_are_those_of_the_compiled_program(name):
+    config = VARIANTS[name]
+    image = np.zeros((1, 1, 8, 12, 3), np.float32)
+
+    @jax.jit
+    def see(model):
+        nothing = np.zeros((1, 1), np.int32)
+        return model.keep(model.look(image, np.ones((1, 1), bool), nothing, nothing))
+
+    compiled = see.lower(_model(config)).compile().cost_analysis()["flops"]
+    # Norms, softmax and activations come on top of the matrix products.
+    assert vision.flops_per_image(config) <= compiled < 1.35 * vision.flops_per_image(config)
 
 
 def test_recomputing_and_pieces_of_queries_change_no_gradient():
