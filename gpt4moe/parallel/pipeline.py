@@ -53,7 +53,8 @@ def pipelined_layers(spread: Spread, schedule: Schedule) -> Callable:
 
 
 def _run(spread: Spread, schedule: Schedule, superblock: Callable, parameters, cache, x_BTD: Array, tokens) -> tuple:
-    schedule = schedule.grouped(len(schedule.slots) // jax.tree.leaves(parameters)[0].shape[0])
+    each = len(schedule.slots) // jax.tree.leaves(parameters)[0].shape[0]
+    schedule = schedule.grouped(each)
     span = int(np.prod([spread.mesh.shape[axis] for axis in spread.rows]))
     count = schedule.microbatches or max(len(x_BTD) // span, 1)
     on_stage, everywhere = PartitionSpec("stage"), PartitionSpec()
@@ -70,7 +71,7 @@ def _run(spread: Spread, schedule: Schedule, superblock: Callable, parameters, c
     y_WBTD, cut_cache, reports, idle_slots = run(parameters, cut_cache, cut(x_BTD), jax.tree.map(cut, tokens))
     in_order = jax.tree.map(lambda leaf: leaf[schedule.order], reports)
     y_BTD = y_WBTD.swapaxes(0, 1).reshape(x_BTD.shape)
-    return y_BTD, jax.tree.map(_join_cache, cut_cache), in_order, idle_slots
+    return y_BTD, jax.tree.map(_join_cache, cut_cache), in_order, idle_slots * each
 
 
 def _stage(spread: Spread, schedule: Schedule, superblock: Callable, parameters, cache, x_WBTD: Array, tokens) -> tuple:
