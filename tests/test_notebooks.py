@@ -134,6 +134,6 @@ def test_sweep_runs_every_cell_and_fits_a_law_that_warns(tmp_path, monkeypatch):
     assert cells == [(experts, seed, "done") for experts in (1, 2, 4) for seed in (0, 1)]
     assert found["constants"] == ["b", "d"] and "num_experts 4 .. 16 (fitted on 1 .. 4)" in found["warning"]
     assert len(set(found["losses"])) == 6
-    assert "± 0.0" in shown(notebook, "results") and len(shown(notebook, "predict")) > 5000
+    assert "± 0." in shown(notebook, "results") and len(shown(notebook, "predict")) > 5000
     assert "srcdoc=" in shown(notebook, "report")
     assert (tmp_path / "runs/sweep/results.parquet").exists()

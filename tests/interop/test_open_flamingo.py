@@ -71,7 +71,7 @@ def test_block_of_the_latest_image():
 def test_block_of_all_images_so_far():
     """Of the tokens that see one: theirs without any attend to all images alike, ours to none."""
     media = _media(first_image=0)
-    sees = np.asarray(media.sees_BT())
+    sees = np.asarray(media.visible_BTS().any(-1))
     assert not sees.all()
     got, want = np.asarray(_block()[1](outputs()["in/x"], media)), outputs()["out/xattn_immediate0"]
     close(got[sees], want[sees])

@@ -283,12 +283,13 @@ def test_recomputing_and_pieces_of_queries_change_no_gradient():
 
     def gradients(config):
         grads = nnx.jit(nnx.grad(lambda model: jnp.sum(jnp.square(_forward(model, tokens, images, valid)))))
-        return grads(_model(config))
+        return jax.tree_util.tree_leaves_with_path(grads(_model(config)))
 
-    plain = gradients(TINY)
     pieces = dataclasses.replace(TINY, remat="full", attention=dataclasses.replace(TINY.attention, query_chunk=3))
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(gradients(pieces)), strict=True):
-        assert relative_difference(one, other) < 1e-5
+    for (path, one), (_, other) in zip(gradients(TINY), gradients(pieces), strict=True):
+        # What is added to every key alike moves no weight of a softmax: its gradient is rounding and nothing else.
+        if "['vision_encoder']['blocks']['key']['bias']" not in jax.tree_util.keystr(path):
+            assert relative_difference(one, other) < 1e-5, path
 
 
 def test_a_clip_of_frames_is_one_image():

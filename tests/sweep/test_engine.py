@@ -1,6 +1,7 @@
 """What a sweep does with its cells: waits, tries again, saves when interrupted, goes on without what it cannot read."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -212,6 +213,8 @@ def test_story_of_a_worker_killed_and_a_sweep_interrupted(tmp_path):
     words = command(tmp_path, settings, *long)
     with open(tmp_path / "err", "w") as err:
         given = {"cwd": ROOT, "env": environment(), "stdout": subprocess.DEVNULL, "stderr": err}
+        # Where the tests run in a shell's background they ignore interrupts, and what they start would too.
+        given["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         sweep = subprocess.Popen(words, start_new_session=True, **given)
         _, first = running(tmp_path, sweep)
         os.kill(first, signal.SIGKILL)
