@@ -28,7 +28,7 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from gpt4moe.config.check import one_line, require
-from gpt4moe.config.mesh import NO_SUPERBLOCK
+from gpt4moe.config.mesh import NO_SUPERBLOCK, grouped_placement
 from gpt4moe.parallel import placement
 
 PyTree = Any
@@ -256,13 +256,8 @@ def _by_path(tree: PyTree) -> dict[str, Any]:
 def _orders(held: tuple | None, wanted: Sequence | None, num_rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The saved and the wanted order of a stack that is to have `num_rows`, in full."""
     each = len(wanted) // num_rows if wanted else _num_superblocks(held) // num_rows if held else 1
-    wanted = tuple(range(num_rows)) if wanted is None else _grouped(wanted, each)
-    return _grouped(held, each) if held else tuple(range(_num_superblocks(wanted))), wanted
-
-
-def _grouped(layer_order: Sequence[int], each: int) -> tuple[int, ...]:
-    """The order of what is there once for `each` superblocks, which are held side by side."""
-    return tuple(superblock // each for superblock in layer_order[::each])
+    wanted = tuple(range(num_rows)) if wanted is None else grouped_placement(wanted, each)
+    return grouped_placement(held, each) if held else tuple(range(_num_superblocks(wanted))), wanted
 
 
 def _shape(leaf: Any, layer_order: Sequence[int] | None) -> tuple[int, ...]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gpt4moe.config.check import require, require_count, require_flag, require_positive
 
 MESH_AXES = ("data", "fsdp", "stage", "expert", "context", "tensor")
 NO_SUPERBLOCK = -1
 EXCHANGES = ("bucket", "ragged")
+
+
+def grouped_placement(slots: Sequence[int], each: int) -> tuple[int, ...]:
+    """Which group of `each` superblocks each slot of groups holds, where `slots` hold superblocks, side by side."""
+    return tuple(superblock // each for superblock in slots[::each])  # NO_SUPERBLOCK stays what it is
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.optimizer import OptimizerConfig
 from gpt4moe.config.rules import ShardingRules
 from gpt4moe.config.train import TrainConfig
+from gpt4moe.config.vision import VisionConfig
 
 PARTS = {
     "model": ModelConfig,
@@ -93,10 +94,8 @@ class RunConfig:
 
         Configurations without an inferred axis have been checked; one with -1 is checked when the mesh is made.
         """
-        chunks, each = (
-            self.mesh.chunk_sizes(self.model.num_moe_layers, sizes["stage"]),
-            self.model.superblocks_per_cross_attention,
-        )
+        chunks = self.mesh.chunk_sizes(self.model.num_moe_layers, sizes["stage"])
+        each = self.model.superblocks_per_cross_attention
         constraint = f"must be multiples of the {each} superblocks that share a block of cross-attention"
         whole = all(size % each == 0 for size in chunks)
         require(whole, "stage_layers", chunks, constraint, "change MESH, stage_layers or CrossAttentionConfig.every")
@@ -118,20 +117,7 @@ class RunConfig:
     def check_dims(self, sizes: Mapping[str, int]) -> None:
         """Raises where a width of the model does not divide over the axes that its dim lies on."""
         model, moe = self.model, self.model.moe
-        cross, encoder = (model.vision.cross_attention, model.vision.encoder) if model.vision else (None, None)
         widths = (
-            *(
-                (
-                    ("CrossAttentionConfig.num_heads", "heads", cross.num_heads),
-                    ("CrossAttentionConfig.num_kv_heads", "kv_heads", cross.kv_heads),
-                    ("CrossAttentionConfig.hidden_dim", "mlp", cross.hidden_dim),
-                    ("EncoderConfig.num_heads", "heads", encoder.num_heads),
-                    ("EncoderConfig.dim", "vision_embed", encoder.dim),
-                    ("EncoderConfig.hidden_dim", "mlp", encoder.hidden_dim),
-                )
-                if model.vision
-                else ()
-            ),
             ("num_heads", "heads", model.attention.num_heads),
             ("num_kv_heads", "kv_heads", model.attention.num_kv_heads),
             ("vocab_size", "vocab", model.vocab_size),
@@ -140,6 +126,7 @@ class RunConfig:
             ("hidden_dim", "mlp", moe.hidden_dim),
             ("shared_hidden_dim", "mlp", moe.shared_hidden_dim),
             ("dense_hidden_dim", "mlp", model.dense_hidden_dim or 0),
+            *(_vision_widths(model.vision) if model.vision else ()),
         )
         for setting, dim, width in widths:
             axes = self.rules.axes_of(dim)
@@ -160,3 +147,16 @@ class RunConfig:
 
     def _batch_span(self, sizes: Mapping[str, int]) -> int:
         return math.prod(sizes[axis] for axis in self.rules.batch_axes)
+
+
+def _vision_widths(config: VisionConfig) -> tuple[tuple[str, str, int], ...]:
+    """Setting, logical dim and size of each width of an adapter."""
+    cross, encoder = config.cross_attention, config.encoder
+    return (
+        ("CrossAttentionConfig.num_heads", "heads", cross.num_heads),
+        ("CrossAttentionConfig.num_kv_heads", "kv_heads", cross.kv_heads),
+        ("CrossAttentionConfig.hidden_dim", "mlp", cross.hidden_dim),
+        ("EncoderConfig.num_heads", "heads", encoder.num_heads),
+        ("EncoderConfig.dim", "vision_embed", encoder.dim),
+        ("EncoderConfig.hidden_dim", "mlp", encoder.hidden_dim),
+    )

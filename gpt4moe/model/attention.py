@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.cache import KVCache
-from gpt4moe.model.layers import RMSNorm, Slots, matmul, normal_parameter
+from gpt4moe.model.layers import RMSNorm, Slots, matmul, normal_parameter, normed
 from gpt4moe.model.layout import Layout
 from gpt4moe.model.rope import Rotation, rotate
 from gpt4moe.types import Array
@@ -39,8 +39,8 @@ class Attention(nnx.Module):
         cache: KVCache | None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns y_BTD and this layer's cache with the row's keys and values written (None without one)."""
-        q_BTNH = rotate(_normed(self.query_norm, matmul(x_BTD, self.query[...])), turn)
-        k_BTMH = rotate(_normed(self.key_norm, matmul(x_BTD, self.key[...])), turn)
+        q_BTNH = rotate(normed(self.query_norm, matmul(x_BTD, self.query[...])), turn)
+        k_BTMH = rotate(normed(self.key_norm, matmul(x_BTD, self.key[...])), turn)
         v_BTMH = matmul(x_BTD, self.value[...])
         if cache is None:
             y_BTNH = self.layout.attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT, self.query_chunk)
@@ -49,7 +49,3 @@ class Attention(nnx.Module):
                 cache, q_BTNH, k_BTMH, v_BTMH, positions_BT, segment_ids_BT > 0, self.query_chunk
             )
         return matmul(y_BTNH, self.output[...], 2), cache
-
-
-def _normed(norm: RMSNorm | None, x: Array) -> Array:
-    return x if norm is None else norm(x)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.vision import CrossAttentionConfig
-from gpt4moe.model.attention_kernel import MASKED
+from gpt4moe.model.bidirectional import attend_across
 from gpt4moe.model.layers import (
     FeedForward,
     LayerNorm,
@@ -22,6 +22,7 @@ from gpt4moe.model.layers import (
     filled_parameter,
     matmul,
     normal_parameter,
+    normed,
 )
 from gpt4moe.types import Array
 
@@ -62,7 +63,8 @@ class GatedCrossAttention(nnx.Module):
 
     def __init__(self, layers: Slots | None, config: ModelConfig, rngs: nnx.Rngs):
         cross, dim, features = config.vision.cross_attention, config.model_dim, config.vision.encoder.dim
-        out_scale, heads, kv_heads, head_dim = depth_scale(config.num_layers), *_heads(cross)
+        heads, kv_heads, head_dim = cross.num_heads, cross.kv_heads, cross.head_dim
+        out_scale = depth_scale(config.num_layers)
 
         def norm(width: int, kind: str) -> nnx.Module:
             return (RMSNorm if kind == "rms" else LayerNorm)(layers, width, config.norm_epsilon, stack=STACK)
@@ -93,7 +95,7 @@ class GatedCrossAttention(nnx.Module):
         `keys_values` are this layer's ([B, S, M, H] each) where they are kept.
         """
         keys, values = self.keys_values(media.features_BIRD) if keys_values is None else keys_values
-        q_BTNH = _normed(self.query_norm, matmul(self.attention_norm(x_BTD), self.query[...]))
+        q_BTNH = normed(self.query_norm, matmul(self.attention_norm(x_BTD), self.query[...]))
         visible_BTS = media.visible_BTS()
         read_BTNH = attend_across(q_BTNH, keys, values, visible_BTS, self.query_chunk)
         sees_BT1 = jnp.any(visible_BTS, axis=-1, keepdims=True)
@@ -105,42 +107,8 @@ class GatedCrossAttention(nnx.Module):
     def keys_values(self, features_BIRD: Float[Array, "B I R D"]) -> tuple[Array, Array]:
         """Returns keys and values [B, S, M, H] of the features of a row's images."""
         features_BSD = features_BIRD.reshape(len(features_BIRD), -1, features_BIRD.shape[-1])
-        keys_BSMH = _normed(self.key_norm, matmul(features_BSD, self.key[...]))
+        keys_BSMH = normed(self.key_norm, matmul(features_BSD, self.key[...]))
         return keys_BSMH, matmul(features_BSD, self.value[...])
-
-
-def attend_across(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSMH: Float[Array, "B S M H"],
-    v_BSMH: Float[Array, "B S M H"],
-    visible_BTS: Bool[Array, "B T S"],
-    query_chunk: int,
-) -> Float[Array, "B T N H"]:
-    """Returns softmax(q k^T / sqrt(H)) v over what each query sees, float32 softmax; N must be a multiple of M.
-
-    Scores are kept for `query_chunk` queries at a time and computed again in the backward pass. A query that sees
-    nothing gets an average of no meaning.
-    """
-    rows, length, heads, head_dim = q_BTNH.shape
-    kv_heads = k_BSMH.shape[2]
-    k_BSMH, v_BSMH = k_BSMH.astype(q_BTNH.dtype), v_BSMH.astype(q_BTNH.dtype)
-    q_BTMGH = q_BTNH.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
-
-    @jax.checkpoint
-    def chunk(q_BQMGH: Array, visible_BQS: Array) -> Array:
-        scores = jnp.einsum("BQMGH,BSMH->BMGQS", q_BQMGH, k_BSMH, preferred_element_type=jnp.float32)
-        scores = jnp.where(visible_BQS[:, None, None], scores * head_dim**-0.5, MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q_BQMGH.dtype)
-        y_BQMGH = jnp.einsum("BMGQS,BSMH->BQMGH", weights, v_BSMH, preferred_element_type=jnp.float32)
-        return y_BQMGH.astype(q_BQMGH.dtype)
-
-    starts = range(0, length, query_chunk)
-    parts = [chunk(q_BTMGH[:, at : at + query_chunk], visible_BTS[:, at : at + query_chunk]) for at in starts]
-    return jnp.concatenate(parts, axis=1).reshape(q_BTNH.shape)
-
-
-def _heads(cross: CrossAttentionConfig) -> tuple[int, int, int]:
-    return cross.num_heads, cross.kv_heads, cross.head_dim
 
 
 def _gate(layers: Slots | None, dim: int, cross: CrossAttentionConfig) -> nnx.Param:
@@ -150,7 +118,3 @@ def _gate(layers: Slots | None, dim: int, cross: CrossAttentionConfig) -> nnx.Pa
 
 def _gated(gate: nnx.Param, y_BTD: Array) -> Array:
     return jnp.tanh(gate[...]).astype(y_BTD.dtype) * y_BTD
-
-
-def _normed(norm: nnx.Module | None, x: Array) -> Array:
-    return x if norm is None else norm(x)

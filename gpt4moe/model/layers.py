@@ -162,6 +162,11 @@ class LayerNorm(nnx.Module):
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+def normed(norm: nnx.Module | None, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x after a norm that may be left out (None)."""
+    return x if norm is None else norm(x)
+
+
 @functools.cache  # one object a name, so that modules that hold it are of one graph
 def activation(name: str) -> Callable[[Array], Array]:
     """Returns one of `config.vision.ACTIVATIONS` as a function of an array; float32 inside, x's dtype out.

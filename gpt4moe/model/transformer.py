@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Float32, Int, UInt32
 
+from gpt4moe.config.mesh import grouped_placement
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.attention import Attention
 from gpt4moe.model.cache import KVCache, init_cache
@@ -216,7 +217,7 @@ class Transformer(nnx.Module):
         self.vision_encoder = VisionEncoder(vision.encoder, config.compute_dtype, config.remat, rngs)
         dim = vision.encoder.dim
         self.resampler = Resampler(vision.resampler, dim, config.compute_dtype, rngs) if vision.resampler else None
-        self.cross_attention = GatedCrossAttention(tuple(slot // each for slot in slots[::each]), config, rngs)
+        self.cross_attention = GatedCrossAttention(grouped_placement(slots, each), config, rngs)
 
     def _stack(self, mode: Mode, media: Media | None) -> tuple[Callable, tuple]:
         """The function of one step of the scan over layers, and the parameters of every step, to be scanned over."""

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from gpt4moe.accounting.pipeline import num_ticks, work_at
+from gpt4moe.config.mesh import grouped_placement
 from gpt4moe.parallel.island import Spread, island, laid_out
 from gpt4moe.types import Array
 
@@ -43,8 +44,7 @@ class Schedule:
 
     def grouped(self, each: int) -> Schedule:
         """The schedule of groups of `each` superblocks, which stand side by side on a stage."""
-        slots = tuple(superblock // each for superblock in self.slots[::each])
-        return dataclasses.replace(self, slots=slots)
+        return dataclasses.replace(self, slots=grouped_placement(self.slots, each))
 
 
 def pipelined_layers(spread: Spread, schedule: Schedule) -> Callable:

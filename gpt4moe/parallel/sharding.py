@@ -88,6 +88,11 @@ def over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*taken))
 
 
+def by_row(tokens: NamedSharding) -> NamedSharding:
+    """Returns the sharding of what a row has once, whatever its tokens: that of `tokens` [..., B, T] without T."""
+    return NamedSharding(tokens.mesh, PartitionSpec(*tokens.spec[:-1]))
+
+
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     """Returns the sharding of `[B, T]` arrays: rows over the batch axes, T over `context`."""
     return NamedSharding(mesh, PartitionSpec(split_axes(mesh, rules.batch_axes), split_axes(mesh, ("context",))))

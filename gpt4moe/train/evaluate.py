@@ -26,7 +26,7 @@ from gpt4moe.data.store import TokenStore
 from gpt4moe.model.cross_attention import Media
 from gpt4moe.model.layout import ONE_DEVICE, Layout
 from gpt4moe.model.transformer import Transformer
-from gpt4moe.parallel.sharding import batch_sharding
+from gpt4moe.parallel.sharding import batch_sharding, by_row
 from gpt4moe.train.loss import look
 from gpt4moe.train.metrics import write_atomically
 from gpt4moe.train.state import model_definition, run_layout
@@ -174,7 +174,9 @@ def _sums(definition: nnx.GraphDef, params: nnx.State, batch: Batch) -> Array:
     media = look(model, batch)
     seeing = nats(media)
     # With the images taken away but not the adapter, whose feed-forward may learn without looking.
-    blind = seeing if media is None else nats(dataclasses.replace(media, image_index_BT=media.image_index_BT * 0 - 1))
+    blind = seeing
+    if media is not None:
+        blind = nats(dataclasses.replace(media, image_index_BT=jnp.full_like(media.image_index_BT, -1)))
     return jnp.stack([seeing, jnp.sum(batch.loss_weights), blind])
 
 
@@ -216,7 +218,7 @@ def _place(batch: Batch, where: Sharding) -> Batch:
 
     def place(path: tuple, leaf: np.ndarray) -> jax.Array:
         of_image = path[0].name in ("images", "image_valid") and isinstance(where, NamedSharding)
-        over = NamedSharding(where.mesh, PartitionSpec(*where.spec[:1])) if of_image else where
+        over = by_row(where) if of_image else where
         return jax.make_array_from_callback(leaf.shape, over, leaf.__getitem__)
 
     return jax.tree_util.tree_map_with_path(place, batch)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt4moe.config.data import ImageConfig
 from gpt4moe.config.run import RunConfig
+from gpt4moe.parallel.sharding import by_row
 from gpt4moe.train import trace
 from gpt4moe.types import Batch
 
@@ -57,14 +58,13 @@ def abstract_microbatches(run: RunConfig, rows: NamedSharding) -> Batch:
 
 def _abstract_images(config: ImageConfig, shape: tuple[int, ...], where: NamedSharding) -> dict:
     """The image fields of a batch of `shape` [microbatches, B, T]; images follow their rows and are whole elsewhere."""
-    by_row = NamedSharding(where.mesh, PartitionSpec(*where.spec[:2]))
     frames = (config.frames,) if config.frames > 1 else ()
     valid = (*shape[:2], config.per_row, *frames)
     pixels = (*valid, config.height, config.width, 3)
     seen = jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
     return {
-        "images": jax.ShapeDtypeStruct(pixels, np.uint8, sharding=by_row),
-        "image_valid": jax.ShapeDtypeStruct(valid, np.bool_, sharding=by_row),
+        "images": jax.ShapeDtypeStruct(pixels, np.uint8, sharding=by_row(where)),
+        "image_valid": jax.ShapeDtypeStruct(valid, np.bool_, sharding=by_row(where)),
         "image_index": seen,
         "first_image": seen,
     }

@@ -16,7 +16,7 @@ from flax import nnx
 from gpt4moe.accounting import pipeline
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.data import DataConfig, ImageConfig, SourceConfig
-from gpt4moe.config.mesh import MeshConfig
+from gpt4moe.config.mesh import MeshConfig, grouped_placement
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.optimizer import OptimizerConfig
@@ -260,7 +260,7 @@ def leaves_in_order(params, run, mesh):
     """Arrays by path, stacks with their superblocks in order."""
     slots = state.run_layout(run, mesh).slots or tuple(range(run.model.num_moe_layers))
     each = run.model.superblocks_per_cross_attention
-    groups = [slot // each for slot in slots[::each]]
+    groups = grouped_placement(slots, each)
     orders = {
         "layers": [slots.index(block) for block in range(run.model.num_moe_layers)],
         "cross_layers": [groups.index(block) for block in range(run.model.num_cross_attention_layers)],
