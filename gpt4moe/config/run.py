@@ -73,7 +73,7 @@ class RunConfig:
         vision, images = self.model.vision, self.data.images
         if images is None:
             return
-        mend = "include gin_configs/model/vision.gin, or set DataConfig.images to None"
+        mend = "include gin_configs/variant/vision.gin, or set DataConfig.images to None"
         require(vision is not None, "images", images, "needs a model that reads them (ModelConfig.vision)", mend)
         for name in ("height", "width"):
             value, of_encoder = getattr(images, name), getattr(vision.encoder, name)
