@@ -242,13 +242,26 @@ def _with_parameters(gin, value: Any) -> Any:
     if isinstance(value, tuple):
         items = tuple(_with_parameters(gin, item) for item in value)
         return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
-    selector = f"{value.__module__}.{value.__qualname__}" if inspect.isfunction(value) else None
-    if ("", selector) not in gin.config._CONFIG:
+    if not inspect.isfunction(value):
         return value
-    parameters, function = gin.get_bindings(selector), inspect.unwrap(value)
+    function = inspect.unwrap(value, stop=lambda each: each.__code__.co_filename != gin.config.__file__)
+    selector, scopes = f"{value.__module__}.{value.__qualname__}", _scopes(value)
+    bound = [(scope, selector) for scope in scopes if (scope, selector) in gin.config._CONFIG]
+    if not bound:
+        return function
+    parameters = gin.get_bindings(f"{scopes[-1]}/{selector}".lstrip("/"))
     # They go into config.gin as they are bound there, macros by name, so that what is read again reads every macro.
-    gin.config._OPERATIVE_CONFIG.setdefault(("", selector), {}).update(gin.config._CONFIG["", selector])
+    for key in bound:
+        gin.config._OPERATIVE_CONFIG.setdefault(key, {}).update(gin.config._CONFIG[key])
+    # A saved configuration binds them in another order, which is to make no other run.
+    parameters = {name: _with_parameters(gin, each) for name, each in sorted(parameters.items())}
     return functools.update_wrapper(functools.partial(function, **parameters), function)
+
+
+def _scopes(function: Callable) -> list[str]:
+    """The scopes whose parameters a function of a configuration has: of `@a/b/draw` these are none, a and a/b."""
+    components = inspect.getclosurevars(function).nonlocals.get("scope_components") or ()
+    return ["/".join(components[:depth]) for depth in range(len(components) + 1)]
 
 
 def _names(overrides: Sequence[str]) -> list[str]:

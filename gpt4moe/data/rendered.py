@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from gpt4moe.config.check import require, require_count
 from gpt4moe.data.documents import IMAGE_MARKER, Document
+from gpt4moe.data.drawn import in_chunks
 from gpt4moe.data.files import FilePart, find_files, read_documents
 from gpt4moe.data.fonts import font, font_files
 from gpt4moe.data.sources import DocumentFunction, stdlib_text
@@ -53,6 +54,7 @@ CLIP_WORDS = (
 )
 
 
+@in_chunks(5000)
 def digits(
     count: int = 100_000,
     seed: int = 0,
@@ -62,7 +64,6 @@ def digits(
     width: int = 48,
 ) -> Iterator[Document]:
     """`count` strings of digits in grey, each in some font, size, place and shade of paper and ink."""
-    require_count("digits.count", count)
     require_count("digits.min_digits", min_digits)
     require_count("digits.max_digits", max_digits, least=min_digits)
     rng = random.Random(f"digits {seed}")
@@ -79,6 +80,7 @@ def digits(
         yield _document(text, grey_png(image))
 
 
+@in_chunks(1000)
 def lines(
     count: int = 20_000,
     seed: int = 0,
@@ -103,6 +105,7 @@ def lines(
         yield _document(text, grey_png(image))
 
 
+@in_chunks(50)
 def pages(
     count: int = 5_000,
     seed: int = 0,
@@ -119,7 +122,7 @@ def pages(
     `distortion` 1 is up to a degree and a half of rotation and 0.6 pixels of blur; 0 leaves pages as they were drawn.
     """
     rng = random.Random(f"pages {seed}")
-    noise = np.random.default_rng(seed)
+    noise = np.random.default_rng(list(str(seed).encode()))
     words = Words(texts, paths, text_field, rng)
     fonts = font_files(PRINTABLE)
     for _ in range(count):
@@ -134,6 +137,7 @@ def pages(
         yield _document("\n".join(rows), _scanned(image, paper, distortion, rng, noise))
 
 
+@in_chunks(500)
 def clips(
     count: int = 5_000, seed: int = 0, frames: int = 4, height: int = 32, width: int = 64, seconds: float = 1.0
 ) -> Iterator[Document]:
@@ -205,9 +209,7 @@ class Words:
     """Words of ASCII of the documents without end, the documents each time in another order."""
 
     def __init__(self, texts: DocumentFunction, paths: tuple[str, ...], text_field: str, rng: random.Random) -> None:
-        documents = list(texts()) if not paths else _read(paths, text_field)
-        split = [_ascii_words(text.text if isinstance(text, Document) else text) for text in documents]
-        self._split = [words for words in split if words]
+        self._split = list(_split_words(texts, tuple(paths), text_field))
         require(bool(self._split), "texts", paths or texts, "has no words of ASCII")
         self._next, self._rng = self._endless(), rng
         self._word = next(self._next)
@@ -240,6 +242,13 @@ class Words:
             self._rng.shuffle(self._split)
             for words in self._split:
                 yield from words
+
+
+@functools.lru_cache(maxsize=1)  # a process draws many chunks of the same text
+def _split_words(texts: DocumentFunction, paths: tuple[str, ...], text_field: str) -> list[list[str]]:
+    documents = _read(paths, text_field) if paths else list(texts())
+    split = [_ascii_words(text.text if isinstance(text, Document) else text) for text in documents]
+    return [words for words in split if words]
 
 
 def _read(paths: tuple[str, ...], text_field: str) -> list[Document]:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from gpt4moe.config.check import require_count
 from gpt4moe.data.documents import IMAGE_MARKER, Document
+from gpt4moe.data.drawn import in_chunks
 from gpt4moe.data.rendered import grey_png
 
 LETTERS = (
@@ -29,6 +30,7 @@ LARGE = (r"\sum", r"\int", r"\prod")
 FONT_SETS = ("cm", "dejavusans", "dejavuserif", "stix", "stixsans")
 
 
+@in_chunks(100)
 def formulas(
     count: int = 20_000, seed: int = 0, depth: int = 1, size: int = 14, dpi: int = 100, margin: int = 4
 ) -> Iterator[Document]:
@@ -39,7 +41,6 @@ def formulas(
     from matplotlib import mathtext
     from matplotlib.font_manager import FontProperties
 
-    require_count("formulas.count", count)
     require_count("formulas.depth", depth, least=0)
     rng = random.Random(f"formulas {seed}")
     parser = mathtext.MathTextParser("agg")

@@ -32,7 +32,8 @@ class VisionEncoder(nnx.Module):
 
     patch [patch * patch * 3, D], the pixels of a patch by rows, columns, colours; positions [P, D], of patches by rows;
     leading [class token and registers, D], which hold their own positions. D is the encoder's width, not the decoder's.
-    Matrices have deviation fan_in^-1/2, those that write to the residual stream 1/sqrt(2L) of it; the tables D^-1/2.
+    Matrices have deviation fan_in^-1/2, those that write to the residual stream 1/sqrt(2L) of it; leading tokens
+    D^-1/2, positions 1, as patches have: where a sign stands is heard as loud as what it is from the first step on.
     """
 
     def __init__(self, config: EncoderConfig, compute_dtype: str, remat: str, rngs: nnx.Rngs):
@@ -40,8 +41,9 @@ class VisionEncoder(nnx.Module):
         self.patch = Linear(
             None, (config.patch_size**2 * 3, dim), ("patch", "vision_embed"), rngs, has_bias=config.patch_bias
         )
-        self.positions = _table(config.grid[0] * config.grid[1], dim, rngs) if config.positions == "learned" else None
-        self.leading = _table(config.num_leading, dim, rngs) if config.num_leading else None
+        patches = config.grid[0] * config.grid[1]
+        self.positions = _table(patches, dim, 1.0, rngs) if config.positions == "learned" else None
+        self.leading = _table(config.num_leading, dim, dim**-0.5, rngs) if config.num_leading else None
         self.norm_before = LayerNorm(None, dim, epsilon) if config.norm_before else None
         self.blocks = EncoderBlock(tuple(range(config.num_layers)), config, rngs)
         self.norm_after = LayerNorm(None, dim, epsilon) if config.norm_after else None
@@ -142,8 +144,8 @@ def resampled_positions(
     return jax.image.resize(grid, (*new_grid, grid.shape[-1]), method).reshape(-1, grid.shape[-1])
 
 
-def _table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
-    return normal_parameter(rngs, None, (rows, dim), ("position", "vision_embed"), dim**-0.5)
+def _table(rows: int, dim: int, std: float, rngs: nnx.Rngs) -> nnx.Param:
+    return normal_parameter(rngs, None, (rows, dim), ("position", "vision_embed"), std)
 
 
 def _normalised(images_I: Array, config: EncoderConfig) -> Array:

@@ -3,6 +3,7 @@
 import pytest
 
 from gpt4moe.configure import build_run
+from gpt4moe.data import sources
 from gpt4moe.sweep.cells import address
 from gpt4moe.train.resume import differences, settings
 
@@ -62,3 +63,49 @@ def test_another_parameter_is_another_run(gin_file):
     assert "router(temperature=2.0)" in change and "router(temperature=3.0)" in change
     plain, _ = build_run([gin_file], ["ROUTER=@my_own_router.plain"])
     assert settings(plain)["model.moe.router"] == "my_own_router.plain"
+
+
+def test_two_uses_of_a_function_have_the_parameters_of_their_scopes(tmp_path):
+    text = """from __gin__ import dynamic_registration
+from gpt4moe.config import data
+from gpt4moe.data import rendered
+from gpt4moe.data import sources
+include "gin_configs/run/tiny.gin"
+include "gin_configs/variant/vision.gin"
+data.DataConfig.sources = [@first/data.SourceConfig(), @prose/data.SourceConfig(), @plain/data.SourceConfig()]
+data.SourceConfig.paths = ()
+rendered.lines.width = 64
+first/data.SourceConfig.name = "code"
+first/data.SourceConfig.documents = @first/rendered.lines
+first/rendered.lines.texts = @sources.stdlib_code
+first/rendered.lines.count = 7
+prose/data.SourceConfig.name = "prose"
+prose/data.SourceConfig.documents = @prose/rendered.lines
+prose/rendered.lines.texts = @sources.stdlib_manual
+plain/data.SourceConfig.name = "plain"
+plain/data.SourceConfig.documents = @rendered.lines
+"""
+    (tmp_path / "run.gin").write_text(text)
+    run, saved = build_run([str(tmp_path / "run.gin")])
+    code, prose, plain = (source.documents.keywords for source in run.data.sources)
+    assert code == {"width": 64, "texts": sources.stdlib_code, "count": 7}
+    assert prose == {"width": 64, "texts": sources.stdlib_manual} and plain == {"width": 64}
+    (tmp_path / "config.gin").write_text(saved)
+    assert address(build_run([str(tmp_path / "config.gin")])[0]) == address(run)
+
+
+def test_a_decorator_of_ones_own_stays(tmp_path, monkeypatch):
+    cold = """
+import functools
+def cold(function):
+    @functools.wraps(function)
+    def colder(*args, **kwargs):
+        return -function(*args, **kwargs)
+    return colder
+router = cold(router)
+"""
+    (tmp_path / "my_cold_router.py").write_text(MODULE + cold)
+    (tmp_path / "run.gin").write_text(GIN.replace("my_own_router", "my_cold_router"))
+    monkeypatch.syspath_prepend(tmp_path)
+    run, _ = build_run([str(tmp_path / "run.gin")])
+    assert run.model.moe.router(0, 0, 0) == -2.0

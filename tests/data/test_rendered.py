@@ -3,8 +3,10 @@
 import functools
 import io
 import itertools
+import os
 import shutil
 import string
+import subprocess
 
 import numpy as np
 import pytest
@@ -143,3 +145,32 @@ def test_screenshots_of_pages():
     for document in documents:
         image = opened(document.images[0])
         assert image.size == (200, 120) and np.ptp(np.asarray(image)) > 100
+
+
+def drawn_of(monkeypatch, cores, draw):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    return list(draw())
+
+
+@pytest.mark.parametrize("cores", [2, 3])
+def test_documents_are_the_same_whatever_the_number_of_processes(monkeypatch, cores):
+    draw = functools.partial(rendered.clips, count=1201, frames=2, height=12, width=32)
+    started = []
+    begin = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(1) or begin(*args, **kwargs))
+    documents = drawn_of(monkeypatch, cores, draw)
+    first = list(draw(count=500))
+    assert len(documents) == 1201 and documents[:500] == first and documents[500:1000] != first
+    assert len(started) == cores
+    assert documents == drawn_of(monkeypatch, 1, draw)
+
+
+def test_what_a_drawing_process_refuses_is_told_here(monkeypatch):
+    with pytest.raises(ValueError, match="too small for"):
+        drawn_of(monkeypatch, 2, functools.partial(rendered.digits, count=6000, width=4))
+
+
+def test_a_function_typed_in_place_is_drawn_from_here(monkeypatch):
+    texts = lambda: ["one two three"]  # noqa: E731
+    documents = drawn_of(monkeypatch, 2, functools.partial(rendered.lines, count=1100, width=100, texts=texts))
+    assert len(documents) == 1100
