@@ -11,7 +11,8 @@ def encoder_parameters(config: EncoderConfig) -> int:
     dim, hidden = config.dim, config.hidden_dim
     patches = config.num_features - config.num_leading
     patch = config.patch_size**2 * 3 * dim + (dim if config.patch_bias else 0)
-    tables = config.num_leading * dim + (patches * dim if config.positions == "learned" else 0)
+    frames = config.max_frames if config.max_frames > 1 else 0
+    tables = (config.num_leading + frames + (patches if config.positions == "learned" else 0)) * dim
     norms = 2 * dim * (config.norm_before + config.norm_after)
     layer = 4 * dim + 4 * (dim * dim + dim) + 2 * dim * hidden + hidden + dim
     return patch + tables + norms + config.num_layers * layer

@@ -79,6 +79,10 @@ class RunConfig:
             value, of_encoder = getattr(images, name), getattr(vision.encoder, name)
             constraint = f"must be the encoder's ({of_encoder})"
             require(value == of_encoder, f"ImageConfig.{name}", value, constraint, "set both from one macro")
+        told_apart = max(vision.encoder.max_frames, vision.resampler.max_frames if vision.resampler else 0)
+        constraint = f"must be at most max_frames of the encoder or the resampler ({told_apart})"
+        mend = "raise max_frames: frames without an embedding are alike, whatever their order"
+        require(images.frames <= told_apart, "ImageConfig.frames", images.frames, constraint, mend)
 
     @property
     def microbatch_rows(self) -> int:

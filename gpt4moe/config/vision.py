@@ -23,7 +23,8 @@ class EncoderConfig:
 
     `height` and `width` are pixels, multiples of `patch_size`. `positions` are a learned table, or rotary over rows and
     columns (half of a head's dims each). `class_token` and `num_registers` learned tokens stand before the patches and
-    are features too. `norm_before` normalises what goes into the blocks (CLIP), `norm_after` what comes out (SigLIP).
+    are features too. `max_frames` above 1 adds a learned embedding to the features of each frame of a clip or tile of a
+    page, which are alike otherwise, whatever their order. `norm_before` normalises what goes into the blocks (CLIP), `norm_after` what comes out (SigLIP).
     Pixels arrive as bytes and are scaled to [0, 1], less `pixel_mean`, over `pixel_std`, on the device.
     """
 
@@ -37,6 +38,7 @@ class EncoderConfig:
     positions: str = "learned"
     class_token: bool = False
     num_registers: int = 0
+    max_frames: int = 1
     patch_bias: bool = True
     norm_before: bool = False
     norm_after: bool = True
@@ -47,7 +49,7 @@ class EncoderConfig:
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "patch_size", "dim", "num_layers", "num_heads", "hidden_dim"):
+        for name in ("height", "width", "patch_size", "dim", "num_layers", "num_heads", "hidden_dim", "max_frames"):
             require_count(f"EncoderConfig.{name}", getattr(self, name))
         require_count("EncoderConfig.num_registers", self.num_registers, least=0)
         for name in ("height", "width"):

@@ -44,6 +44,7 @@ class VisionEncoder(nnx.Module):
         patches = config.grid[0] * config.grid[1]
         self.positions = _table(patches, dim, 1.0, rngs) if config.positions == "learned" else None
         self.leading = _table(config.num_leading, dim, dim**-0.5, rngs) if config.num_leading else None
+        self.frames = _table(config.max_frames, dim, 1.0, rngs) if config.max_frames > 1 else None
         self.norm_before = LayerNorm(None, dim, epsilon) if config.norm_before else None
         self.blocks = EncoderBlock(tuple(range(config.num_layers)), config, rngs)
         self.norm_after = LayerNorm(None, dim, epsilon) if config.norm_after else None
@@ -72,7 +73,12 @@ class VisionEncoder(nnx.Module):
         x_IPD = self._run_blocks(x_IPD)
         if self.norm_after is not None:
             x_IPD = self.norm_after(x_IPD)
-        return x_IPD.reshape(*lead, *x_IPD.shape[1:])
+        x_IPD = x_IPD.reshape(*lead, *x_IPD.shape[1:])
+        if self.frames is not None:
+            constraint = f"must be at most EncoderConfig.max_frames ({config.max_frames})"
+            require(lead[-1] <= config.max_frames, "frames of an image", lead[-1], constraint)
+            x_IPD = x_IPD + self.frames[...][: lead[-1], None].astype(x_IPD.dtype)
+        return x_IPD
 
     def _run_blocks(self, x_IPD: Array) -> Array:
         graph, parameters = nnx.split(self.blocks)

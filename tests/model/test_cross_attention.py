@@ -50,6 +50,7 @@ VARIANTS = {
     "grouped heads": dataclasses.replace(
         TINY, vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, num_heads=4, num_kv_heads=2))
     ),
+    "frames": dataclasses.replace(TINY, vision=VisionConfig(dataclasses.replace(ENCODER, max_frames=3), CROSS)),
     "recomputed": dataclasses.replace(TINY, remat="full"),
     "layer norms, vector gates": dataclasses.replace(
         TINY,
@@ -302,14 +303,17 @@ def test_recomputing_and_pieces_of_queries_change_no_gradient():
 def test_a_clip_of_frames_is_one_image():
     tokens, images, _ = _batch()
     clips, valid = np.stack([images, 255 - images], axis=2), np.ones((2, 2, 2), bool)
-    resampler = dataclasses.replace(RESAMPLER, max_frames=2)
-    for config in (TINY, dataclasses.replace(TINY, vision=VisionConfig(ENCODER, CROSS, resampler))):
+    parts = VisionConfig(ENCODER, CROSS)
+    by_encoder = dataclasses.replace(parts, encoder=dataclasses.replace(ENCODER, max_frames=2))
+    by_resampler = dataclasses.replace(parts, resampler=dataclasses.replace(RESAMPLER, max_frames=2))
+    for vision_config in (parts, by_encoder, by_resampler):
+        config = dataclasses.replace(TINY, vision=vision_config)
         both = _forward(_model(config), tokens, clips, valid)
         swapped = _forward(_model(config), tokens, clips[:, :, ::-1], valid)
         first_only = _forward(_model(config), tokens, clips, valid & np.array([True, False]))
         assert relative_difference(both, first_only) > 1e-3
         # Only embeddings of frames tell their order.
-        assert (relative_difference(both, swapped) > 1e-3) == (config.vision.resampler is not None)
+        assert (relative_difference(both, swapped) > 1e-3) == (vision_config is not parts)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,14 @@ def test_a_feature_for_each_patch_and_leading_token(config, lead):
     assert np.isfinite(features).all()
 
 
+def test_more_frames_than_embeddings_are_refused():
+    encoder = VisionEncoder(dataclasses.replace(LEARNED, max_frames=2), "float32", "none", nnx.Rngs(0))
+    one, two = _features(encoder, np.stack([_bytes(1), _bytes(1)], axis=1))[0]
+    assert relative_difference(one, two) > 0.1
+    with pytest.raises(CallerError, match=r"frames of an image=3 must be at most EncoderConfig.max_frames \(2\)"):
+        _features(encoder, _bytes(1, 3))
+
+
 def test_bytes_are_normalised_as_the_configuration_says():
     config = dataclasses.replace(LEARNED, pixel_mean=(0.1, 0.5, 0.8), pixel_std=(0.2, 0.3, 0.4))
     images = _bytes(2)
