@@ -24,8 +24,9 @@ class EncoderConfig:
     `height` and `width` are pixels, multiples of `patch_size`. `positions` are a learned table, or rotary over rows and
     columns (half of a head's dims each). `class_token` and `num_registers` learned tokens stand before the patches and
     are features too. `max_frames` above 1 adds a learned embedding to the features of each frame of a clip or tile of a
-    page, which are alike otherwise, whatever their order. `norm_before` normalises what goes into the blocks (CLIP), `norm_after` what comes out (SigLIP).
-    Pixels arrive as bytes and are scaled to [0, 1], less `pixel_mean`, over `pixel_std`, on the device.
+    page, which are alike otherwise, whatever their order. `norm_before` normalises what goes into the blocks (CLIP),
+    `norm_after` what comes out (SigLIP). Pixels arrive as bytes and are scaled to [0, 1], less `pixel_mean`, over
+    `pixel_std`, on the device.
     """
 
     height: int

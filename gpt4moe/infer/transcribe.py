@@ -93,10 +93,11 @@ def _read(trained: Trained, prompts: list, references: list, pictures: Sequence[
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=most + most // 2 + 1)
     made = []
     for start in range(0, len(prompts), ROWS):
-        rows = slice(start, start + ROWS)
-        of_rows = [[picture] for picture in pictures[rows]]
-        made += generate_ids(trained.model, trained.tokenizer, prompts[rows], sampling, of_rows)
-    return made
+        # The last rows again where there are too few left: another number of rows would be another program to compile.
+        rows = [min(row, len(prompts) - 1) for row in range(start, start + min(ROWS, len(prompts)))]
+        pairs = [prompts[row] for row in rows], [[pictures[row]] for row in rows]
+        made += generate_ids(trained.model, trained.tokenizer, pairs[0], sampling, pairs[1])
+    return made[: len(prompts)]
 
 
 def _scored(trained: Trained, references: list, read: list, blind: list) -> Transcription:

@@ -176,7 +176,8 @@ def _sums(definition: nnx.GraphDef, params: nnx.State, batch: Batch) -> Array:
     # With the images taken away but not the adapter, whose feed-forward may learn without looking.
     blind = seeing
     if media is not None:
-        blind = nats(dataclasses.replace(media, image_index_BT=jnp.full_like(media.image_index_BT, -1)))
+        unseen = dataclasses.replace(media, image_index_BT=jnp.full_like(media.image_index_BT, -1))
+        blind = jax.lax.cond(jnp.any(batch.image_index >= 0), lambda: nats(unseen), lambda: seeing)
     return jnp.stack([seeing, jnp.sum(batch.loss_weights), blind])
 
 
