@@ -30,7 +30,7 @@ MAX_COLUMNS = 200
 def run_figures(history: History, evaluation: dict | None) -> list[Chart]:
     """All figures for which the run has logged something; `evaluation` is what `evaluation.json` holds."""
     figures = [_loss(history, evaluation or {}), _throughput(history), _utilization(history), _learning_rate(history)]
-    figures += [_grad_norm(history)]
+    figures += [_grad_norm(history), _gates(history)]
     return [figure for figure in figures if figure is not None]
 
 
@@ -201,6 +201,26 @@ def _learning_rate(history: History) -> Chart | None:
 
 def _grad_norm(history: History) -> Chart | None:
     return _means(history, {"grad_norm": "gradient norm"}, "Gradient norm", "Global norm before clipping.")
+
+
+def _gates(history: History) -> Chart | None:
+    attention, feed_forward = (thin(history.series(f"vision/{part}_gate")) for part in ("attention", "feed_forward"))
+    if attention.values.ndim != 2:
+        return None
+    layers = shown_layers(attention.values.shape[1])
+
+    def draw(axes) -> None:
+        for layer, colour in zip(layers, depth_colours(len(layers)), strict=True):
+            axes.plot(attention.tokens, attention.values[:, layer], color=colour, label=f"block {layer}")
+            axes.plot(feed_forward.tokens, feed_forward.values[:, layer], "--", color=colour)
+        axes.axhline(0, color="#808080", linestyle=":", linewidth=1.2)
+        axes.set_ylabel("tanh of the gate")
+        legend(axes, columns=min(len(layers), 4))
+
+    caption = (
+        "What each block adds to the text model is multiplied by this. Dashed: its feed-forward. 0 is the text model."
+    )
+    return Chart("Gates of cross-attention", caption + of_layers(attention.values.shape[1]), lines(draw, "gates"))
 
 
 def _means(history: History, labels: dict[str, str], title: str, caption: str) -> Chart | None:

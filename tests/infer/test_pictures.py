@@ -65,6 +65,16 @@ def test_evaluation_reports_the_loss_without_images_and_how_much_was_read(workdi
     assert read["character_error_rate"] > 0 and 0 <= read["exact_match"] <= 1
 
 
+def test_the_log_has_the_gates_of_the_parameters_saved_with_it(workdir):
+    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in log if "loss" in row]  # those of steps, not of evaluation
+    block = gpt4moe.load(workdir).model.cross_attention
+    for key, gate in (("attention", block.attention_gate), ("feed_forward", block.feed_forward_gate)):
+        first, last = (row[f"vision/{key}_gate"] for row in rows)
+        np.testing.assert_allclose(last, np.tanh(gate[...]), rtol=1e-5)
+        assert len(last) == 2 and last != first
+
+
 def test_transcription_counts_the_edits_of_what_generation_writes(workdir, trained):
     store = trained_store(trained.config, workdir, trained.step)
     result = transcribe(trained, store, limit=3)["digits"]
