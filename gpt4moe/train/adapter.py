@@ -1,4 +1,4 @@
-"""A run with an adapter for images: what of it begins fresh on a checkpoint of a text model, and how open its gates are.
+"""A run with an adapter for images: what begins fresh on a checkpoint of a text model, how open its gates are.
 
 In: the parameters of the run's model and the names of those in the source. Out: which parts are new, and the rest.
 """

@@ -200,12 +200,11 @@ def test_a_run_that_reads_images_has_a_chart_of_its_gates(workdir):
     log.write_text("\n".join(map(json.dumps, rows)))
     source = write_report(workdir).read_text()
     page = Page(source)
-    assert page.tags.count("svg") == 5 + 9 + 1 and page.text.count("Gates of cross-attention") == 1
-    drawn = source[source.index("Gates of cross-attention") :]
-    drawn = drawn[: drawn.index("</svg>")]
-    assert "block 0" in drawn and "block 1" in drawn and "block 2" not in drawn
-    # A line and its dashed fellow for each block.
-    assert len(re.findall(r"stroke-dasharray: 5", drawn)) == 2, drawn
+    assert page.tags.count("svg") == 5 + 9 + 2
+    for title in ("Gates of cross-attention", "Gates of its feed-forward"):
+        drawn = source[source.index(title) :]
+        drawn = drawn[: drawn.index("</svg>")]
+        assert "block 0" in drawn and "block 1" in drawn and "block 2" not in drawn
 
 
 def test_thinning_keeps_the_mean_and_the_last_token():
