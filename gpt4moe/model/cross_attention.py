@@ -95,8 +95,8 @@ class GatedCrossAttention(nnx.Module):
         `keys_values` are this layer's ([B, S, M, H] each) where they are kept.
         """
         keys, values = self.keys_values(media.features_BIRD) if keys_values is None else keys_values
-        visible_BTS = media.visible_BTS()
-        read_BTNH = attend_across(self._queries(x_BTD), keys, values, visible_BTS, self.query_chunk)
+        q_BTNH, visible_BTS = self._queries(x_BTD), media.visible_BTS()
+        read_BTNH = attend_across(q_BTNH, keys, values, visible_BTS, self.query_chunk)
         sees_BT1 = jnp.any(visible_BTS, axis=-1, keepdims=True)
         read_BTD = _gated(self.attention_gate, matmul(read_BTNH, self.output[...], 2))
         x_BTD = x_BTD + jnp.where(sees_BT1, read_BTD, 0)

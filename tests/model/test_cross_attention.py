@@ -386,3 +386,7 @@ def test_the_weights_of_a_block_are_those_at_its_place_among_the_layers():
         after = _weights(nnx.merge(graph, changed), *batch)[1]
         moved = [bool(np.abs(before[block] - after[block]).max() > 1e-4) for block in range(2)]
         assert moved == [layer < 1, layer < 3]
+    gate = params["cross_attention"]["attention_gate"]
+    gate[...] = gate[...].at[0].set(-2.0)  # of the first block: its own weights are those before it has added anything
+    after = _weights(nnx.merge(graph, params), *batch)[1]
+    assert [bool(np.abs(before[block] - after[block]).max() > 1e-4) for block in range(2)] == [False, True]
