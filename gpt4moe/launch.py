@@ -232,16 +232,20 @@ def _report_run(args: argparse.Namespace) -> int:
 
     read_history(args.workdir)  # a folder without a run is refused before anything slow
     given = _given_texts(args)
-    page, choices, document, lines = None, None, {}, []
-    if not args.no_capture and (experts := _examine(args, given)):
+    page, choices, reading, document, lines = None, None, "", {}, []
+    if not args.no_capture and (trained := _to_examine(args, given)):
         from gpt4moe.analysis import choice_figures, expert_page
-        from gpt4moe.analysis.experts import format_document, to_document
+        from gpt4moe.analysis.experts import examine, format_document, to_document
+        from gpt4moe.analysis.reading import read_held_out
+        from gpt4moe.analysis.reading_section import reading_section
 
+        experts = examine(trained, given, max_tokens=args.tokens, mesh=_mesh(args))
+        reading = reading_section(read_held_out(trained))
         page = expert_page.write_expert_page(args.workdir, experts)
         choices = choice_figures.choices(experts, has_page=page is not None)
         document = to_document(experts)
         lines = [format_document(document), f"text by expert: {page}"] if page else [format_document(document)]
-    report = write_report(args.workdir, choices)
+    report = write_report(args.workdir, choices, reading)
     document = {"report": str(report), "experts": str(page) if page else None} | document
     _print(args, document, lambda _: "\n".join([*lines, f"report: {report}"]))
     return DONE
@@ -279,17 +283,14 @@ def _list_sweep(args: argparse.Namespace, sweep) -> int:
     return DONE
 
 
-def _examine(args: argparse.Namespace, given: dict[str, str]):
-    """The experts of the run's model; None where no checkpoint is there and none is needed."""
+def _to_examine(args: argparse.Namespace, given: dict[str, str]):
+    """The run's model; None where no checkpoint is there and none is needed."""
     from gpt4moe import checkpoint
-    from gpt4moe.analysis import experts
 
     if not given and args.step is None and not checkpoint.saved_steps(args.workdir):
         _progress("no checkpoint: the figures are those of the log alone")
         return None
-    mesh = _mesh(args)
-    trained = load(args.workdir, step=args.step, mesh=mesh)
-    return experts.examine(trained, given, max_tokens=args.tokens, mesh=mesh)
+    return load(args.workdir, step=args.step, mesh=_mesh(args))
 
 
 def _given_texts(args: argparse.Namespace) -> dict[str, str]:

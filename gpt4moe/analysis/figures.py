@@ -30,7 +30,8 @@ MAX_COLUMNS = 200
 def run_figures(history: History, evaluation: dict | None) -> list[Chart]:
     """All figures for which the run has logged something; `evaluation` is what `evaluation.json` holds."""
     figures = [_loss(history, evaluation or {}), _throughput(history), _utilization(history), _learning_rate(history)]
-    figures += [_grad_norm(history)]
+    figures += [_grad_norm(history), _gate(history, "attention", "Gates of cross-attention")]
+    figures += [_gate(history, "feed_forward", "Gates of its feed-forward")]
     return [figure for figure in figures if figure is not None]
 
 
@@ -166,13 +167,14 @@ def _lines_by_layer(
     mark: float | None = None,
     from_zero: bool = True,
     whole: bool = False,
+    of: str = "layer",
 ) -> str:
-    """SVG of one line a layer; `mark`: a dotted line at this height; `whole`: of counts."""
+    """SVG of one line a layer (or what `of` says); `mark`: a dotted line at this height; `whole`: of counts."""
     layers = shown_layers(values_NL.shape[1])
 
     def draw(axes) -> None:
         for layer, colour in zip(layers, depth_colours(len(layers)), strict=True):
-            trace(axes, tokens, values_NL[:, layer], colour, f"layer {layer}")
+            trace(axes, tokens, values_NL[:, layer], colour, f"{of} {layer}")
         if mark is not None:
             axes.axhline(mark, color="#808080", linestyle=":", linewidth=1.2)
         if from_zero:
@@ -201,6 +203,14 @@ def _learning_rate(history: History) -> Chart | None:
 
 def _grad_norm(history: History) -> Chart | None:
     return _means(history, {"grad_norm": "gradient norm"}, "Gradient norm", "Global norm before clipping.")
+
+
+def _gate(history: History, part: str, title: str) -> Chart | None:
+    caption = (
+        "Tanh of the gate: what each block adds to the text model is multiplied by it. Of a vector, its mean size."
+    )
+    given = {"of": "block", "from_zero": False, "mark": 0.0}
+    return _by_layer(history, f"vision/{part}_gate", title, caption, "tanh of the gate", **given)
 
 
 def _means(history: History, labels: dict[str, str], title: str, caption: str) -> Chart | None:

@@ -30,10 +30,10 @@ class Choices:
     has_page: bool
 
 
-def write_report(workdir: str | epath.Path, choices: Choices | None = None) -> epath.Path:
+def write_report(workdir: str | epath.Path, choices: Choices | None = None, reading: str = "") -> epath.Path:
     """Writes `report.html` into `workdir` (local or object store) and returns its path.
 
-    Raises `ValueError` where the directory holds no run.
+    `reading`: HTML of what was read and where the model looked. Raises `ValueError` where the directory holds no run.
     """
     history = read_history(workdir)
     evaluation = read_json(workdir, "evaluation.json")
@@ -42,6 +42,7 @@ def write_report(workdir: str | epath.Path, choices: Choices | None = None) -> e
         _evaluation(evaluation),
         charts(run_figures(history, evaluation)),
         _experts(expert_figures(history), choices),
+        reading,
         _samples(read_json(workdir, "samples.json")),
         details("Configuration", read_text(workdir, "config.gin")),
         details("Environment", _pretty(read_json(workdir, "environment.json"))),

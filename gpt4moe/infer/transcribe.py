@@ -38,12 +38,12 @@ def transcribe(trained: Trained, store: TokenStore, *, limit: int = 256) -> dict
     """Reads at most `limit` held-out documents of each source of one image first and its text behind it, greedily."""
     results = {}
     for source in store.source_names:
-        prompts, references, images = _held_out(store, source, limit)
+        prompts, references, images = held_out_images(store, source, limit)
         if prompts:
             pictures = [fitted_picture(image, trained.config.data.images) for image in images]
-            read = _read(trained, prompts, references, pictures)
+            seen = read(trained, prompts, references, pictures)
             blank = [Picture(picture.pixels, np.zeros_like(picture.valid)) for picture in pictures]
-            results[source] = _scored(trained, references, read, _read(trained, prompts, references, blank))
+            results[source] = _scored(trained, references, seen, read(trained, prompts, references, blank))
     return results
 
 
@@ -71,7 +71,7 @@ def edit_distance(one: str, other: str) -> int:
     return row[-1]
 
 
-def _held_out(store: TokenStore, source: str, limit: int) -> tuple[list, list, list]:
+def held_out_images(store: TokenStore, source: str, limit: int) -> tuple[list, list, list]:
     """Prompts of ids up to their image, the ids behind it and the compressed image of documents that begin with one."""
     images = store.images(source, "held_out")
     if images is None:
@@ -87,7 +87,7 @@ def _held_out(store: TokenStore, source: str, limit: int) -> tuple[list, list, l
     return prompts, references, encoded
 
 
-def _read(trained: Trained, prompts: list, references: list, pictures: Sequence[Picture]) -> list[list[int]]:
+def read(trained: Trained, prompts: list, references: list, pictures: Sequence[Picture]) -> list[list[int]]:
     """What the model writes after each prompt, half as much again as there is to read at most."""
     most = max(map(len, references))
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=most + most // 2 + 1)

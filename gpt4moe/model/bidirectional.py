@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float32
 
 from gpt4moe.model.attention_backends import cudnn_fits
 from gpt4moe.model.attention_kernel import MASKED
@@ -49,15 +49,28 @@ def attend_across(
 
     @jax.checkpoint
     def chunk(q_BQMGH: Array, visible_BQS: Array) -> Array:
-        scores = jnp.einsum("BQMGH,BSMH->BMGQS", q_BQMGH, k_BSMH, preferred_element_type=jnp.float32)
-        scores = jnp.where(visible_BQS[:, None, None], scores * head_dim**-0.5, MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q_BQMGH.dtype)
+        weights = _weights(q_BQMGH, k_BSMH, visible_BQS).astype(q_BQMGH.dtype)
         y_BQMGH = jnp.einsum("BMGQS,BSMH->BQMGH", weights, v_BSMH, preferred_element_type=jnp.float32)
         return y_BQMGH.astype(q_BQMGH.dtype)
 
     starts = range(0, length, query_chunk)
     parts = [chunk(q_BTMGH[:, at : at + query_chunk], visible_BTS[:, at : at + query_chunk]) for at in starts]
     return jnp.concatenate(parts, axis=1).reshape(q_BTNH.shape)
+
+
+def weights_across(
+    q_BTNH: Float[Array, "B T N H"], k_BSMH: Float[Array, "B S M H"], visible_BTS: Bool[Array, "B T S"]
+) -> Float32[Array, "B T N S"]:
+    """Returns the weights by which `attend_across` averages, of all queries at once: to be looked at."""
+    q_BTMGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSMH.shape[2], -1, q_BTNH.shape[-1])
+    weights_BMGTS = _weights(q_BTMGH, k_BSMH.astype(q_BTNH.dtype), visible_BTS)
+    return jnp.moveaxis(weights_BMGTS, 3, 1).reshape(*q_BTNH.shape[:3], -1)
+
+
+def _weights(q_BTMGH: Array, k_BSMH: Array, visible_BTS: Array) -> Array:
+    scores = jnp.einsum("BQMGH,BSMH->BMGQS", q_BTMGH, k_BSMH, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible_BTS[:, None, None], scores * q_BTMGH.shape[-1] ** -0.5, MASKED)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 @jax.checkpoint

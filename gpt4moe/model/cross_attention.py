@@ -7,11 +7,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.vision import CrossAttentionConfig
-from gpt4moe.model.bidirectional import attend_across
+from gpt4moe.model.bidirectional import attend_across, weights_across
 from gpt4moe.model.layers import (
     FeedForward,
     LayerNorm,
@@ -95,8 +95,7 @@ class GatedCrossAttention(nnx.Module):
         `keys_values` are this layer's ([B, S, M, H] each) where they are kept.
         """
         keys, values = self.keys_values(media.features_BIRD) if keys_values is None else keys_values
-        q_BTNH = normed(self.query_norm, matmul(self.attention_norm(x_BTD), self.query[...]))
-        visible_BTS = media.visible_BTS()
+        q_BTNH, visible_BTS = self._queries(x_BTD), media.visible_BTS()
         read_BTNH = attend_across(q_BTNH, keys, values, visible_BTS, self.query_chunk)
         sees_BT1 = jnp.any(visible_BTS, axis=-1, keepdims=True)
         read_BTD = _gated(self.attention_gate, matmul(read_BTNH, self.output[...], 2))
@@ -109,6 +108,16 @@ class GatedCrossAttention(nnx.Module):
         features_BSD = features_BIRD.reshape(len(features_BIRD), -1, features_BIRD.shape[-1])
         keys_BSMH = normed(self.key_norm, matmul(features_BSD, self.key[...]))
         return keys_BSMH, matmul(features_BSD, self.value[...])
+
+    def weights(self, x_BTD: Float[Array, "B T D"], media: Media) -> Float32[Array, "B T N S"]:
+        """Returns by what weights the heads of every token average the values of features, 0 where it sees none."""
+        visible_BTS = media.visible_BTS()
+        keys_BSMH, _ = self.keys_values(media.features_BIRD)
+        weights_BTNS = weights_across(self._queries(x_BTD), keys_BSMH, visible_BTS)
+        return jnp.where(visible_BTS[:, :, None], weights_BTNS, 0.0)
+
+    def _queries(self, x_BTD: Array) -> Array:
+        return normed(self.query_norm, matmul(self.attention_norm(x_BTD), self.query[...]))
 
 
 def _gate(layers: Slots | None, dim: int, cross: CrossAttentionConfig) -> nnx.Param:

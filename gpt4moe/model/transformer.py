@@ -35,11 +35,13 @@ class TransformerOut:
 
     With choices, `moe.choices` has those of every token, [L, B, T, K].
     idle_slots: of a pipeline, how many superblock slots its stages had no work for, and how many there were in all.
+    cross_weights_LBTNS: those of every block of cross-attention, where asked for.
     """
 
     moe: MoeOut
     cache: KVCache | None
     idle_slots: Int[Array, 2] | None
+    cross_weights_LBTNS: Float32[Array, "L B T N S"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -148,6 +150,7 @@ class Transformer(nnx.Module):
         replay_ids_BTLK: Int[Array, "B T L K"] | None = None,
         with_choices: bool = False,
         media: Media | None = None,
+        with_cross_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], TransformerOut]:
         """Returns x_BTD after the final norm, in the compute dtype, and what the layers report.
 
@@ -155,7 +158,8 @@ class Transformer(nnx.Module):
         tokens are written at their positions and see every slot up to them: prefill and decode are the same call.
         `dropless` overrides the capacity factor, as evaluation and decoding must. `keys_B2` are for routers that draw
         at random in training; `replay_ids_BTLK` forces expert choices (-1: none); `with_choices` reports them. `media`
-        are the images of the rows (`look`); without them the model is the text model.
+        are the images of the rows (`look`); without them the model is the text model. `with_cross_weights` reports what
+        `GatedCrossAttention.weights` gives, not in a pipeline.
         """
         config = self.config
         turn = rotation(positions_BT, config.head_dim, config.attention.rope_theta)
@@ -163,13 +167,14 @@ class Transformer(nnx.Module):
         mode = Mode(dropless, with_choices)
         x_BTD = self.layout.residual(self._embed(tokens_BT))
         x_BTD, leading = self._leading_layers(x_BTD, cache, tokens, mode)
-        group, layers = self._stack(mode, media)
+        group, layers = self._stack(mode, media, with_cross_weights)
         size = config.moe_every * (1 if media is None else config.superblocks_per_cross_attention)
         stacked = _stack_superblocks(cache, size)
-        x_BTD, stacked, moe, idle = self.layout.run_layers(group, layers, stacked, x_BTD, tokens)
+        x_BTD, stacked, reports, idle = self.layout.run_layers(group, layers, stacked, x_BTD, tokens)
+        moe, weights = (reports, None) if media is None else reports
         if media is not None:  # [groups, superblocks of a group, ...]
             moe = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), moe)
-        return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked, leading), idle)
+        return self.final_norm(x_BTD), TransformerOut(moe, _unstack_superblocks(stacked, leading), idle, weights)
 
     def look(
         self,
@@ -219,7 +224,7 @@ class Transformer(nnx.Module):
         self.resampler = Resampler(vision.resampler, dim, config.compute_dtype, rngs) if vision.resampler else None
         self.cross_attention = GatedCrossAttention(grouped_placement(slots, each), config, rngs)
 
-    def _stack(self, mode: Mode, media: Media | None) -> tuple[Callable, tuple]:
+    def _stack(self, mode: Mode, media: Media | None, with_weights: bool) -> tuple[Callable, tuple]:
         """The function of one step of the scan over layers, and the parameters of every step, to be scanned over."""
         config, scans = self.config, self.layout.run_layers is scan_layers
         each = 1 if media is None else config.superblocks_per_cross_attention
@@ -229,7 +234,8 @@ class Transformer(nnx.Module):
         if media is None:
             return superblock, text
         graph, crossing = nnx.split(self.cross_attention)
-        read = rematerialised(functools.partial(_read, graph=graph), config.remat, in_loop=in_loop)
+        read = functools.partial(_read, graph=graph, with_weights=with_weights)
+        read = rematerialised(read, config.remat, in_loop=in_loop)
         group = functools.partial(_group, read=read, superblock=superblock, config=config)
         kept = None if media.keys is None or not scans else (media.keys, media.values)
         text = jax.tree.map(lambda leaf: leaf.reshape(-1, each, *leaf.shape[1:]), text)
@@ -277,10 +283,13 @@ def _superblock(
     return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), moe
 
 
-def _read(x_BTD: Array, crossing: tuple, media: Media, at: tuple, *, graph: nnx.GraphDef) -> Array:
-    """The residual stream after a block of cross-attention."""
+def _read(
+    x_BTD: Array, crossing: tuple, media: Media, at: tuple, *, graph: nnx.GraphDef, with_weights: bool
+) -> tuple[Array, Array | None]:
+    """The residual stream after a block of cross-attention, and its weights where asked for."""
     parameters, kept = jax.tree.map(lambda leaf: leaf[at], crossing)
-    return nnx.merge(graph, parameters)(x_BTD, media, kept)
+    block = nnx.merge(graph, parameters)
+    return block(x_BTD, media, kept), block.weights(x_BTD, media) if with_weights else None
 
 
 def _group(
@@ -293,14 +302,14 @@ def _group(
     read: Callable,
     superblock: Callable,
     config: ModelConfig,
-) -> tuple[Array, KVCache | None, MoeOut]:
-    """Superblocks one after the other, with cross-attention before one of them; reports lead with a dim over them."""
+) -> tuple[Array, KVCache | None, tuple[MoeOut, Array | None]]:
+    """Superblocks one after the other, cross-attention before one of them; reports lead with a dim over superblocks."""
     (text, crossing), size = layers, config.moe_every
     before = config.vision.cross_attention.offset // size
     reports, caches = [], []
     for index in range(config.superblocks_per_cross_attention):
         if index == before:
-            x_BTD = read(x_BTD, crossing, tokens.media, at)
+            x_BTD, weights = read(x_BTD, crossing, tokens.media, at)
         here = jax.tree.map(lambda leaf, start=index * size: leaf[start : start + size], cache)
         # Where the stack is at hand whole, a superblock takes its parameters from it (see there).
         own = text if at else jax.tree.map(lambda leaf, index=index: leaf[index], text)
@@ -308,7 +317,7 @@ def _group(
         reports.append(report)
         caches.append(here)
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
-    return x_BTD, joined, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+    return x_BTD, joined, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports), weights)
 
 
 def _stack_superblocks(cache: KVCache | None, size: int) -> KVCache | None:

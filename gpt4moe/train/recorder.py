@@ -111,7 +111,7 @@ def _bubble(run: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
 
 
 def step_row(metrics: StepMetrics, facts: StepFacts, source_names: Sequence[str]) -> dict[str, Any]:
-    """The row of one step: all of `metrics.jsonl` but its speed. Loads and router figures are lists, one entry a layer.
+    """The row of one step: all of `metrics.jsonl` but its speed. Loads, router figures and gates: one entry a layer.
 
     `loss` is the mean cross-entropy in nats per unit of target weight, without auxiliary terms; the auxiliary losses
     are means over layers, without their weights. A source without a target in the batch has no `loss/<source>`.
@@ -131,6 +131,8 @@ def step_row(metrics: StepMetrics, facts: StepFacts, source_names: Sequence[str]
     row["batch_tokens"] = facts.batch_tokens
     row["skipped_steps"] = int(metrics.skipped_steps)
     row["moe/expert_grad_norm"] = metrics.expert_grad_norm_LE.tolist()
+    if metrics.gates_2L is not None:
+        row |= zip(("vision/attention_gate", "vision/feed_forward_gate"), metrics.gates_2L.tolist(), strict=True)
     return row | _routing(sums.moe, float(counts.tokens))
 
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt4moe.config.run import RunConfig
 from gpt4moe.parallel import sharding
-from gpt4moe.train import balance, feed, loss, optimizer, schedule, state, trainable
+from gpt4moe.train import adapter, balance, feed, loss, optimizer, schedule, state, trainable
 from gpt4moe.train.state import TrainState
 from gpt4moe.types import Array, Batch
 
@@ -30,7 +30,8 @@ class StepMetrics:
     sums: what the loss gave, added over microbatches; counts: what to divide them by. grad_norm: before clipping, of
     what is trained. expert_grad_norm_LE: of every expert, 0 where it is frozen. `sums.moe.choices`: where every token
     went, a leading dim over microbatches.
-    learning_rate: of this step. skipped_steps, skipped_in_row: the state's counters after it.
+    learning_rate: of this step. skipped_steps, skipped_in_row: the state's counters after it. gates_2L: of its
+    cross-attention after it (`adapter.gates`).
     """
 
     sums: loss.LossOut
@@ -40,6 +41,7 @@ class StepMetrics:
     learning_rate: Array
     skipped_steps: Array
     skipped_in_row: Array
+    gates_2L: Array | None = None
 
 
 def train_step(
@@ -88,7 +90,8 @@ def train_step(
     params = trainable.join(trained, frozen)
     new = TrainState(params, opt_state, at.step + 1, at.key, skipped_steps, skipped_in_row)
     expert_norms_LE = balance.expert_grad_norms(grads, layout.order(run.model.num_moe_layers), moe.num_experts)
-    return new, StepMetrics(sums, counts, grad_norm, expert_norms_LE, learning_rate, skipped_steps, skipped_in_row)
+    measured = (grad_norm, expert_norms_LE, learning_rate, skipped_steps, skipped_in_row)
+    return new, StepMetrics(sums, counts, *measured, adapter.gates(params, run.model, layout))
 
 
 def _gradient(

@@ -192,6 +192,21 @@ def test_a_log_of_before_there_were_gradients_of_experts_has_a_report(workdir):
     assert Page(write_report(workdir).read_text()).tags.count("svg") == 5 + 7
 
 
+def test_a_run_that_reads_images_has_a_chart_of_its_gates(workdir):
+    log = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:
+        row |= {"vision/attention_gate": [0.1, -row["step"] / 200], "vision/feed_forward_gate": [0.2, 0.3]}
+    log.write_text("\n".join(map(json.dumps, rows)))
+    source = write_report(workdir).read_text()
+    page = Page(source)
+    assert page.tags.count("svg") == 5 + 9 + 2
+    for title in ("Gates of cross-attention", "Gates of its feed-forward"):
+        drawn = source[source.index(title) :]
+        drawn = drawn[: drawn.index("</svg>")]
+        assert "block 0" in drawn and "block 1" in drawn and "block 2" not in drawn
+
+
 def test_thinning_keeps_the_mean_and_the_last_token():
     values = np.random.default_rng(0).normal(size=(5 * MAX_POINTS, 2, 3))
     thinned = thin(Series(np.arange(5.0 * MAX_POINTS), values))

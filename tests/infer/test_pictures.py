@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import gpt4moe
+from gpt4moe.analysis.reading import read_held_out
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer.generate import generate, generate_ids
 from gpt4moe.infer.pictures import fitted_picture, read_picture, split_at_images, stack_pictures
@@ -65,6 +66,16 @@ def test_evaluation_reports_the_loss_without_images_and_how_much_was_read(workdi
     assert read["character_error_rate"] > 0 and 0 <= read["exact_match"] <= 1
 
 
+def test_the_log_has_the_gates_of_the_parameters_saved_with_it(workdir):
+    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in log if "loss" in row]  # those of steps, not of evaluation
+    block = gpt4moe.load(workdir).model.cross_attention
+    for key, gate in (("attention", block.attention_gate), ("feed_forward", block.feed_forward_gate)):
+        first, last = (row[f"vision/{key}_gate"] for row in rows)
+        np.testing.assert_allclose(last, np.tanh(gate[...]), rtol=1e-5)
+        assert len(last) == 2 and last != first
+
+
 def test_transcription_counts_the_edits_of_what_generation_writes(workdir, trained):
     store = trained_store(trained.config, workdir, trained.step)
     result = transcribe(trained, store, limit=3)["digits"]
@@ -85,6 +96,24 @@ def test_transcription_counts_the_edits_of_what_generation_writes(workdir, train
     assert " ".join(trained.tokenizer.decode(ids).split()) == read
     edits = sum(edit_distance(a, b) for a, b in result.examples)
     assert result.character_error_rate == pytest.approx(edits / sum(len(a) for a, _ in result.examples))
+
+
+def test_the_report_shows_what_was_read_and_where_the_model_looked(workdir, trained):
+    readings = read_held_out(trained, examples=2, max_tokens=3)
+    examples = transcribe(trained, trained_store(trained.config, workdir, trained.step), limit=2)["digits"].examples
+    assert [(reading.text, " ".join(reading.read.split())) for reading in readings] == list(examples)
+    for reading in readings:
+        assert reading.maps.shape == (len(reading.tokens), 1, 4, 12) and len(reading.tokens) <= 3
+        np.testing.assert_allclose(reading.maps.sum((1, 2, 3)), 1, rtol=1e-4)
+    assert any(reading.tokens for reading in readings)
+    assert main(["report", f"--workdir={workdir}"]) == 0
+    page = (workdir / "report.html").read_text()
+    assert "Gates of cross-attention" in page and "<h2>Reading</h2>" in page
+    section = page[page.index("<h2>Reading</h2>") :]
+    shown = read_held_out(trained)
+    assert len(shown) == 4
+    assert section.count("<img") == sum(1 + len(reading.tokens) for reading in shown) > 4
+    assert all(f"there <b>{reading.text}</b>" in section for reading in shown)
 
 
 def test_what_is_written_depends_on_the_image_and_not_on_the_neighbours(trained):

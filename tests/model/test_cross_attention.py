@@ -330,3 +330,67 @@ def test_a_clip_of_frames_is_one_image():
 def test_layers_that_cross_attention_does_not_divide_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+def _blocks(model):
+    """The blocks of cross-attention one by one."""
+    graph, stacked = nnx.split(model.cross_attention)
+    count = len(model.cross_attention.attention_gate[...])
+    return [nnx.merge(graph, jax.tree.map(lambda leaf, at=at: leaf[at], stacked)) for at in range(count)]
+
+
+@nnx.jit
+def _weights(model, tokens, images, valid):
+    media = model.look(images, valid, INDEX, FIRST)
+    x_BTD, out = model(tokens, POSITIONS, SEGMENTS, dropless=True, media=media, with_cross_weights=True)
+    return x_BTD, out.cross_weights_LBTNS, media
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_weights_sum_to_one_over_what_is_seen_and_make_what_is_read(config):
+    model, batch = _model(config), _batch()
+    x_BTD, weights_LBTNS, media = _weights(model, *batch)
+    np.testing.assert_allclose(x_BTD, _forward(model, *batch), atol=1e-5)
+    visible_BTS = np.asarray(media.visible_BTS())
+    assert not np.asarray(weights_LBTNS)[np.broadcast_to(~visible_BTS[:, :, None], weights_LBTNS.shape)].any()
+    sums = np.broadcast_to(visible_BTS.any(-1)[..., None], weights_LBTNS.shape[:-1])
+    np.testing.assert_allclose(jnp.sum(weights_LBTNS, -1), sums, atol=1e-5)
+    x_BTD = jax.random.normal(jax.random.key(3), x_BTD.shape)
+    for block in _blocks(model):
+        block.feed_forward_gate[...] = jnp.zeros_like(block.feed_forward_gate[...])
+        _, values_BSMH = block.keys_values(media.features_BIRD)
+        values_BSNH = jnp.repeat(values_BSMH, config.vision.cross_attention.num_heads // values_BSMH.shape[2], axis=2)
+        read_BTNH = jnp.einsum("BTNS,BSNH->BTNH", block.weights(x_BTD, media), values_BSNH)
+        made_BTD = jnp.tanh(block.attention_gate[...]) * jnp.einsum("BTNH,NHD->BTD", read_BTNH, block.output[...])
+        assert relative_difference(block(x_BTD, media) - x_BTD, made_BTD) < 1e-5
+
+
+def test_every_head_looks_at_the_patch_that_its_query_asks_for():
+    """Features are one-hot and keys are they; every token asks for patch 4 by the first head, patch 1 by the second."""
+    vision = VisionConfig(ENCODER, dataclasses.replace(CROSS, qk_norm=False))
+    block = _blocks(_model(dataclasses.replace(TINY, vision=vision)))[0]
+    features = jnp.eye(6, 8)[None, None]
+    index = jnp.zeros((1, 3), jnp.int32)
+    block.key[...] = 20 * jnp.broadcast_to(jnp.eye(8)[:, None], block.key.shape)
+    block.query[...] = jnp.broadcast_to(jnp.eye(8)[jnp.array([4, 1])], block.query.shape)
+    weights_BTNS = block.weights(jnp.ones((1, 3, 16)), Media(features, jnp.ones((1, 1, 6), bool), index, index))
+    wanted = np.broadcast_to(np.eye(6)[[4, 1]], (1, 3, 2, 6))
+    np.testing.assert_allclose(weights_BTNS, wanted, atol=1e-6)
+
+
+def test_the_weights_of_a_block_are_those_at_its_place_among_the_layers():
+    """Cross-attention before layers 1 and 3: its weights change with what comes before a block only."""
+    model, batch = _model(VARIANTS["offset"]), _batch()
+    before = _weights(model, *batch)[1]
+    graph, params = nnx.split(model)
+    for layer in range(4):
+        changed = jax.tree.map(lambda leaf: leaf, params)
+        output = changed["blocks"]["attention"]["output"]
+        output[...] = output[...].at[layer].multiply(-3.0)
+        after = _weights(nnx.merge(graph, changed), *batch)[1]
+        moved = [bool(np.abs(before[block] - after[block]).max() > 1e-4) for block in range(2)]
+        assert moved == [layer < 1, layer < 3]
+    gate = params["cross_attention"]["attention_gate"]
+    gate[...] = gate[...].at[0].set(-2.0)  # of the first block: its own weights are those before it has added anything
+    after = _weights(nnx.merge(graph, params), *batch)[1]
+    assert [bool(np.abs(before[block] - after[block]).max() > 1e-4) for block in range(2)] == [False, True]

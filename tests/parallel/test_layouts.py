@@ -316,5 +316,10 @@ def test_a_layout_equals_one_device(row, dispatch, monkeypatch):
     assert max(wrong.values()) < tolerance, wrong
     wrong = {path: difference(got.last[path], leaf) for path, leaf in last.items()}
     assert max(wrong.values()) < 10 * tolerance, wrong
+    if run_and_mesh(dispatch, row)[0].model.vision:
+        names = [f"['cross_attention']['{part}_gate']" for part in ("attention", "feed_forward")]
+        gates_2L = np.tanh([got.last[name] for name in names])
+        assert len(np.unique(gates_2L)) == gates_2L.size  # so that their order shows
+        np.testing.assert_allclose(got.metrics[-1].gates_2L, gates_2L, rtol=1e-5)
     assert want.metrics[0].grad_norm > 1.0  # clipping is at work
     assert (np.sum(want.metrics[0].sums.moe.dropped) > 0) == (dispatch == "capacity")

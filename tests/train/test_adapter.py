@@ -89,6 +89,16 @@ def test_the_decoder_stays_bit_for_bit_and_the_adapter_learns(corpus, text, tmp_
     assert evaluate.evaluate(start.run, start.store, jax.device_put(at.params)).sets == held_out.sets
 
 
+def test_a_gate_that_is_a_vector_is_measured_by_its_mean_magnitude(corpus, tmp_path):
+    vision = dataclasses.replace(VISION, cross_attention=dataclasses.replace(VISION.cross_attention, gate="vector"))
+    run = run_of(corpus, seeing(vision=vision), {"learning_rate": 0.3})  # so that tanh bends
+    at, metrics = take(begin(run, tmp_path), 2)
+    block = at.params["cross_attention"]
+    for measured_L, gate in zip(metrics.gates_2L, (block["attention_gate"], block["feed_forward_gate"]), strict=True):
+        assert (np.sign(gate[...]) < 0).any() and (np.sign(gate[...]) > 0).any()
+        np.testing.assert_allclose(measured_L, np.abs(np.tanh(gate[...])).mean(1), rtol=1e-5)
+
+
 def test_at_first_only_the_gates_have_a_gradient(corpus, text, tmp_path):
     settings = {"frozen": DECODER, "build": keep_gradients}
     at, _ = take(begin(run_of(corpus, seeing(), settings, init_from=str(text[1])), tmp_path), 1)
