@@ -19,9 +19,9 @@ from gpt4moe.launch import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 METRIC_KEYS = """step tokens epoch/files loss loss/files load_balance_loss router_z_loss grad_norm learning_rate
-    batch_tokens tokens_per_second model_flops_utilization step_seconds goodput moe/load moe/load_max_over_mean
-    moe/load_entropy moe/dropped_fraction moe/router_entropy moe/router_largest_logit moe/expert_grad_norm
-    skipped_steps"""
+    batch_tokens tokens_per_second model_flops_utilization step_seconds data_wait_fraction goodput moe/load
+    moe/load_max_over_mean moe/load_entropy moe/dropped_fraction moe/router_entropy moe/router_largest_logit
+    moe/expert_grad_norm skipped_steps"""
 SENTENCE = "The quick brown fox number {0} jumps over {0} lazy dogs and writes down what it saw.\n"
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from gpt4moe.accounting import pipeline
+from gpt4moe.accounting import pipeline, vision
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.run import RunConfig
 
@@ -19,6 +19,7 @@ BACKWARD = 2
 # The cross-entropy computes its logits again in the backward pass.
 HEAD_PRODUCTS = 1 + 1 + BACKWARD
 CORE_PRODUCTS = 2  # scores and weighted values
+CORE_AGAIN = 1 / 2  # of these, what cross-attention makes again in its own backward pass: the scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class CoreKernel:
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """FLOPs of one step on one chip by component; a multiply-add is two."""
+    """FLOPs of one step on one chip by component; a multiply-add is two. vision: images, and tokens that read them."""
 
     attention: float
     attention_core: float
@@ -40,6 +41,7 @@ class Executed:
     dense: float
     router: float
     head: float
+    vision: float = 0.0
 
     @property
     def total(self) -> float:
@@ -81,6 +83,7 @@ def train_step(run: RunConfig, sizes: Mapping[str, int], kernel: CoreKernel) -> 
         dense=(all_layers - layers) * tokens * dense * saved,
         router=layers * tokens * router * again,
         head=tokens * head * HEAD_PRODUCTS,
+        vision=_vision(run, sizes, rows, tokens),
     )
 
 
@@ -121,6 +124,20 @@ def executed_layers(run: RunConfig, sizes: Mapping[str, int]) -> float:
     microbatches = run.stage_microbatches(sizes)
     ticks = pipeline.num_ticks(stages, microbatches, run.mesh.virtual_stages)
     return ticks * longest / microbatches
+
+
+def _vision(run: RunConfig, sizes: Mapping[str, int], rows: float, tokens: float) -> float:
+    """FLOPs of a chip's rows with as many images as they have room for; context and stages make the images alike."""
+    model, images = run.model, run.data.images
+    if model.vision is None or images is None:
+        return 0.0
+    cross = model.vision.cross_attention
+    saved, again = _passes(model.remat, saved=True), _passes(model.remat, saved=False)
+    features = images.per_row * model.vision.features_per_image(images.frames)
+    core = 2 * CORE_PRODUCTS * model.num_cross_attention_layers * features * cross.num_heads * cross.head_dim
+    of_token = saved * vision.cross_attention_flops_per_token(model) + (again + CORE_AGAIN) * core
+    of_image = saved * vision.flops_per_image(model, images.frames)
+    return (tokens * of_token + rows * images.per_row * of_image) / _degree(sizes, *run.rules.axes_of("heads"))
 
 
 def _all_layers(model: ModelConfig, superblocks: float) -> float:

@@ -43,8 +43,9 @@ def is_unrolled(num_superblocks: int) -> bool:
     return num_superblocks <= MOST_UNROLLED
 
 
-def _unchanged(x_BTD: Array) -> Array:
-    return x_BTD
+def unchanged(x: Array) -> Array:
+    """Returns `x`."""
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Layout:
     """One function for each operation, with the signature of its default.
 
     slots: which superblock each slot of the parameter stacks holds, -1 where it holds none (None: in order).
-    residual: lays out the residual stream [B, T, D] between layers. row_multiple: what a number of rows must divide by.
+    residual: lays out the residual stream [B, T, D] between layers. by_row: lays out images [B * images, ...] with
+    their rows. row_multiple: what a number of rows must divide by.
     """
 
     attend: Callable = attend
@@ -60,7 +62,8 @@ class Layout:
     apply_experts: Callable = apply_experts
     cross_entropy: Callable = cross_entropy
     run_layers: Callable = scan_layers
-    residual: Callable = _unchanged
+    residual: Callable = unchanged
+    by_row: Callable = unchanged
     slots: tuple[int, ...] | None = None
     row_multiple: int = 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,7 @@ from gpt4moe.config.check import require
 from gpt4moe.config.vision import ResamplerConfig
 from gpt4moe.model.bidirectional import attend_all
 from gpt4moe.model.layers import LayerNorm, Linear, Slots, activation, depth_scale, normal_parameter
-from gpt4moe.model.layout import is_unrolled
+from gpt4moe.model.layout import is_unrolled, unchanged
 from gpt4moe.model.vision import STACK
 from gpt4moe.types import Array
 
@@ -23,13 +25,15 @@ class Resampler(nnx.Module):
     begin at unit deviation (OpenFlamingo), matrices at fan_in^-1/2, those that write to the latents 1/sqrt(2L) of it.
     """
 
-    def __init__(self, config: ResamplerConfig, dim: int, compute_dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ResamplerConfig, dim: int, compute_dtype: str, rngs: nnx.Rngs, by_row: Callable = unchanged
+    ):
         self.latents = _table(config.num_latents, dim, rngs)
         self.frame_embedding = _table(config.max_frames, dim, rngs) if config.max_frames else None
         self.image_embedding = _table(config.max_images, dim, rngs) if config.max_images else None
         self.blocks = ResamplerBlock(tuple(range(config.num_layers)), config, dim, rngs)
         self.norm = LayerNorm(None, dim, config.norm_epsilon)
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.by_row = config, compute_dtype, by_row
 
     def __call__(
         self, x_BIFPD: Float[Array, "B I frames P D"], frame_valid_BIF: Bool[Array, "B I frames"] | None = None
@@ -52,7 +56,7 @@ class Resampler(nnx.Module):
             # latents read each other too, so that an image without a valid frame still has keys
             valid_IS = jnp.pad(valid_IS, ((0, 0), (0, self.config.num_latents)), constant_values=True)
         latents_RD = self.latents[...].astype(x_IPD.dtype)
-        latents_IRD = jnp.broadcast_to(latents_RD, (len(x_IPD), *latents_RD.shape))
+        latents_IRD = self.by_row(jnp.broadcast_to(latents_RD, (len(x_IPD), *latents_RD.shape)))
         latents_IRD = self.norm(self._run_blocks(latents_IRD, x_IPD, valid_IS))
         return latents_IRD.reshape(rows, images, *latents_IRD.shape[1:])
 
@@ -60,7 +64,7 @@ class Resampler(nnx.Module):
         graph, parameters = nnx.split(self.blocks)
 
         def step(latents_IRD: Array, layer: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(latents_IRD, x_IPD, valid_IS), None
+            return self.by_row(nnx.merge(graph, layer)(latents_IRD, x_IPD, valid_IS)), None
 
         return jax.lax.scan(step, latents_IRD, parameters, unroll=is_unrolled(self.config.num_layers))[0]
 

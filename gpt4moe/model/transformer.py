@@ -219,9 +219,10 @@ class Transformer(nnx.Module):
     def _add_vision(self, config: ModelConfig, slots: Slots, rngs: nnx.Rngs) -> None:
         """Encoder, resampler and cross-attention, drawn after everything of the text model, which stays as it is."""
         vision, each = config.vision, config.superblocks_per_cross_attention
-        self.vision_encoder = VisionEncoder(vision.encoder, config.compute_dtype, config.remat, rngs)
+        given = {"compute_dtype": config.compute_dtype, "rngs": rngs, "by_row": self.layout.by_row}
+        self.vision_encoder = VisionEncoder(vision.encoder, remat=config.remat, **given)
         dim = vision.encoder.dim
-        self.resampler = Resampler(vision.resampler, dim, config.compute_dtype, rngs) if vision.resampler else None
+        self.resampler = Resampler(vision.resampler, dim, **given) if vision.resampler else None
         self.cross_attention = GatedCrossAttention(grouped_placement(slots, each), config, rngs)
 
     def _stack(self, mode: Mode, media: Media | None, with_weights: bool) -> tuple[Callable, tuple]:

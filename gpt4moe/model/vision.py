@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +21,7 @@ from gpt4moe.model.layers import (
     normal_parameter,
     rematerialised,
 )
-from gpt4moe.model.layout import is_unrolled
+from gpt4moe.model.layout import is_unrolled, unchanged
 from gpt4moe.model.rope import Rotation, rotate, rotation
 from gpt4moe.types import Array
 
@@ -36,7 +38,9 @@ class VisionEncoder(nnx.Module):
     D^-1/2, positions 1, as patches have: where a sign stands is heard as loud as what it is from the first step on.
     """
 
-    def __init__(self, config: EncoderConfig, compute_dtype: str, remat: str, rngs: nnx.Rngs):
+    def __init__(
+        self, config: EncoderConfig, compute_dtype: str, remat: str, rngs: nnx.Rngs, by_row: Callable = unchanged
+    ):
         dim, epsilon = config.dim, config.norm_epsilon
         self.patch = Linear(
             None, (config.patch_size**2 * 3, dim), ("patch", "vision_embed"), rngs, has_bias=config.patch_bias
@@ -48,7 +52,7 @@ class VisionEncoder(nnx.Module):
         self.norm_before = LayerNorm(None, dim, epsilon) if config.norm_before else None
         self.blocks = EncoderBlock(tuple(range(config.num_layers)), config, rngs)
         self.norm_after = LayerNorm(None, dim, epsilon) if config.norm_after else None
-        self.config, self.compute_dtype, self.remat = config, compute_dtype, remat
+        self.config, self.compute_dtype, self.remat, self.by_row = config, compute_dtype, remat, by_row
 
     def __call__(
         self, images: UInt8[Array, "*lead height width 3"] | Float[Array, "*lead height width 3"]
@@ -62,7 +66,8 @@ class VisionEncoder(nnx.Module):
         size, expected = images.shape[-3:-1], (config.height, config.width)
         require(size == expected, "images' height and width", size, f"must be {expected}, those of EncoderConfig")
         images_I = images.reshape(-1, *images.shape[-3:])
-        x_IPD = self.patch(_patches(_normalised(images_I, config).astype(self.compute_dtype), config.patch_size))
+        patches = _patches(_normalised(images_I, config).astype(self.compute_dtype), config.patch_size)
+        x_IPD = self.by_row(self.patch(patches))
         if self.positions is not None:
             x_IPD = x_IPD + self.positions[...].astype(x_IPD.dtype)
         if self.leading is not None:
@@ -86,7 +91,7 @@ class VisionEncoder(nnx.Module):
         few = is_unrolled(self.config.num_layers)
 
         def layer(x_IPD: Array, parameters: nnx.State) -> Array:
-            return nnx.merge(graph, parameters)(x_IPD, turn)
+            return self.by_row(nnx.merge(graph, parameters)(x_IPD, turn))
 
         step = rematerialised(layer, self.remat, in_loop=not few)
         return jax.lax.scan(lambda x, layers: (step(x, layers), None), x_IPD, parameters, unroll=few)[0]

@@ -42,6 +42,7 @@ def make_layout(model: ModelConfig, config: MeshConfig, rules: ShardingRules, me
         cross_entropy=sharded_cross_entropy(over),
         row_multiple=math.prod(mesh.shape[axis] for axis in over.rows),
         residual=functools.partial(_residual, over),
+        by_row=functools.partial(_by_row, over),
         **plain,
     )
 
@@ -82,3 +83,7 @@ def _exchange(config: MeshConfig, over: Spread, platform: str) -> str:
 
 def _residual(over: Spread, x_BTD: Array) -> Array:
     return laid_out(x_BTD, over.mesh, PartitionSpec(over.rows, over.residual))
+
+
+def _by_row(over: Spread, x: Array) -> Array:
+    return laid_out(x, over.mesh, PartitionSpec(over.rows))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +21,37 @@ class StepClock:
     """Seconds of each step, and goodput: the share of wall time since the process started that went into steps.
 
     Compiling, restoring, evaluating and waiting for a checkpoint are not steps: `resume` after them.
+    data_wait_fraction: the share of the last lap in which the device waited for data, at most (see `drawing`).
     """
 
     def __init__(self) -> None:
         self._started = time.monotonic() - seconds_since_process_start()
         self._mark = time.monotonic()
         self._productive = 0.0
+        self._waited = 0.0
+        self.data_wait_fraction = 0.0
 
     def resume(self) -> None:
         """Begins the next step now; the time since the last `lap` was not a step's."""
-        self._mark = time.monotonic()
+        self._mark, self._waited = time.monotonic(), 0.0
+
+    @contextlib.contextmanager
+    def drawing(self, is_idle: Callable[[], bool]) -> Iterator[None]:
+        """Times the drawing of a batch: all of it was waiting where the device `is_idle` once it is there, else none.
+
+        An upper bound, since the device may have been busy for most of it.
+        """
+        began = time.monotonic()
+        yield
+        if is_idle():
+            self._waited += time.monotonic() - began
 
     def lap(self) -> float:
         """Ends a step and begins the next: seconds since the last `lap` or `resume`."""
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
         self._productive += seconds
+        self.data_wait_fraction, self._waited = self._waited / seconds, 0.0
         return seconds
 
     def goodput(self) -> float:

@@ -120,7 +120,8 @@ def _steps(parts: Parts, at: Position) -> TrainResult:
     parts.recorder.clock.resume()
     while not (_is_finished(run, at) or parts.stop.agreed(at.step) or data_ended):
         multihost.mark(f"step {at.step + 1}")
-        drawn = _draw(parts, at)
+        with parts.recorder.clock.drawing(parts.recorder.is_idle):
+            drawn = _draw(parts, at)
         data_ended = drawn is None
         if drawn is not None:
             at = _step(parts, at, drawn)

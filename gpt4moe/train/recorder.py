@@ -71,6 +71,10 @@ class Recorder:
         self.flush()
         self._pending = (metrics, facts)
 
+    def is_idle(self) -> bool:
+        """Whether the devices are through with every step that was dispatched."""
+        return self._pending is None or self._pending[0].grad_norm.is_ready()
+
     def flush(self) -> None:
         """Waits for the step whose metrics are held and writes its row."""
         if self._pending is None:
@@ -97,6 +101,7 @@ class Recorder:
             "tokens_per_second": rate,
             "model_flops_utilization": rate * self._flops_per_token / self._peak,
             "step_seconds": seconds,
+            "data_wait_fraction": self.clock.data_wait_fraction,
             "goodput": self.clock.goodput(),
         }
 

@@ -137,7 +137,7 @@ def test_a_browser_that_fails_is_a_one_line_error(monkeypatch):
         next(screenshots(count=1, texts=WORDS.copy))
 
 
-@pytest.mark.skipif(not any(map(shutil.which, rendered_web.BROWSERS)), reason="needs a Chromium, which CI has not")
+@pytest.mark.skipif(not any(map(shutil.which, rendered_web.BROWSERS)), reason="needs a Chromium")
 def test_screenshots_of_pages():
     assert find_browser()
     documents = list(screenshots(count=2, height=120, width=200, texts=WORDS.copy))

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from gpt4moe.accounting import executed
+from gpt4moe.config.data import ImageConfig
 from gpt4moe.config.mesh import MESH_AXES
+from gpt4moe.config.vision import CrossAttentionConfig, EncoderConfig, VisionConfig
 from tests.plan.test_compile import run_of
 
 ONE = dict.fromkeys(MESH_AXES, 1)
@@ -54,7 +56,23 @@ def test_a_decode_step_by_hand():
         "dense": 8 * 8 * 2 * 2 * 64 * 192,
         "router": 4 * 8 * 2 * 64 * 4,
         "head": 8 * 2 * 64 * 320,
+        "vision": 0.0,
     }
+
+
+def test_tokens_that_read_and_the_images_they_read_by_hand():
+    """Every second layer reads three images a row, of four features: patches of 192 numbers, one layer of 16."""
+    encoder = EncoderConfig(height=16, width=16, patch_size=8, dim=16, num_layers=1, num_heads=2, hidden_dim=32)
+    vision = VisionConfig(encoder, CrossAttentionConfig(every=2, num_heads=4, head_dim=8, hidden_dim=48))
+    run = run_of({}, {})
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision))
+    assert executed.train_step(run, ONE, KERNEL).vision == 0.0, "a run that feeds none"
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, images=ImageConfig(16, 16, per_row=3)))
+    of_token = 4 * 6 * 2 * (2 * 64 * 32 + 3 * 64 * 48) + (4 + 1 / 2) * 6 * 2 * 2 * (3 * 4) * 32
+    of_image = 2 * 4 * (192 * 16 + 4 * 16 * 16 + 2 * 16 * 32) + 2 * 2 * 4 * 4 * 16 + 6 * 2 * 2 * 4 * 16 * 32
+    assert executed.train_step(run, ONE, KERNEL).vision == TOKENS * of_token + 32 * 3 * 4 * of_image
+    halved = executed.train_step(run, ONE | {"tensor": 2}, KERNEL)
+    assert halved.vision == (TOKENS * of_token + 32 * 3 * 4 * of_image) / 2
 
 
 def test_each_axis_takes_its_part():

@@ -21,7 +21,7 @@ import tempfile
 import time
 
 # What the clock says differs from run to run; everything else must not.
-CLOCK_KEYS = {"tokens_per_second", "model_flops_utilization", "step_seconds", "goodput"}
+CLOCK_KEYS = {"tokens_per_second", "model_flops_utilization", "step_seconds", "data_wait_fraction", "goodput"}
 POLL_SECONDS = 0.002
 DEADLINE_SECONDS = 300
 # From the start of a worker to somewhere in its training.

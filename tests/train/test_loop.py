@@ -39,6 +39,7 @@ STEP_KEYS = {
     "tokens_per_second",
     "model_flops_utilization",
     "step_seconds",
+    "data_wait_fraction",
     "goodput",
     "skipped_steps",
     "moe/load",

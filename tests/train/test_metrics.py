@@ -8,6 +8,7 @@ import types
 
 import jax
 import numpy as np
+import pytest
 from etils import epath
 
 from gpt4moe.model.moe import MoeOut
@@ -97,6 +98,23 @@ def test_goodput_counts_only_steps():
     before = watch.goodput()
     watch.resume()
     assert watch.goodput() <= before
+
+
+def test_drawing_is_waiting_only_where_the_device_has_nothing_left_to_do(monkeypatch):
+    """A look at the clock takes a second, so that a draw takes one of the three of a lap."""
+    watch = clock.StepClock()
+    monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
+    watch.resume()
+    for is_idle, fraction in ((True, 1 / 3), (False, 0.0), (True, 1 / 3)):
+        with watch.drawing(lambda is_idle=is_idle: is_idle):
+            pass
+        watch.lap()
+        assert watch.data_wait_fraction == pytest.approx(fraction)
+    with watch.drawing(lambda: True):
+        pass
+    watch.resume()
+    watch.lap()
+    assert watch.data_wait_fraction == 0.0
 
 
 def test_the_peak_of_cpus_is_one_rate_for_every_machine(monkeypatch):
