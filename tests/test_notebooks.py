@@ -137,3 +137,42 @@ def test_sweep_runs_every_cell_and_fits_a_law_that_warns(tmp_path, monkeypatch):
     assert "± 0." in shown(notebook, "results") and len(shown(notebook, "predict")) > 5000
     assert "srcdoc=" in shown(notebook, "report")
     assert (tmp_path / "runs/sweep/results.parquet").exists()
+
+
+EYES = """from __gin__ import dynamic_registration
+from gpt4moe.config import data
+from gpt4moe.data import rendered
+include "gin_configs/run/tiny.gin"
+include "gin_configs/variant/vision.gin"
+FROZEN = ["*", "!cross_attention.*", "!vision_encoder.*"]
+GATE_INIT = 1.0
+data.SourceConfig.paths = ()
+data.DataConfig.sources = [@digits/data.SourceConfig()]
+digits/data.SourceConfig.name = "digits"
+digits/data.SourceConfig.documents = @rendered.digits
+rendered.digits.count = 400
+"""
+
+
+def test_vision_trains_an_adapter_and_shows_where_it_looks(tmp_path, monkeypatch):
+    (tmp_path / "eyes.gin").write_text(EYES)
+    parameters = {
+        "TEXT_GIN_FILE": TINY,
+        "TEXT_WORKDIR": "runs/text",
+        "TEXT_OVERRIDES": [f"DATA_PATHS={PATHS}", "TRAIN_STEPS=4"],
+        "GIN_FILE": str(tmp_path / "eyes.gin"),
+        "WORKDIR": "runs/eyes",
+        "STEPS": 6,
+        "EXAMPLES": 2,
+    }
+    asked = {
+        "texts": "[reading.text for reading in readings]",
+        "mapped": "[float(reading.maps.sum(axis=(1, 2, 3)).mean()) for reading in readings if len(reading.tokens)]",
+        "held_out": "list(result.evaluation.sets)",
+        "said": "said.text",
+    }
+    found, notebook = run("vision", tmp_path, monkeypatch, parameters, asked)
+    assert len(found["texts"]) == 2 and all(text.isdigit() for text in found["texts"])
+    assert found["held_out"] == ["digits"] and all(abs(total - 1) < 1e-4 for total in found["mapped"])
+    assert len(shown(notebook, "data")) > 5000 and len(shown(notebook, "maps")) > 5000
+    assert "without images" in shown(notebook, "result") and "<svg" in shown(notebook, "result")
