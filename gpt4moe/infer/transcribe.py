@@ -102,7 +102,7 @@ def read(trained: Trained, prompts: list, references: list, pictures: Sequence[P
 
 def _scored(trained: Trained, references: list, read: list, blind: list) -> Transcription:
     texts, seen, unseen = (
-        [_normalised(trained.tokenizer.decode(ids)) for ids in each] for each in (references, read, blind)
+        [normalised(trained.tokenizer.decode(ids)) for ids in each] for each in (references, read, blind)
     )
     length = max(sum(map(len, texts)), 1)
     return Transcription(
@@ -114,5 +114,6 @@ def _scored(trained: Trained, references: list, read: list, blind: list) -> Tran
     )
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
+    """The text that is compared: Unicode NFC, blanks and line ends run together."""
     return " ".join(unicodedata.normalize("NFC", text).split())
