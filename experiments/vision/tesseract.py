@@ -41,8 +41,8 @@ def main() -> None:
             made = edit_distance(text, normalised(done.stdout.decode()))
             edits, length, exact = edits + made, length + len(text), exact + (made == 0)
         if images:
-            print(f"{source:16} {edits / length:7.1%} of the characters wrong, {exact / len(images):6.1%} exact", end="")
-            print(f", {len(images)} images", flush=True)
+            wrong, right = edits / length, exact / len(images)
+            print(f"{source:16} {wrong:7.1%} of characters wrong, {right:6.1%} exact, {len(images)} images", flush=True)
 
 
 if __name__ == "__main__":

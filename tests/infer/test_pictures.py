@@ -103,7 +103,8 @@ def test_the_report_shows_what_was_read_and_where_the_model_looked(workdir, trai
     examples = transcribe(trained, trained_store(trained.config, workdir, trained.step), limit=2)["digits"].examples
     assert [(reading.text, " ".join(reading.read.split())) for reading in readings] == list(examples)
     for reading in readings:
-        assert reading.maps.shape == (len(reading.tokens), 1, 4, 12) and len(reading.tokens) <= 3
+        grid = trained.config.model.vision.encoder.grid
+        assert reading.maps.shape == (len(reading.tokens), 1, *grid) and len(reading.tokens) <= 3
         np.testing.assert_allclose(reading.maps.sum((1, 2, 3)), 1, rtol=1e-4)
     assert any(reading.tokens for reading in readings)
     assert main(["report", f"--workdir={workdir}"]) == 0
