@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from gpt4moe.config.check import require, require_count
 from gpt4moe.data.documents import IMAGE_MARKER, Document
 from gpt4moe.data.drawn import in_chunks
-from gpt4moe.data.files import FilePart, find_files, read_documents
+from gpt4moe.data.files import FilePart, file_identity, find_files, read_documents
 from gpt4moe.data.fonts import font, font_files
 from gpt4moe.data.sources import DocumentFunction, stdlib_text
 
@@ -209,7 +209,8 @@ class Words:
     """Words of ASCII of the documents without end, the documents each time in another order."""
 
     def __init__(self, texts: DocumentFunction, paths: tuple[str, ...], text_field: str, rng: random.Random) -> None:
-        self._split = list(_split_words(texts, tuple(paths), text_field))
+        files = tuple(file_identity(path) for path in find_files(paths)) if paths else ()
+        self._split = list(_split_words(texts, files, text_field))
         require(bool(self._split), "texts", paths or texts, "has no words of ASCII")
         self._next, self._rng = self._endless(), rng
         self._word = next(self._next)
@@ -245,14 +246,15 @@ class Words:
 
 
 @functools.lru_cache(maxsize=1)  # a process draws many chunks of the same text
-def _split_words(texts: DocumentFunction, paths: tuple[str, ...], text_field: str) -> list[list[str]]:
-    documents = _read(paths, text_field) if paths else list(texts())
+def _split_words(texts: DocumentFunction, files: tuple[tuple, ...], text_field: str) -> list[list[str]]:
+    """The words of every document: of `files`, named with what changes when they do, or of `texts` without any."""
+    documents = _read([path for path, *_ in files], text_field) if files else list(texts())
     split = [_ascii_words(text.text if isinstance(text, Document) else text) for text in documents]
     return [words for words in split if words]
 
 
-def _read(paths: tuple[str, ...], text_field: str) -> list[Document]:
-    parts = [FilePart(path, 0) for path in find_files(paths)]
+def _read(paths: list[str], text_field: str) -> list[Document]:
+    parts = [FilePart(path, 0) for path in paths]
     return [one for part in parts for one in read_documents(part, text_field) if isinstance(one, Document)]
 
 

@@ -95,8 +95,8 @@ def read(trained: Trained, prompts: list, references: list, pictures: Sequence[P
     for start in range(0, len(prompts), ROWS):
         # The last rows again where there are too few left: another number of rows would be another program to compile.
         rows = [min(row, len(prompts) - 1) for row in range(start, start + min(ROWS, len(prompts)))]
-        pairs = [prompts[row] for row in rows], [[pictures[row]] for row in rows]
-        made += generate_ids(trained.model, trained.tokenizer, pairs[0], sampling, pairs[1])
+        ids, of_rows = [prompts[row] for row in rows], [[pictures[row]] for row in rows]
+        made += generate_ids(trained.model, trained.tokenizer, ids, sampling, of_rows)
     return made[: len(prompts)]
 
 

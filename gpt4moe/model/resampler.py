@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from gpt4moe.config.check import require
 from gpt4moe.config.vision import ResamplerConfig
 from gpt4moe.model.bidirectional import attend_all
-from gpt4moe.model.layers import LayerNorm, Linear, Slots, activation, depth_scale, normal_parameter
+from gpt4moe.model.layers import LayerNorm, Linear, Slots, activation, depth_scale
 from gpt4moe.model.layout import is_unrolled, unchanged
-from gpt4moe.model.vision import STACK
+from gpt4moe.model.vision import STACK, learned_table
 from gpt4moe.types import Array
 
 
@@ -28,9 +28,9 @@ class Resampler(nnx.Module):
     def __init__(
         self, config: ResamplerConfig, dim: int, compute_dtype: str, rngs: nnx.Rngs, by_row: Callable = unchanged
     ):
-        self.latents = _table(config.num_latents, dim, rngs)
-        self.frame_embedding = _table(config.max_frames, dim, rngs) if config.max_frames else None
-        self.image_embedding = _table(config.max_images, dim, rngs) if config.max_images else None
+        self.latents = learned_table(config.num_latents, dim, rngs)
+        self.frame_embedding = learned_table(config.max_frames, dim, rngs) if config.max_frames else None
+        self.image_embedding = learned_table(config.max_images, dim, rngs) if config.max_images else None
         self.blocks = ResamplerBlock(tuple(range(config.num_layers)), config, dim, rngs)
         self.norm = LayerNorm(None, dim, config.norm_epsilon)
         self.config, self.compute_dtype, self.by_row = config, compute_dtype, by_row
@@ -106,10 +106,6 @@ class ResamplerBlock(nnx.Module):
             q_IRNH, k_ISNH = self.query_norm(q_IRNH), self.key_norm(k_ISNH)
         latents_IRD = latents_IRD + self.output(attend_all(q_IRNH, k_ISNH, v_ISNH, valid_IS))
         return latents_IRD + self.down(self.activate(self.up(self.feed_forward_norm(latents_IRD))))
-
-
-def _table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
-    return normal_parameter(rngs, None, (rows, dim), ("position", "vision_embed"), 1.0)
 
 
 def _first(embedding: nnx.Param, count: int, setting: str) -> Array:

@@ -46,9 +46,9 @@ class VisionEncoder(nnx.Module):
             None, (config.patch_size**2 * 3, dim), ("patch", "vision_embed"), rngs, has_bias=config.patch_bias
         )
         patches = config.grid[0] * config.grid[1]
-        self.positions = _table(patches, dim, 1.0, rngs) if config.positions == "learned" else None
-        self.leading = _table(config.num_leading, dim, dim**-0.5, rngs) if config.num_leading else None
-        self.frames = _table(config.max_frames, dim, 1.0, rngs) if config.max_frames > 1 else None
+        self.positions = learned_table(patches, dim, rngs) if config.positions == "learned" else None
+        self.leading = learned_table(config.num_leading, dim, rngs, dim**-0.5) if config.num_leading else None
+        self.frames = learned_table(config.max_frames, dim, rngs) if config.max_frames > 1 else None
         self.norm_before = LayerNorm(None, dim, epsilon) if config.norm_before else None
         self.blocks = EncoderBlock(tuple(range(config.num_layers)), config, rngs)
         self.norm_after = LayerNorm(None, dim, epsilon) if config.norm_after else None
@@ -155,7 +155,8 @@ def resampled_positions(
     return jax.image.resize(grid, (*new_grid, grid.shape[-1]), method).reshape(-1, grid.shape[-1])
 
 
-def _table(rows: int, dim: int, std: float, rngs: nnx.Rngs) -> nnx.Param:
+def learned_table(rows: int, dim: int, rngs: nnx.Rngs, std: float = 1.0) -> nnx.Param:
+    """Returns fresh vectors [rows, dim], as wide as the encoder, that are the same for every image."""
     return normal_parameter(rngs, None, (rows, dim), ("position", "vision_embed"), std)
 
 
