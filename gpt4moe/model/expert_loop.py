@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,13 +57,6 @@ def _serve(matrices: Matrices, x_UD: Array, gates_UK: Array, places: Places) -> 
     return _serve_forward(matrices, x_UD, gates_UK, places)[0]
 
 
-def _serve_with_residuals(*primals: Any) -> tuple[Array, tuple]:
-    """`_serve_forward`, and () with what it keeps where the matrices are differentiated, None where they are frozen."""
-    is_trained = any(leaf.perturbed for leaf in jax.tree.leaves(primals[0]))
-    y_UD, kept = _serve_forward(*jax.tree.map(lambda leaf: leaf.value, primals))
-    return y_UD, (kept, () if is_trained else None)
-
-
 def _serve_forward(matrices: Matrices, x_UD: Array, gates_UK: Array, places: Places) -> tuple[Array, tuple]:
     token_S, slot_UK, used_UK, counts_E = places
     y_SD, hidden_SF = _forward(matrices, _used_rows(x_UD, token_S, counts_E), counts_E, slot_UK.size)
@@ -77,7 +69,7 @@ def _serve_forward(matrices: Matrices, x_UD: Array, gates_UK: Array, places: Pla
 
 
 def _serve_backward(residuals: tuple, dy_UD: Array) -> tuple:
-    (matrices, x_UD, gates_UK, places, y_SD, hidden_SF), trained = residuals
+    matrices, x_UD, gates_UK, places, y_SD, hidden_SF = residuals
     token_S, slot_UK, used_UK, counts_E = places
     gate_S = jnp.zeros(token_S.size).at[slot_UK].set(gates_UK, unique_indices=True)
     dweighted_SD = _rows(dy_UD, token_S).astype(jnp.float32)
@@ -85,16 +77,15 @@ def _serve_backward(residuals: tuple, dy_UD: Array) -> tuple:
     dgates_UK = jnp.where(used_UK, _rows(dgate_S, slot_UK), 0.0).astype(gates_UK.dtype)
     dy_SD = (dweighted_SD * gate_S[:, None]).astype(x_UD.dtype)
     x_SD = _used_rows(x_UD, token_S, counts_E)
-    dx_SD, dmatrices = _backward(matrices, dy_SD, x_SD, hidden_SF, counts_E, slot_UK.size, trained is not None)
+    dx_SD, dmatrices = _backward(matrices, dy_SD, x_SD, hidden_SF, counts_E, slot_UK.size)
     dx_UD = sum(
         jnp.where(used_U[:, None], _rows(dx_SD, slot_U).astype(jnp.float32), 0.0)
         for slot_U, used_U in zip(slot_UK.T, used_UK.T, strict=True)
     ).astype(x_UD.dtype)
-    return None if trained is None else _in_dtypes_of(matrices, dmatrices), dx_UD, dgates_UK, None
+    return _in_dtypes_of(matrices, dmatrices), dx_UD, dgates_UK, None
 
 
-# XLA cannot know that what a loop sums up is used by nobody: the gradients of frozen experts are not asked for.
-_serve.defvjp(_serve_with_residuals, _serve_backward, symbolic_zeros=True)
+_serve.defvjp(_serve_forward, _serve_backward)
 
 
 def _forward(matrices: Matrices, x_SD: Array, counts_E: Array, num_rows: int) -> tuple[Array, tuple[Array, ...]]:
@@ -122,19 +113,13 @@ def _forward(matrices: Matrices, x_SD: Array, counts_E: Array, num_rows: int) ->
 
 
 def _backward(
-    matrices: Matrices,
-    dy_SD: Array,
-    x_SD: Array,
-    hidden_SF: tuple[Array, ...],
-    counts_E: Array,
-    num_rows: int,
-    with_matrices: bool,
-) -> tuple[Array, Matrices | None]:
-    """Returns dx_SD and, where they are asked for, the gradients of the matrices in float32."""
+    matrices: Matrices, dy_SD: Array, x_SD: Array, hidden_SF: tuple[Array, ...], counts_E: Array, num_rows: int
+) -> tuple[Array, Matrices]:
+    """Returns dx_SD and the gradients of the matrices in float32."""
     sizes, dtype = _sizes(num_rows), x_SD.dtype
     dy_SD, x_SD = to_bits(dy_SD), to_bits(x_SD)
 
-    def expert(dx_SD: Array, inputs: tuple) -> tuple[Array, Matrices | None]:
+    def expert(dx_SD: Array, inputs: tuple) -> tuple[Array, Matrices]:
         one, start, count, pieces_Z = inputs
         turned = _turned_outward(one, dtype)
         zero = jnp.minimum(start, 0)
@@ -145,11 +130,9 @@ def _backward(
             own_C = row + jnp.arange(size) < start + count
             dy_CD = jnp.where(own_C[:, None], dy_CD, 0)
             dx_CD, parts = _backward_rows(turned, dy_CD, x_CD, hidden, zero)
-            if with_matrices:
-                dmatrices = jax.tree.map(jnp.add, dmatrices, parts)
-            return _put(dx_SD, to_bits(dx_CD.astype(dtype)), row), dmatrices
+            return _put(dx_SD, to_bits(dx_CD.astype(dtype)), row), jax.tree.map(jnp.add, dmatrices, parts)
 
-        nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), one) if with_matrices else None
+        nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), one)
         return _over_pieces(sizes, pieces_Z, start, piece, (dx_SD, nothing))
 
     inputs = matrices, jnp.cumsum(counts_E) - counts_E, counts_E, _pieces_of(counts_E, sizes)
