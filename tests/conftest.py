@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import beartype
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 SHAPE_CHECKED = ("gpt4moe.model", "gpt4moe.train.loss", "gpt4moe.infer.sampling")
@@ -33,3 +35,14 @@ def check_functions(function):
 
 # Before the first import of the package, here only: outside pytest annotations are never evaluated.
 install_import_hook(SHAPE_CHECKED, f"{__name__}.check_functions")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """The compiled programs of a file go with its last test.
+
+    Each takes a few of the 65,530 memory maps that Linux gives a process, some files leave 20,000, and the compilation
+    that finds none left ends in a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
