@@ -113,7 +113,8 @@ def stored(kind: Kind, documents: list[Document], folder: pathlib.Path) -> tuple
 
 def counted(kind: Kind, store: TokenStore, config: DataConfig) -> dict:
     """Bytes a patch and a token, and how many times as many a patch is."""
-    counts = TrainRows(store, config, microbatch_rows=MICROBATCH_ROWS).image_bytes(kind.patch_size)["images"]
+    rows = TrainRows(store, config, microbatch_rows=MICROBATCH_ROWS)
+    counts = rows.image_bytes((kind.patch_size, kind.patch_size))["images"]
     return {
         "stored_bytes_per_image": round(counts.stored_per_image),
         "stored_bytes_per_patch": round(counts.stored_per_patch, 1),

@@ -10,7 +10,7 @@ def encoder_parameters(config: EncoderConfig) -> int:
     """Returns the parameters of the image encoder."""
     dim, hidden = config.dim, config.hidden_dim
     patches = config.num_features - config.num_leading
-    patch = config.patch_size**2 * 3 * dim + (dim if config.patch_bias else 0)
+    patch = config.patch_values * dim + (dim if config.patch_bias else 0)
     frames = config.max_frames if config.max_frames > 1 else 0
     tables = (config.num_leading + frames + (patches if config.positions == "learned" else 0)) * dim
     norms = 2 * dim * (config.norm_before + config.norm_after)
@@ -51,7 +51,7 @@ def flops_per_image(config: ModelConfig, frames: int = 1) -> int:
     vision, encoder = config.vision, config.vision.encoder
     dim, features = encoder.dim, encoder.num_features
     matrices = encoder.num_layers * (4 * dim * dim + 2 * dim * encoder.hidden_dim)
-    patches = (features - encoder.num_leading) * encoder.patch_size**2 * 3 * dim
+    patches = (features - encoder.num_leading) * encoder.patch_values * dim
     frame = 2 * (features * matrices + patches) + 4 * encoder.num_layers * features * features * dim
     cross = vision.cross_attention
     read = vision.features_per_image(frames)

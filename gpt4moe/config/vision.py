@@ -21,12 +21,13 @@ def _choice(setting: str, value: object, choices: tuple[str, ...]) -> None:
 class EncoderConfig:
     """A vision transformer (Dosovitskiy et al. 2021): an image to one feature a patch, and its leading tokens.
 
-    `height` and `width` are pixels, multiples of `patch_size`. `positions` are a learned table, or rotary over rows and
-    columns (half of a head's dims each). `class_token` and `num_registers` learned tokens stand before the patches and
-    are features too. `max_frames` above 1 adds a learned embedding to the features of each frame of a clip or tile of a
-    page, which are alike otherwise, whatever their order. `norm_before` normalises what goes into the blocks (CLIP),
-    `norm_after` what comes out (SigLIP). Pixels arrive as bytes and are scaled to [0, 1], less `pixel_mean`, over
-    `pixel_std`, on the device.
+    `height` and `width` are pixels, multiples of a patch's: `patch_size` high and `patch_width` wide, None for as wide
+    as high (PARSeq, Bautista and Atienza 2022, reads text in patches of 4 x 8). `positions` are a learned table, or
+    rotary over rows and columns (half of a head's dims each). `class_token` and `num_registers` learned tokens stand
+    before the patches and are features too. `max_frames` above 1 adds a learned embedding to the features of each
+    frame of a clip or tile of a page, which are alike otherwise, whatever their order. `norm_before` normalises what
+    goes into the blocks (CLIP), `norm_after` what comes out (SigLIP). Pixels arrive as bytes and are scaled to [0,
+    1], less `pixel_mean`, over `pixel_std`, on the device.
     """
 
     height: int
@@ -36,6 +37,7 @@ class EncoderConfig:
     num_layers: int
     num_heads: int
     hidden_dim: int
+    patch_width: int | None = None
     positions: str = "learned"
     class_token: bool = False
     num_registers: int = 0
@@ -53,10 +55,12 @@ class EncoderConfig:
         for name in ("height", "width", "patch_size", "dim", "num_layers", "num_heads", "hidden_dim", "max_frames"):
             require_count(f"EncoderConfig.{name}", getattr(self, name))
         require_count("EncoderConfig.num_registers", self.num_registers, least=0)
-        for name in ("height", "width"):
-            whole = getattr(self, name) % self.patch_size == 0
-            constraint = f"must be a multiple of patch_size ({self.patch_size})"
-            require(whole, f"EncoderConfig.{name}", getattr(self, name), constraint, f"change {name} or patch_size")
+        if self.patch_width is not None:
+            require_count("EncoderConfig.patch_width", self.patch_width)
+        of_width = "patch_size" if self.patch_width is None else "patch_width"
+        for name, of, patch in zip(("height", "width"), ("patch_size", of_width), self.patch, strict=True):
+            constraint, value = f"must be a multiple of {of} ({patch})", getattr(self, name)
+            require(value % patch == 0, f"EncoderConfig.{name}", value, constraint, f"change {name} or {of}")
         constraint = f"must be a multiple of num_heads ({self.num_heads})"
         require(self.dim % self.num_heads == 0, "EncoderConfig.dim", self.dim, constraint)
         _choice("EncoderConfig.positions", self.positions, POSITIONS)
@@ -77,7 +81,17 @@ class EncoderConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return self.height // self.patch_size, self.width // self.patch_size
+        return self.height // self.patch[0], self.width // self.patch[1]
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return self.patch_size, self.patch_width or self.patch_size
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one patch, of three colours."""
+        return 3 * self.patch[0] * self.patch[1]
 
     @property
     def num_leading(self) -> int:

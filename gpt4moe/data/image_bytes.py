@@ -38,10 +38,15 @@ class ImageBytes:
     slots_filled: float
 
 
-def image_bytes(config: ImageConfig, images: StoredImages, plan: Plan, patch_size: int, token_bytes: int) -> ImageBytes:
-    """Counts the images of a source whose rows are those of `plan`; `token_bytes` is what a stored token takes."""
+def image_bytes(
+    config: ImageConfig, images: StoredImages, plan: Plan, patch: tuple[int, int], token_bytes: int
+) -> ImageBytes:
+    """Counts the images of a source whose rows are those of `plan`.
+
+    patch: its height and width in pixels; token_bytes: what a stored token takes.
+    """
     pixels = config.frames * config.height * config.width * COLOURS
-    patches = config.frames * (config.height // patch_size) * (config.width // patch_size)
+    patches = config.frames * (config.height // patch[0]) * (config.width // patch[1])
     slots = plan.num_rows * config.per_row
     stored = images.num_bytes(len(images)) / max(len(images), 1)
     return ImageBytes(

@@ -187,13 +187,13 @@ class TrainRows:
             for source, plan in pairs
         }
 
-    def image_bytes(self, patch_size: int) -> dict[str, ImageBytes]:
-        """What the images of every source that has some cost in bytes; `patch_size` is the encoder's."""
+    def image_bytes(self, patch: tuple[int, int]) -> dict[str, ImageBytes]:
+        """What the images of every source that has some cost in bytes; `patch` is the encoder's, height and width."""
         split = {source.name: self._store.images(source.name, "train") for source in self._sources}
         plans = {source.name: plan for source, plan in zip(self._sources, self._plans, strict=True)}
         return {
             name: image_bytes(
-                self._config.images, images, plans[name], patch_size, self._store.stream(name, "train").itemsize
+                self._config.images, images, plans[name], patch, self._store.stream(name, "train").itemsize
             )
             for name, images in split.items()
             if images is not None

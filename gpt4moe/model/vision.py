@@ -32,7 +32,7 @@ STACK = "vision_layers"
 class VisionEncoder(nnx.Module):
     """Patches, leading tokens, `blocks` stacked over layers.
 
-    patch [patch * patch * 3, D], the pixels of a patch by rows, columns, colours; positions [P, D], of patches by rows;
+    patch [patch height * width * 3, D], the pixels of a patch by rows, columns, colours; positions [P, D], by rows;
     leading [class token and registers, D], which hold their own positions. D is the encoder's width, not the decoder's.
     Matrices have deviation fan_in^-1/2, those that write to the residual stream 1/sqrt(2L) of it; leading tokens
     D^-1/2, positions 1, as patches have: where a sign stands is heard as loud as what it is from the first step on.
@@ -43,7 +43,7 @@ class VisionEncoder(nnx.Module):
     ):
         dim, epsilon = config.dim, config.norm_epsilon
         self.patch = Linear(
-            None, (config.patch_size**2 * 3, dim), ("patch", "vision_embed"), rngs, has_bias=config.patch_bias
+            None, (config.patch_values, dim), ("patch", "vision_embed"), rngs, has_bias=config.patch_bias
         )
         patches = config.grid[0] * config.grid[1]
         self.positions = learned_table(patches, dim, rngs) if config.positions == "learned" else None
@@ -66,7 +66,7 @@ class VisionEncoder(nnx.Module):
         size, expected = images.shape[-3:-1], (config.height, config.width)
         require(size == expected, "images' height and width", size, f"must be {expected}, those of EncoderConfig")
         images_I = images.reshape(-1, *images.shape[-3:])
-        patches = _patches(_normalised(images_I, config).astype(self.compute_dtype), config.patch_size)
+        patches = _patches(_normalised(images_I, config).astype(self.compute_dtype), *config.patch)
         x_IPD = self.by_row(self.patch(patches))
         if self.positions is not None:
             x_IPD = x_IPD + self.positions[...].astype(x_IPD.dtype)
@@ -167,8 +167,8 @@ def _normalised(images_I: Array, config: EncoderConfig) -> Array:
     return (images_I.astype(jnp.float32) / 255 - mean) / std
 
 
-def _patches(images_I: Array, patch: int) -> Array:
-    """[I, height, width, 3] as [I, P, patch * patch * 3]."""
+def _patches(images_I: Array, high: int, wide: int) -> Array:
+    """[I, height, width, 3] as [I, P, high * wide * 3]."""
     count, height, width, colours = images_I.shape
-    split = images_I.reshape(count, height // patch, patch, width // patch, patch, colours)
-    return split.swapaxes(2, 3).reshape(count, -1, patch * patch * colours)
+    split = images_I.reshape(count, height // high, high, width // wide, wide, colours)
+    return split.swapaxes(2, 3).reshape(count, -1, high * wide * colours)

@@ -131,7 +131,7 @@ def say_what_begins(start: Beginning) -> None:
         tokens = f"{store.num_tokens(name, 'train'):,} tokens in {packing['rows']:,} rows, {packing['fill']:.1%} full"
         say(f"source {name}: {tokens}, {packing['split_documents']:,} documents longer than a row")
     if run.model.vision:
-        for line in format_image_bytes(rows.image_bytes(run.model.vision.encoder.patch_size)):
+        for line in format_image_bytes(rows.image_bytes(run.model.vision.encoder.patch)):
             say(line)
     planned, there = schedule.planned_tokens(run.train), rows.total_tokens()
     if there is not None and there < planned:

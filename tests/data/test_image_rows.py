@@ -215,8 +215,10 @@ def test_bytes_a_patch_and_a_token_are_counted(tmp_path):
     config = config_of(many(20), images=dataclasses.replace(IMAGES, height=28, width=14))
     store = open_store(config, tmp_path)
     rows = TrainRows(store, config, microbatch_rows=2)
-    counted = rows.image_bytes(patch_size=14)["pictures"]
+    counted = rows.image_bytes((14, 14))["pictures"]
     assert counted.images == 20 and counted.patches == 2 and counted.fed_per_patch == 588
+    assert rows.image_bytes((28, 7))["pictures"].patches == 2  # as high as the image, half as wide
+    assert rows.image_bytes((28, 14))["pictures"].fed_per_patch == 2 * 588
     stored = (store.directory / "pictures.train.images").stat().st_size
     assert counted.stored_per_patch == pytest.approx(stored / 40)
     fed = sum(batch.images.nbytes for batch in rows)

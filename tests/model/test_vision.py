@@ -52,6 +52,32 @@ def test_a_feature_for_each_patch_and_leading_token(config, lead):
     assert np.isfinite(features).all()
 
 
+@pytest.mark.parametrize(("high", "wide"), [(12, 2), (3, 8), (6, 4)])
+def test_a_patch_need_not_be_square(high, wide):
+    """What a patch holds, by hand: its pixels by rows, columns, colours; patches by rows."""
+    config = dataclasses.replace(LEARNED, patch_size=high, patch_width=wide)
+    rows, columns = config.grid
+    assert (rows, columns) == (12 // high, 8 // wide)
+    assert _features(_encoder(config), _bytes(1)).shape == (1, rows * columns, config.dim)
+    images = np.arange(12 * 8 * 3).reshape(1, 12, 8, 3)
+    patches = np.asarray(vision._patches(jnp.asarray(images), high, wide))
+    by_hand = [
+        images[0, row * high : (row + 1) * high, column * wide : (column + 1) * wide].reshape(-1)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    np.testing.assert_array_equal(patches[0], by_hand)
+
+
+def test_patches_that_do_not_divide_are_refused():
+    with pytest.raises(
+        CallerError, match=r"EncoderConfig.width=8 must be a multiple of patch_width \(3\); change width"
+    ):
+        dataclasses.replace(LEARNED, patch_width=3)
+    with pytest.raises(CallerError, match=r"EncoderConfig.height=12 must be a multiple of patch_size \(8\); change"):
+        dataclasses.replace(LEARNED, patch_size=8, patch_width=8)
+
+
 def test_more_frames_than_embeddings_are_refused():
     encoder = VisionEncoder(dataclasses.replace(LEARNED, max_frames=2), "float32", "none", nnx.Rngs(0))
     one, two = _features(encoder, np.stack([_bytes(1), _bytes(1)], axis=1))[0]
