@@ -10,6 +10,7 @@ from gpt4moe.config.check import (
     require_count,
     require_flag,
     require_fraction,
+    require_instance,
     require_not_negative,
     require_positive,
     require_seed,
@@ -100,6 +101,9 @@ class ImageConfig:
         require(self.fit in FITS, "ImageConfig.fit", self.fit, f"must be in {FITS}")
         tiled = self.fit != "tile" or self.frames > 1
         require(tiled, "ImageConfig.frames", self.frames, "must be above 1 where fit is 'tile'")
+        constraint = f"must hold what the model sees, height x width ({self.height} x {self.width} pixels)"
+        fits = self.height * self.width <= self.max_pixels
+        require(fits, "ImageConfig.max_pixels", self.max_pixels, constraint, "raise it, or lower height and width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +132,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
         require(bool(self.sources), "sources", self.sources, "must name at least one source")
+        for source in self.sources:
+            require_instance("sources", source, SourceConfig)
+        require_instance("tokenizer", self.tokenizer, TokenizerConfig)
+        require_instance("images", self.images, ImageConfig, optional=True)
         names = [source.name for source in self.sources]
         require(len(set(names)) == len(names), "sources", names, "must have different names")
         trained = any(source.is_trained for source in self.sources)
