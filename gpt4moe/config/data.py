@@ -30,7 +30,7 @@ class SourceConfig:
     `paths` are files, directories or globs of .txt .md .py .jsonl[.gz|.zst] .parquet .array_record; `text_field` is
     the text column or key of those that have one. `image_field` says that the files hold images with text, and
     names the column or key of the images (see `gpt4moe.data.image_readers`): .parquet, .jsonl and .tar, or .png
-    .jpg .jpeg .webp .gif with a .txt or .json of the same name. `documents` is behind the contract of
+    .jpg .jpeg .webp .gif .bmp with a .txt or .json of the same name. `documents` is behind the contract of
     `gpt4moe.data.sources`; it gives images by itself. `weight` is the share of training tokens (relative to the
     other sources); 0: the source is never trained on and all of it is held out, to see how well a model does on a
     kind of text that it has not met. `max_epochs` caps how often the source is seen, after which it leaves the

@@ -24,6 +24,7 @@ from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.data.assemble import assemble
 from gpt4moe.data.encode import Unit, UnitCounts, encode_unit, end_with_parent
 from gpt4moe.data.files import FilePart, cut_file, find_files
+from gpt4moe.data.image_readers import READERS_VERSION
 from gpt4moe.data.sample import training_texts
 from gpt4moe.data.sources import source_identity
 from gpt4moe.data.spool import SPOOL_FIELDS, spool_documents
@@ -111,7 +112,8 @@ def store_hash(config: DataConfig) -> str:
 def _read_of(config: DataConfig, source: SourceConfig) -> dict:
     """What the documents of a source depend on beside itself. That a function will give images is not known yet."""
     split = {} if source.is_trained else {"held_out": "all"}
-    return split | ({"max_pixels": _max_pixels(config, source)} if source.image_field else {})
+    of_images = {"readers": READERS_VERSION, "max_pixels": _max_pixels(config, source)} if source.image_field else {}
+    return split | of_images
 
 
 def _max_pixels(config: DataConfig, source: SourceConfig) -> int:
