@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -205,6 +204,10 @@ def _prepare(args: argparse.Namespace) -> int:
     run, _ = build_run(args.gin_file, args.overrides, args.gin_search_paths)
     from gpt4moe.data.prepare import format_report, prepare
 
+    if run.train.init_from is not None:  # only then: a checkpoint is looked into with JAX
+        from gpt4moe.train.resume import inherit_tokenizer
+
+        run = inherit_tokenizer(run)
     directory = run.data.store or os.path.join(args.workdir, "data")
     done = prepare(run.data, directory, workers=args.workers, progress=_progress)
     _print(args, _plain(done), lambda _: format_report(done))
@@ -227,11 +230,13 @@ def _report_sweep(args: argparse.Namespace) -> int:
 
 
 def _report_run(args: argparse.Namespace) -> int:
+    from gpt4moe.analysis.given_texts import given_texts
     from gpt4moe.analysis.history import read_history
     from gpt4moe.analysis.report import write_report
 
     read_history(args.workdir)  # a folder without a run is refused before anything slow
-    given = _given_texts(args)
+    given = given_texts(args.prompt, args.text)
+    require(not (given and args.no_capture), "--no_capture", True, "leaves no model to read texts", "leave it out")
     page, choices, reading, document, lines = None, None, "", {}, []
     if not args.no_capture and (trained := _to_examine(args, given)):
         from gpt4moe.analysis import choice_figures, expert_page
@@ -291,33 +296,6 @@ def _to_examine(args: argparse.Namespace, given: dict[str, str]):
         _progress("no checkpoint: the figures are those of the log alone")
         return None
     return load(args.workdir, step=args.step, mesh=_mesh(args))
-
-
-def _given_texts(args: argparse.Namespace) -> dict[str, str]:
-    """The texts of --prompt and --text by the names that the page gives them."""
-    given = bool(args.prompt or args.text)
-    require(not (given and args.no_capture), "--no_capture", True, "leaves no model to read texts", "leave it out")
-    texts = {}
-    for number, prompt in enumerate(args.prompt, 1):
-        texts[f"prompt {number}"] = _as_text("--prompt", prompt, prompt.encode(errors="surrogateescape"))
-    for path in args.text:
-        texts["standard input" if path == "-" else path] = _as_text("--text", path, _bytes_of(path))
-    return texts
-
-
-def _bytes_of(path: str) -> bytes:
-    """A file, or standard input."""
-    if path == "-":
-        return sys.stdin.buffer.read()
-    require(os.path.isfile(path), "--text", path, "is not a file", "name a text file, or - for standard input")
-    return pathlib.Path(path).read_bytes()
-
-
-def _as_text(flag: str, name: str, raw: bytes) -> str:
-    require(bool(raw), flag, name, "is empty", "give some text")
-    is_text = raw.decode(errors="ignore").encode() == raw
-    require(is_text, flag, name, "is not UTF-8", "convert it, as with iconv -t utf-8")
-    return raw.decode()
 
 
 def _compile(args: argparse.Namespace) -> int:

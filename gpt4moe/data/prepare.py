@@ -37,6 +37,8 @@ STORE_VERSION = 1
 UNIT_BYTES = 32_000_000
 # Below this many bytes a worker process costs more to start than it saves.
 WORKER_BYTES = 100_000_000
+# Of a source, on the terminal.
+SHOWN_BAD_RECORDS = 5
 
 
 def prepare(
@@ -90,8 +92,18 @@ def format_report(report: PrepareReport) -> str:
     rows += [(source.name, *(f"{getattr(source, name):,}" for name in names)) for source in report.sources]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines += [f"bad record: {example}" for source in report.sources for example in source.bad_examples]
+    lines += [line for source in report.sources for line in _bad_records(source, report.directory)]
     return "\n".join([*lines, f"vocabulary {report.vocab_size}, tokens in {report.directory}"])
+
+
+def _bad_records(source: SourceReport, directory: str) -> list[str]:
+    """The first few by name, and how many more there are."""
+    lines = [f"bad record: {example}" for example in source.bad_examples[:SHOWN_BAD_RECORDS]]
+    more, named = source.bad_records - len(lines), len(source.bad_examples)
+    there = (
+        f"{pathlib.Path(directory) / REPORT_FILE} names {'all' if named == source.bad_records else f'{named} of them'}"
+    )
+    return [*lines, f"and {more:,} more bad records of {source.name}: {there}"] if more else lines
 
 
 def store_hash(config: DataConfig) -> str:
