@@ -21,7 +21,7 @@ from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.optimizer import OptimizerConfig
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.configure import build_compile, build_model_and_optimizer, build_run, build_sweep, saved_run
+from gpt4moe.configure import build_compile, build_parts, build_run, build_sweep, saved_run
 
 DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, flags.CALLER_MISTAKE, 3
 MISTAKES = (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -149,7 +149,7 @@ def _transcribe(model, run) -> dict:
     from gpt4moe.infer.transcribe import transcribe
     from gpt4moe.train.evaluate import trained_store
 
-    return transcribe(model, trained_store(run, model.workdir, model.step))
+    return transcribe(model, trained_store(run, model.workdir, model.step), progress=_progress)
 
 
 def _read_table(read: dict) -> list[str]:
@@ -166,6 +166,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     mesh = _mesh(args).for_generation()
     run = dataclasses.replace(run, mesh=mesh)  # evaluation lays its batches over it
     model = trained.restore(run, args.workdir, step=args.step, mesh=mesh)
+    _progress("computing the loss of held-out text")
     evaluation = evaluate.evaluate_trained(model.model, run, args.workdir, step=model.step)
     read = _transcribe(model, run)
     document = evaluate.to_document(evaluation)
@@ -308,10 +309,11 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    model, optimizer = build_model_and_optimizer(args.gin_file, args.overrides, args.gin_search_paths)
+    model, optimizer, data = build_parts(args.gin_file, args.overrides, args.gin_search_paths)
     from gpt4moe.accounting import summary
 
-    document = summary.summarize(model, _num_trained(model, optimizer))
+    frames = data.images.frames if data and data.images else None
+    document = summary.summarize(model, _num_trained(model, optimizer), frames)
     if args.paths:
         from gpt4moe.train import trainable
 
@@ -322,7 +324,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     given = (args.gin_file, args.overrides, args.gin_search_paths)
-    model, optimizer = build_model_and_optimizer(*given) if args.gin_file else (None, None)
+    model, optimizer, _ = build_parts(*given) if args.gin_file else (None, None, None)
     from gpt4moe.plan import doctor
 
     trained = _num_trained(model, optimizer)
