@@ -18,6 +18,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -66,6 +67,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps to train with each number of threads; 0: none")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
+    for name, least in (("digits", 1), ("pages", 1), ("steps", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name}={getattr(arguments, name)} must be at least {least}")
+    if not (0 < arguments.seconds < math.inf):
+        parser.error(f"--seconds={arguments.seconds} must be a number above 0")
     small, large = ImageConfig(height=16, width=48, per_row=16), ImageConfig(height=448, width=448, per_row=2)
     # Drawn in this process, whose CPU time is measured, and not by as many as there are cores.
     digits, pages = map(inspect.unwrap, (rendered.digits, rendered.pages))
@@ -127,14 +133,16 @@ def counted(kind: Kind, store: TokenStore, config: DataConfig) -> dict:
 
 
 def images_per_second(store: TokenStore, config: DataConfig, workers: int, seconds: float) -> float:
-    """Images decoded into batches by wall clock, nothing else being done with the batches."""
+    """Images decoded into batches, of which there is one at least, by wall clock; nothing else is done with them."""
     config = dataclasses.replace(config, images=dataclasses.replace(config.images, workers=workers))
     rows = TrainRows(store, config, microbatch_rows=MICROBATCH_ROWS)
     next(rows)
-    images, start = 0, time.perf_counter()
-    for batch in itertools.takewhile(lambda _: time.perf_counter() - start < seconds, rows):
+    images, start, elapsed = 0, time.perf_counter(), 0.0
+    while elapsed < seconds:
+        batch = next(rows)
         images += int(batch.image_valid.any(axis=tuple(range(2, batch.image_valid.ndim))).sum())
-    return images / (time.perf_counter() - start)
+        elapsed = time.perf_counter() - start
+    return images / elapsed
 
 
 def waiting(steps: int) -> dict:

@@ -181,11 +181,17 @@ def restore(
 
 
 def check_shapes(
-    workdir: epath.PathLike, step: int, abstract: PyTree, *, layer_order: Sequence[int] | None = None
+    workdir: epath.PathLike,
+    step: int,
+    abstract: PyTree,
+    *,
+    layer_order: Sequence[int] | None = None,
+    setting: str | None = None,
 ) -> None:
     """Raises `CallerError` where a step lacks an array of `abstract` or has it in another shape.
 
-    Stacks of layers are compared by the layers they hold, in whatever order and with whatever padding.
+    Stacks of layers are compared by the layers they hold, in whatever order and with whatever padding. `setting`: what
+    named the work directory, where that is not the run's own.
     """
     path, saved = checkpoint_directory(workdir) / str(step), _saved_arrays(workdir, step)
     stacked, held = _stacked(abstract), _saved_order(workdir, step)
@@ -198,13 +204,9 @@ def check_shapes(
         if name in there and there[name] != shape
     ]
     more = f" and {len(wrong) - _SHOWN_NAMES} more" if len(wrong) > _SHOWN_NAMES else ""
-    require(
-        not wrong,
-        "checkpoint",
-        str(path),
-        f"is of another model: {', '.join(wrong[:_SHOWN_NAMES])}{more}",
-        "use the configuration it was trained with, or another workdir",
-    )
+    constraint = f"is of another model: {', '.join(wrong[:_SHOWN_NAMES])}{more}"
+    mend = f"use the configuration it was trained with, or another {setting or 'workdir'}"
+    require(not wrong, setting or "checkpoint", str(workdir if setting else path), constraint, mend)
 
 
 def saved_names(workdir: epath.PathLike, step: int) -> list[str]:

@@ -23,6 +23,8 @@ from typing import Any
 from gpt4moe.config.check import CallerError, one_line, require
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Of a file, where none is near what was typed.
+SHOWN_MACROS = 8
 DYNAMIC_REGISTRATION = "from __gin__ import dynamic_registration"
 
 
@@ -93,14 +95,22 @@ def build_model(gin_files: Sequence[str], overrides: Sequence[str] = (), search_
     return config
 
 
-def build_model_and_optimizer(
-    gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()
-) -> tuple:
-    """Returns (`ModelConfig`, `OptimizerConfig`) of a run file; of a model file the second is None."""
+def build_parts(gin_files: Sequence[str], overrides: Sequence[str] = (), search_paths: Sequence[str] = ()) -> tuple:
+    """Returns (`ModelConfig`, `OptimizerConfig`, `DataConfig`) of a run file; of a model file the others are None.
+
+    Paths that the file leaves to its user (`DATA_PATHS`) need not be given.
+    """
+    import gin
+
+    from gpt4moe.config.data import DataConfig
     from gpt4moe.config.optimizer import OptimizerConfig
 
     model = build_model(gin_files, overrides, search_paths)
-    return model, _construct(OptimizerConfig, gin_files) if _is_bound(OptimizerConfig) else None
+    optimizer = _construct(OptimizerConfig, gin_files) if _is_bound(OptimizerConfig) else None
+    for name in _macros():
+        if name.endswith("PATHS") and gin.query_parameter(f"{name}/gin.macro.value") == ():
+            gin.bind_parameter(f"{name}/gin.macro.value", (name,))
+    return model, optimizer, _construct(DataConfig, gin_files) if _is_bound(DataConfig, "sources") else None
 
 
 def saved_run(workdir: str | os.PathLike) -> tuple:
@@ -301,13 +311,18 @@ def _near(name: str) -> str:
     """`; did you mean ...?` with the macros and parameters whose names are near."""
     import gin
 
-    known = set(_macros())
+    macros = [macro for macro in _macros() if macro != name]
+    known = set(macros)
     for _, selector in gin.config._CONFIG:
         config_type = _library_type(selector)
         fields = dataclasses.fields(config_type) if config_type else ()
         known.update(f"{selector.removeprefix('gpt4moe.config.')}.{field.name}" for field in fields)
     close = difflib.get_close_matches(name, sorted(known - {name}), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known macros: {', '.join(_macros())}"
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    nearest = difflib.get_close_matches(name, macros, n=SHOWN_MACROS, cutoff=0.0)
+    more = len(macros) - len(nearest)
+    return f"; known macros: {', '.join(nearest)}{f' and {more} others' if more else ''}"
 
 
 def _library_type(selector: str) -> type | None:
@@ -323,11 +338,13 @@ def _macros() -> list[str]:
     return sorted(scope for scope, selector in gin.config._CONFIG if selector == "gin.macro")
 
 
-def _is_bound(config_type: type) -> bool:
+def _is_bound(config_type: type, field: str | None = None) -> bool:
+    """Whether a file binds the class, or this field of it."""
     import gin
 
     name = f"{config_type.__module__}.{config_type.__name__}"
-    return any(selector == name for _, selector in gin.config._CONFIG)
+    bound = (values for (_, selector), values in gin.config._CONFIG.items() if selector == name)
+    return any(field is None or field in values for values in bound)
 
 
 def _not_gin_search(record: logging.LogRecord) -> bool:

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.optimizer import OptimizerConfig
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.configure import build_compile, build_model_and_optimizer, build_run, build_sweep, saved_run
+from gpt4moe.configure import build_compile, build_parts, build_run, build_sweep, saved_run
 
 DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, flags.CALLER_MISTAKE, 3
 MISTAKES = (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -150,7 +149,7 @@ def _transcribe(model, run) -> dict:
     from gpt4moe.infer.transcribe import transcribe
     from gpt4moe.train.evaluate import trained_store
 
-    return transcribe(model, trained_store(run, model.workdir, model.step))
+    return transcribe(model, trained_store(run, model.workdir, model.step), progress=_progress)
 
 
 def _read_table(read: dict) -> list[str]:
@@ -167,6 +166,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     mesh = _mesh(args).for_generation()
     run = dataclasses.replace(run, mesh=mesh)  # evaluation lays its batches over it
     model = trained.restore(run, args.workdir, step=args.step, mesh=mesh)
+    _progress("computing the loss of held-out text")
     evaluation = evaluate.evaluate_trained(model.model, run, args.workdir, step=model.step)
     read = _transcribe(model, run)
     document = evaluate.to_document(evaluation)
@@ -205,6 +205,10 @@ def _prepare(args: argparse.Namespace) -> int:
     run, _ = build_run(args.gin_file, args.overrides, args.gin_search_paths)
     from gpt4moe.data.prepare import format_report, prepare
 
+    if run.train.init_from is not None:  # only then: a checkpoint is looked into with JAX
+        from gpt4moe.train.resume import inherit_tokenizer
+
+        run = inherit_tokenizer(run)
     directory = run.data.store or os.path.join(args.workdir, "data")
     done = prepare(run.data, directory, workers=args.workers, progress=_progress)
     _print(args, _plain(done), lambda _: format_report(done))
@@ -227,11 +231,13 @@ def _report_sweep(args: argparse.Namespace) -> int:
 
 
 def _report_run(args: argparse.Namespace) -> int:
+    from gpt4moe.analysis.given_texts import given_texts
     from gpt4moe.analysis.history import read_history
     from gpt4moe.analysis.report import write_report
 
     read_history(args.workdir)  # a folder without a run is refused before anything slow
-    given = _given_texts(args)
+    given = given_texts(args.prompt, args.text)
+    require(not (given and args.no_capture), "--no_capture", True, "leaves no model to read texts", "leave it out")
     page, choices, reading, document, lines = None, None, "", {}, []
     if not args.no_capture and (trained := _to_examine(args, given)):
         from gpt4moe.analysis import choice_figures, expert_page
@@ -293,33 +299,6 @@ def _to_examine(args: argparse.Namespace, given: dict[str, str]):
     return load(args.workdir, step=args.step, mesh=_mesh(args))
 
 
-def _given_texts(args: argparse.Namespace) -> dict[str, str]:
-    """The texts of --prompt and --text by the names that the page gives them."""
-    given = bool(args.prompt or args.text)
-    require(not (given and args.no_capture), "--no_capture", True, "leaves no model to read texts", "leave it out")
-    texts = {}
-    for number, prompt in enumerate(args.prompt, 1):
-        texts[f"prompt {number}"] = _as_text("--prompt", prompt, prompt.encode(errors="surrogateescape"))
-    for path in args.text:
-        texts["standard input" if path == "-" else path] = _as_text("--text", path, _bytes_of(path))
-    return texts
-
-
-def _bytes_of(path: str) -> bytes:
-    """A file, or standard input."""
-    if path == "-":
-        return sys.stdin.buffer.read()
-    require(os.path.isfile(path), "--text", path, "is not a file", "name a text file, or - for standard input")
-    return pathlib.Path(path).read_bytes()
-
-
-def _as_text(flag: str, name: str, raw: bytes) -> str:
-    require(bool(raw), flag, name, "is empty", "give some text")
-    is_text = raw.decode(errors="ignore").encode() == raw
-    require(is_text, flag, name, "is not UTF-8", "convert it, as with iconv -t utf-8")
-    return raw.decode()
-
-
 def _compile(args: argparse.Namespace) -> int:
     given = {"topology": args.topology, "slices": args.slices}
     run, config = build_compile(args.gin_file, args.overrides, args.gin_search_paths, **given)
@@ -330,10 +309,11 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    model, optimizer = build_model_and_optimizer(args.gin_file, args.overrides, args.gin_search_paths)
+    model, optimizer, data = build_parts(args.gin_file, args.overrides, args.gin_search_paths)
     from gpt4moe.accounting import summary
 
-    document = summary.summarize(model, _num_trained(model, optimizer))
+    frames = data.images.frames if data and data.images else None
+    document = summary.summarize(model, _num_trained(model, optimizer), frames)
     if args.paths:
         from gpt4moe.train import trainable
 
@@ -344,7 +324,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     given = (args.gin_file, args.overrides, args.gin_search_paths)
-    model, optimizer = build_model_and_optimizer(*given) if args.gin_file else (None, None)
+    model, optimizer, _ = build_parts(*given) if args.gin_file else (None, None, None)
     from gpt4moe.plan import doctor
 
     trained = _num_trained(model, optimizer)

@@ -266,6 +266,13 @@ def test_a_run_started_from_another_reads_with_its_tokenizer(corpus, workdir, tm
     document_of(capsys, inherits)
     assert (tmp_path / "run/tokenizer.json").read_text() == (workdir / "tokenizer.json").read_text()
     document_of(capsys, [*train_words(corpus, tmp_path / "own")[:-1], learns, one])
+    words = train_words(corpus, tmp_path / "ahead", f"--gin.INIT_FROM='{workdir}'", one, learns)
+    prepared = document_of(capsys, ["prepare", *words[1:4], *words[5:]])
+    words.remove("--json")
+    document_of(capsys, words)
+    assert [str(path) for path in (tmp_path / "ahead/data").glob("store-*")] == [prepared["directory"]]
+    nowhere = f"--gin.INIT_FROM='{tmp_path}/nowhere'"
+    assert "has no complete checkpoint" in refusal_of(capsys, ["prepare", *words[1:4], nowhere])
     clashes = train_words(corpus, tmp_path / "other", f"--gin.INIT_FROM='{tmp_path / 'own'}'", one)
     assert "is not the one of INIT_FROM" in refusal_of(capsys, clashes)
     assert not (tmp_path / "other").exists()

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -150,6 +151,50 @@ def test_inspect_prints_one_json_document_and_nothing_else(capsys):
     assert round(document["parameters"]["experts"] / 16 / 1e9, 2) == 110.98
     assert round(document["total"] / 1e9, 1) == 1832.6
     assert captured.err == ""
+
+
+def test_inspect_counts_the_frames_of_a_clip(capsys):
+    words = ["inspect", "--gin_file=gin_configs/run/vision_from_start.gin", "--json"]
+    changes = ([], ["--gin.IMAGE_FRAMES=4"], ["--gin.vision.EncoderConfig.max_frames=4"])
+    found = []
+    for change in changes:
+        assert main([*words, *change]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    for name in ("features_per_image", "input_bytes_per_image", "forward_flops_per_image", "cache_bytes_per_image"):
+        assert [document[name] / found[0][name] for document in found] == [1, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("IMAGES_PER_ROW=0", "ImageConfig.per_row=0 must be an integer of at least 1"),
+        ("VISION_WEIGHT=-1", "weight=-1 must be a number of at least 0"),
+        ("IMAGE_WORKERS=-1", "ImageConfig.workers=-1 must be an integer of at least 0"),
+    ],
+)
+def test_inspect_refuses_what_the_data_cannot_be(override, message, capsys):
+    assert main(["inspect", "--gin_file=gin_configs/run/vision_from_start.gin", f"--gin.{override}"]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_inspect_needs_no_paths_but_checks_those_given(capsys):
+    words = ["inspect", "--gin_file=gin_configs/run/files.gin"]
+    assert main(words) == 0
+    assert main([*words, "--gin.DATA_PATHS=[3]"]) == 2
+    assert "paths=[3] must be text" in capsys.readouterr().err
+    assert main([*words, "--gin.DATA_EPOCHS=-1"]) == 2
+
+
+def test_a_macro_near_to_none_is_answered_with_a_few_others():
+    for name in ("QQQQ", "zzz"):
+        with pytest.raises(CallerError) as caught:
+            build_run([TINY], [f"{name} = 3"])
+        listed, _, more = str(caught.value).partition("known macros: ")[2].rpartition(" and ")
+        names = listed.split(", ")
+        assert len(names) == 8 and name not in names
+        macros = re.findall(r"^(\w+) = ", build_run([TINY])[1], re.MULTILINE)
+        assert more.endswith(" others") and int(more.split()[0]) >= len(macros) - 8
 
 
 def test_includes_resolve_from_a_foreign_directory(tmp_path):

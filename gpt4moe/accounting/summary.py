@@ -9,10 +9,11 @@ from gpt4moe.accounting import flops, memory, parameters, vision
 from gpt4moe.config.model import ModelConfig
 
 
-def summarize(config: ModelConfig, num_trained: int | None = None) -> dict:
+def summarize(config: ModelConfig, num_trained: int | None = None, frames: int | None = None) -> dict:
     """Returns the JSON document of `inspect`: counts in parameters, FLOPs a token, bytes.
 
-    num_trained: parameters that are not frozen, None for all.
+    num_trained: parameters that are not frozen, None for all. frames: of an image (a clip or a tiled page), None for as
+    many as the encoder tells apart.
     """
     counted = parameters.count(config)
     length = config.context_length
@@ -29,17 +30,18 @@ def summarize(config: ModelConfig, num_trained: int | None = None) -> dict:
         "train_state_bytes": memory.train_state_bytes(config, num_trained),
         "weight_bytes": memory.weight_bytes(config),
         "cache_bytes_per_token": memory.cache_bytes_per_token(config),
-    } | (_images(config) if config.vision else {})
+    } | (_images(config, frames or config.vision.encoder.max_frames) if config.vision else {})
 
 
-def _images(config: ModelConfig) -> dict:
-    """What one image of one frame costs."""
+def _images(config: ModelConfig, frames: int) -> dict:
+    """What one image of so many frames costs."""
     per_value = memory.DTYPE_BYTES[config.compute_dtype]
     return {
-        "features_per_image": config.vision.features_per_image(),
-        "forward_flops_per_image": vision.flops_per_image(config),
-        "cache_bytes_per_image": vision.cache_bytes_per_image(config, per_value),
-        "input_bytes_per_image": vision.input_bytes_per_image(config.vision.encoder),
+        "frames_per_image": frames,
+        "features_per_image": config.vision.features_per_image(frames),
+        "forward_flops_per_image": vision.flops_per_image(config, frames),
+        "cache_bytes_per_image": vision.cache_bytes_per_image(config, per_value, frames),
+        "input_bytes_per_image": vision.input_bytes_per_image(config.vision.encoder, frames),
     }
 
 
@@ -65,7 +67,8 @@ def format_summary(document: dict) -> str:
     lines.append(f"key/value cache               {scaled(document['cache_bytes_per_token'])}B a token")
     if "features_per_image" in document:
         seen, fed = document["features_per_image"], scaled(document["input_bytes_per_image"])
-        lines.append(f"an image                      {seen:,} features, {fed}B of pixels fed")
+        frames = f" ({document['frames_per_image']} frames)" if document["frames_per_image"] > 1 else ""
+        lines.append(f"{f'an image{frames}':<30}{seen:,} features, {fed}B of pixels fed")
         lines.append(f"forward of an image           {scaled(document['forward_flops_per_image'])}FLOP")
         lines.append(f"keys and values of an image   {scaled(document['cache_bytes_per_image'])}B")
     return "\n".join((*lines, *_listed(document.get("paths", ()))))

@@ -25,6 +25,21 @@ def one_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def require_instance(setting: str, value: object, kind: type, *, optional: bool = False) -> None:
+    """Raises unless `value` is a `kind`, or None where it is `optional`; a class itself is `@kind` without its `()`."""
+    if isinstance(value, type):
+        name = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+        raise CallerError(f"{setting}=@{value.__name__} is a class, not one of its objects; write @{name}()")
+    article = "an" if kind.__name__[0] in "AEIO" else "a"
+    constraint = f"must be {article} {kind.__name__}" + (" or None" if optional else "")
+    require(isinstance(value, kind) or (optional and value is None), setting, value, constraint)
+
+
+def require_number(setting: str, value: int | float) -> None:
+    """Raises unless `value` is a finite number."""
+    require(_is_number(value), setting, value, "must be a finite number")
+
+
 def require_positive(setting: str, value: int | float | None) -> None:
     """Raises unless `value` is a finite number above zero."""
     require(_is_number(value) and value > 0, setting, value, "must be a number above 0")

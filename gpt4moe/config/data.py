@@ -10,6 +10,7 @@ from gpt4moe.config.check import (
     require_count,
     require_flag,
     require_fraction,
+    require_instance,
     require_not_negative,
     require_positive,
     require_seed,
@@ -29,7 +30,7 @@ class SourceConfig:
     `paths` are files, directories or globs of .txt .md .py .jsonl[.gz|.zst] .parquet .array_record; `text_field` is
     the text column or key of those that have one. `image_field` says that the files hold images with text, and
     names the column or key of the images (see `gpt4moe.data.image_readers`): .parquet, .jsonl and .tar, or .png
-    .jpg .jpeg .webp .gif with a .txt or .json of the same name. `documents` is behind the contract of
+    .jpg .jpeg .webp .gif .bmp with a .txt or .json of the same name. `documents` is behind the contract of
     `gpt4moe.data.sources`; it gives images by itself. `weight` is the share of training tokens (relative to the
     other sources); 0: the source is never trained on and all of it is held out, to see how well a model does on a
     kind of text that it has not met. `max_epochs` caps how often the source is seen, after which it leaves the
@@ -100,6 +101,9 @@ class ImageConfig:
         require(self.fit in FITS, "ImageConfig.fit", self.fit, f"must be in {FITS}")
         tiled = self.fit != "tile" or self.frames > 1
         require(tiled, "ImageConfig.frames", self.frames, "must be above 1 where fit is 'tile'")
+        constraint = f"must hold what the model sees, height x width ({self.height} x {self.width} pixels)"
+        fits = self.height * self.width <= self.max_pixels
+        require(fits, "ImageConfig.max_pixels", self.max_pixels, constraint, "raise it, or lower height and width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +132,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
         require(bool(self.sources), "sources", self.sources, "must name at least one source")
+        for source in self.sources:
+            require_instance("sources", source, SourceConfig)
+        require_instance("tokenizer", self.tokenizer, TokenizerConfig)
+        require_instance("images", self.images, ImageConfig, optional=True)
         names = [source.name for source in self.sources]
         require(len(set(names)) == len(names), "sources", names, "must have different names")
         trained = any(source.is_trained for source in self.sources)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from gpt4moe.config.attention import AttentionConfig
-from gpt4moe.config.check import require, require_count, require_flag, require_positive
+from gpt4moe.config.check import require, require_count, require_flag, require_instance, require_positive
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.vision import VisionConfig
 
@@ -43,8 +43,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "model_dim", "vocab_size", "context_length", "moe_every"):
             require_count(name, getattr(self, name))
-        require(isinstance(self.attention, AttentionConfig), "attention", self.attention, "must be an AttentionConfig")
-        require(isinstance(self.moe, MoeConfig), "moe", self.moe, "must be a MoeConfig")
+        require_instance("attention", self.attention, AttentionConfig)
+        require_instance("moe", self.moe, MoeConfig)
         require_flag("tie_embeddings", self.tie_embeddings)
         require_positive("norm_epsilon", self.norm_epsilon)
         require(
@@ -78,8 +78,7 @@ class ModelConfig:
             require_count("dense_hidden_dim", self.dense_hidden_dim)
 
     def _check_vision(self) -> None:
-        kind = isinstance(self.vision, VisionConfig | None)
-        require(kind, "vision", self.vision, "must be a VisionConfig or None")
+        require_instance("vision", self.vision, VisionConfig, optional=True)
         if self.vision is None:
             return
         cross, layers = self.vision.cross_attention, self.num_layers - self.leading_dense_layers

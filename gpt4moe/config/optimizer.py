@@ -10,6 +10,7 @@ from gpt4moe.config.check import (
     require,
     require_count,
     require_fraction,
+    require_instance,
     require_not_negative,
     require_positive,
     require_texts,
@@ -74,6 +75,7 @@ class OptimizerConfig:
         require_not_negative("weight_decay", self.weight_decay)
         if self.clip_norm is not None:
             require_positive("clip_norm", self.clip_norm)
+        require_instance("schedule", self.schedule, ScheduleConfig)
         require(self.build is None or callable(self.build), "build", self.build, "must be a function or None")
         object.__setattr__(self, "frozen", require_texts("frozen", self.frozen))
         begins = not self.frozen or not self.frozen[0].startswith(NOT_FROZEN)

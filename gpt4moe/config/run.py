@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from gpt4moe.config.check import require
+from gpt4moe.config.check import require, require_instance
 from gpt4moe.config.data import DataConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
@@ -39,7 +39,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), PARTS[field.name]
-            require(isinstance(value, kind), f"RunConfig.{field.name}", value, f"must be a {kind.__name__}")
+            require_instance(f"RunConfig.{field.name}", value, kind)
         length = self.data.sequence_length
         require(
             length <= self.model.context_length,

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt4moe.config.check import require, require_count, require_flag, require_positive
+from gpt4moe.config.check import (
+    require,
+    require_count,
+    require_flag,
+    require_instance,
+    require_number,
+    require_positive,
+)
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu")
 POSITIONS = ("learned", "rotary")
 NORMS = ("rms", "layer")
 GATES = ("scalar", "vector")
 SEEN = ("latest", "all")
+# Scores among the features of a frame are as many squared for every head: beyond this it is a mistake of a size.
+MOST_FEATURES = 65_536
 
 
 def _choice(setting: str, value: object, choices: tuple[str, ...]) -> None:
@@ -22,12 +31,12 @@ class EncoderConfig:
     """A vision transformer (Dosovitskiy et al. 2021): an image to one feature a patch, and its leading tokens.
 
     `height` and `width` are pixels, multiples of a patch's: `patch_size` high and `patch_width` wide, None for as wide
-    as high (PARSeq, Bautista and Atienza 2022, reads text in patches of 4 x 8). `positions` are a learned table, or
-    rotary over rows and columns (half of a head's dims each). `class_token` and `num_registers` learned tokens stand
-    before the patches and are features too. `max_frames` above 1 adds a learned embedding to the features of each
-    frame of a clip or tile of a page, which are alike otherwise, whatever their order. `norm_before` normalises what
-    goes into the blocks (CLIP), `norm_after` what comes out (SigLIP). Pixels arrive as bytes and are scaled to [0,
-    1], less `pixel_mean`, over `pixel_std`, on the device.
+    as high (PARSeq, Bautista and Atienza 2022, reads text in patches of 4 x 8), of at most `MOST_FEATURES` features a
+    frame. `positions` are a learned table, or rotary over rows and columns (half of a head's dims each). `class_token`
+    and `num_registers` learned tokens stand before the patches and are features too. `max_frames` above 1 adds a
+    learned embedding to the features of each frame of a clip or tile of a page, which are alike otherwise, whatever
+    their order. `norm_before` normalises what goes into the blocks (CLIP), `norm_after` what comes out (SigLIP). Pixels
+    arrive as bytes and are scaled to [0, 1], less `pixel_mean`, over `pixel_std`, on the device.
     """
 
     height: int
@@ -61,6 +70,10 @@ class EncoderConfig:
         for name, of, patch in zip(("height", "width"), ("patch_size", of_width), self.patch, strict=True):
             constraint, value = f"must be a multiple of {of} ({patch})", getattr(self, name)
             require(value % patch == 0, f"EncoderConfig.{name}", value, constraint, f"change {name} or {of}")
+        constraint = f"cuts a frame of {self.height} x {self.width} pixels into {self.num_features:,} features, above "
+        mend = "raise it, or lower height and width"
+        few = self.num_features <= MOST_FEATURES
+        require(few, "EncoderConfig.patch_size", self.patch_size, f"{constraint}{MOST_FEATURES:,}", mend)
         constraint = f"must be a multiple of num_heads ({self.num_heads})"
         require(self.dim % self.num_heads == 0, "EncoderConfig.dim", self.dim, constraint)
         _choice("EncoderConfig.positions", self.positions, POSITIONS)
@@ -72,11 +85,13 @@ class EncoderConfig:
         _choice("EncoderConfig.activation", self.activation, ACTIVATIONS)
         require_positive("EncoderConfig.norm_epsilon", self.norm_epsilon)
         require_positive("EncoderConfig.rope_theta", self.rope_theta)
-        for name in ("pixel_mean", "pixel_std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            require(len(getattr(self, name)) == 3, f"EncoderConfig.{name}", getattr(self, name), "must be of 3 colours")
-        for value in self.pixel_std:
-            require_positive("EncoderConfig.pixel_std", value)
+        for name, check in (("pixel_mean", require_number), ("pixel_std", require_positive)):
+            given = getattr(self, name)
+            three = isinstance(given, (tuple, list)) and len(given) == 3
+            require(three, f"EncoderConfig.{name}", given, "must be three numbers, of red, green and blue")
+            for value in given:
+                check(f"EncoderConfig.{name}", value)
+            object.__setattr__(self, name, tuple(given))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -174,6 +189,7 @@ class CrossAttentionConfig:
         _choice("CrossAttentionConfig.activation", self.activation, (None, *ACTIVATIONS))
         _choice("CrossAttentionConfig.norm", self.norm, NORMS)
         _choice("CrossAttentionConfig.gate", self.gate, GATES)
+        require_number("CrossAttentionConfig.gate_init", self.gate_init)
         _choice("CrossAttentionConfig.sees", self.sees, SEEN)
         for name in ("qk_norm", "feed_forward_without_image"):
             require_flag(f"CrossAttentionConfig.{name}", getattr(self, name))
@@ -193,11 +209,9 @@ class VisionConfig:
     resampler: ResamplerConfig | None = None
 
     def __post_init__(self) -> None:
-        require(isinstance(self.encoder, EncoderConfig), "encoder", self.encoder, "must be an EncoderConfig")
-        cross = self.cross_attention
-        require(isinstance(cross, CrossAttentionConfig), "cross_attention", cross, "must be a CrossAttentionConfig")
-        perceiver = self.resampler is None or isinstance(self.resampler, ResamplerConfig)
-        require(perceiver, "resampler", self.resampler, "must be a ResamplerConfig or None")
+        require_instance("encoder", self.encoder, EncoderConfig)
+        require_instance("cross_attention", self.cross_attention, CrossAttentionConfig)
+        require_instance("resampler", self.resampler, ResamplerConfig, optional=True)
 
     def features_per_image(self, frames: int = 1) -> int:
         """How many features of one image (or clip, or tiled page, of `frames`) cross-attention reads."""

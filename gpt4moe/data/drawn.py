@@ -30,22 +30,26 @@ def in_chunks(size: int) -> Callable[[Drawing], Drawing]:
             bound = inspect.signature(draw).bind(*args, **kwargs)
             bound.apply_defaults()
             count, seed = bound.arguments["count"], bound.arguments["seed"]
-            require_count(f"{draw.__name__}.count", count)
+            require_count(f"{draw.__name__}.count", count)  # at the call, before anything is drawn
             chunks = [
                 bound.arguments
                 | {"count": min(size, count - start), "seed": f"{seed}.{start // size}" if start else seed}
                 for start in range(0, count, size)
             ]
-            workers = min(len(os.sched_getaffinity(0)), len(chunks))
-            if workers > 1 and _can_be_sent(bound.arguments):
-                yield from _in_processes(draw, chunks, workers)
-            else:
-                for chunk in chunks:
-                    yield from draw(**chunk)
+            return _drawn(draw, chunks)
 
         return documents
 
     return decorated
+
+
+def _drawn(draw: Drawing, chunks: list[dict]) -> Iterator[Document]:
+    workers = min(len(os.sched_getaffinity(0)), len(chunks))
+    if workers > 1 and _can_be_sent(chunks[0]):
+        yield from _in_processes(draw, chunks, workers)
+    else:
+        for chunk in chunks:
+            yield from draw(**chunk)
 
 
 def _can_be_sent(arguments: dict) -> bool:

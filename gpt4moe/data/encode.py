@@ -23,7 +23,8 @@ from gpt4moe.data.images import image_problem
 from gpt4moe.data.tokenizer import IMAGE_NAMES, Tokenizer
 
 SPLITS = ("train", "held_out")
-BAD_EXAMPLES = 5
+# Bad records of a source that its report names.
+BAD_EXAMPLES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class UnitCounts:
-    """What one unit read: records that were bad (the first few described) or empty, documents of each split."""
+    """What one unit read: records that were bad (the first of them described) or empty, documents of each split."""
 
     documents: dict[str, int]
     tokens: dict[str, int]

@@ -11,7 +11,7 @@ from etils import epath
 
 from gpt4moe.config.check import CallerError, one_line, require
 from gpt4moe.data.documents import BadRecord, Document
-from gpt4moe.data.image_readers import IMAGE_READERS, IMAGE_SUFFIXES
+from gpt4moe.data.image_readers import IMAGE_READERS, IMAGE_SUFFIXES, caption_of
 from gpt4moe.data.readers import READERS, read_errors
 
 GLOB_LETTERS = "*?["
@@ -33,8 +33,9 @@ class FilePart:
 def find_files(paths: tuple[str, ...], image_field: str | None = None) -> tuple[str, ...]:
     """Every readable file that `paths` (files, directories, globs; local or `gs://`, `s3://`) name, sorted.
 
-    A directory gives the files below it that have a known suffix and are not hidden. Image files below a folder whose
-    .jsonl is among them are what that speaks of, and no documents of their own. ValueError where a path names none.
+    A directory gives the files below it that have a known suffix, in letters of any case, and are not hidden; a link to
+    nothing is left to its reader. Image files below a folder whose .jsonl is among them are what that speaks of, and no
+    documents of their own. ValueError where a path names none.
     """
     readers = _readers(image_field)
     found = set()
@@ -42,23 +43,32 @@ def find_files(paths: tuple[str, ...], image_field: str | None = None) -> tuple[
         files = [file for file in _expand(path) if _of_suffix(file, readers) is not None]
         require(bool(files), "paths", path, f"names no file of a known kind ({' '.join(readers)})", "check the path")
         found.update(files)
-    tables = {os.path.dirname(file) for file in found if file.endswith(".jsonl")} if image_field else set()
-    listed = {file for file in found if file.endswith(IMAGE_SUFFIXES) and _is_below(file, tables)}
+    tables = {os.path.dirname(file) for file in found if _has_suffix(file, ".jsonl")} if image_field else set()
+    listed = {file for file in found if _has_suffix(file, IMAGE_SUFFIXES) and _is_below(file, tables)}
     return tuple(sorted(found - listed))
 
 
 def files_beside(files: tuple[str, ...]) -> tuple[str, ...]:
     """What the image readers read beside `files`: captions of images, and the images below a folder with a .jsonl."""
-    folders = {os.path.dirname(file) for file in files if file.endswith(".jsonl")}
-    images = {file for folder in folders for file in _expand(folder) if file.endswith(IMAGE_SUFFIXES)}
-    stems = (os.path.splitext(file)[0] for file in files if file.endswith(IMAGE_SUFFIXES))
-    captions = {caption for stem in stems for suffix in (".txt", ".json") if os.path.exists(caption := stem + suffix)}
+    folders = {os.path.dirname(file) for file in files if _has_suffix(file, ".jsonl")}
+    images = {file for folder in folders for file in _expand(folder) if _has_suffix(file, IMAGE_SUFFIXES)}
+    # In an object store each would be a request.
+    captioned = (file for file in files if _has_suffix(file, IMAGE_SUFFIXES) and "://" not in file)
+    captions = {os.fspath(caption) for file in captioned if (caption := caption_of(file))}
     return tuple(sorted((images | captions) - set(files)))
 
 
 def file_identity(path: str) -> tuple[str, int, float]:
-    """Path, bytes and time of last change, by which a prepared store knows that a file is still the same."""
-    stat = epath.Path(path).stat()
+    """Path, bytes and time of last change, by which a prepared store knows that a file is still the same.
+
+    Of a link to nothing both are 0.
+    """
+    try:
+        stat = epath.Path(path).stat()
+    except OSError:
+        if os.path.islink(path):
+            return path, 0, 0.0
+        raise
     return path, stat.length, stat.mtime
 
 
@@ -67,9 +77,9 @@ def cut_file(path: str, target_bytes: int) -> list[FilePart]:
     size = file_identity(path)[1]
     if size <= target_bytes:
         return [FilePart(path, size)]
-    if path.endswith(".jsonl"):
+    if _has_suffix(path, ".jsonl"):
         edges = [*range(0, size, target_bytes), size]
-    elif path.endswith(".parquet"):
+    elif _has_suffix(path, ".parquet"):
         edges = _row_group_edges(path, size, target_bytes)
     else:
         return [FilePart(path, size)]
@@ -101,7 +111,12 @@ def _readers(image_field: str | None) -> Mapping[str, Callable[..., Iterator[Doc
 
 def _of_suffix(path: str, readers: Mapping[str, Callable]) -> Callable | None:
     """The reader for the suffix of `path`, None for an unknown one."""
-    return next((reader for suffix, reader in readers.items() if path.endswith(suffix)), None)
+    return next((reader for suffix, reader in readers.items() if _has_suffix(path, suffix)), None)
+
+
+def _has_suffix(path: str, suffix: str | tuple[str, ...]) -> bool:
+    """Whether a file is of a kind; cameras and Windows write suffixes in capitals."""
+    return path.lower().endswith(suffix)
 
 
 def _is_below(path: str, folders: set[str]) -> bool:
@@ -115,7 +130,10 @@ def _expand(path: str) -> list[str]:
     root = epath.Path(path).expanduser()
     if any(letter in path for letter in GLOB_LETTERS):
         if "://" not in path:
-            return [file for file in glob.glob(str(root), recursive=True) if os.path.isfile(file)]
+            found = glob.glob(str(root), recursive=True)
+            return [
+                file for file in found if os.path.isfile(file) or (os.path.islink(file) and not os.path.isdir(file))
+            ]
         fixed = next(index for index, part in enumerate(root.parts) if any(letter in part for letter in GLOB_LETTERS))
         found = epath.Path(*root.parts[:fixed]).glob("/".join(root.parts[fixed:]))
         return [str(file) for file in found if file.is_file()]

@@ -15,6 +15,7 @@ from gpt4moe.data.documents import EncodedImage
 # Formats that Pillow decodes itself: others may start a program (EPS) or are not what a browser shows.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 JPEG_DRAFT = 8
+SCALE_DOWN = "scale it down, or raise ImageConfig.max_pixels"
 # Where in a file its orientation may stand.
 ORIENTED_BY = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 # What Pillow and the libraries below it raise for a file that is not what it says.
@@ -81,12 +82,12 @@ def _file_problem(data: bytes, max_pixels: int) -> str | None:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = image.size
             if width * height > max_pixels:
-                return f"has an image of {width} x {height} pixels, above max_pixels={max_pixels}"
+                return f"has an image of {width} x {height} pixels, above max_pixels={max_pixels}; {SCALE_DOWN}"
             image.draft(None, (max(width // JPEG_DRAFT, 1), max(height // JPEG_DRAFT, 1)))
             image.load()
             _in_rgb(_upright(image))
     except Image.DecompressionBombError:
-        return f"has an image of too many pixels, above max_pixels={max_pixels} or what Pillow opens"
+        return f"has an image of too many pixels, above max_pixels={max_pixels} or what Pillow opens; {SCALE_DOWN}"
     except DECODE_ERRORS as error:
         return f"has an image that cannot be decoded ({_reason(error)})"
     return None

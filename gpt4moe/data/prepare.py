@@ -24,6 +24,7 @@ from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.data.assemble import assemble
 from gpt4moe.data.encode import Unit, UnitCounts, encode_unit, end_with_parent
 from gpt4moe.data.files import FilePart, cut_file, find_files
+from gpt4moe.data.image_readers import READERS_VERSION
 from gpt4moe.data.sample import training_texts
 from gpt4moe.data.sources import source_identity
 from gpt4moe.data.spool import SPOOL_FIELDS, spool_documents
@@ -36,6 +37,8 @@ STORE_VERSION = 1
 UNIT_BYTES = 32_000_000
 # Below this many bytes a worker process costs more to start than it saves.
 WORKER_BYTES = 100_000_000
+# Of a source, on the terminal.
+SHOWN_BAD_RECORDS = 5
 
 
 def prepare(
@@ -89,8 +92,18 @@ def format_report(report: PrepareReport) -> str:
     rows += [(source.name, *(f"{getattr(source, name):,}" for name in names)) for source in report.sources]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines += [f"bad record: {example}" for source in report.sources for example in source.bad_examples]
+    lines += [line for source in report.sources for line in _bad_records(source, report.directory)]
     return "\n".join([*lines, f"vocabulary {report.vocab_size}, tokens in {report.directory}"])
+
+
+def _bad_records(source: SourceReport, directory: str) -> list[str]:
+    """The first few by name, and how many more there are."""
+    lines = [f"bad record: {example}" for example in source.bad_examples[:SHOWN_BAD_RECORDS]]
+    more, named = source.bad_records - len(lines), len(source.bad_examples)
+    there = (
+        f"{pathlib.Path(directory) / REPORT_FILE} names {'all' if named == source.bad_records else f'{named} of them'}"
+    )
+    return [*lines, f"and {more:,} more bad records of {source.name}: {there}"] if more else lines
 
 
 def store_hash(config: DataConfig) -> str:
@@ -111,7 +124,8 @@ def store_hash(config: DataConfig) -> str:
 def _read_of(config: DataConfig, source: SourceConfig) -> dict:
     """What the documents of a source depend on beside itself. That a function will give images is not known yet."""
     split = {} if source.is_trained else {"held_out": "all"}
-    return split | ({"max_pixels": _max_pixels(config, source)} if source.image_field else {})
+    of_images = {"readers": READERS_VERSION, "max_pixels": _max_pixels(config, source)} if source.image_field else {}
+    return split | of_images
 
 
 def _max_pixels(config: DataConfig, source: SourceConfig) -> int:

@@ -85,7 +85,7 @@ def read_compressed_jsonl(path: str, start: int, stop: int | None, text_field: s
     """JSON lines under gzip or Zstandard."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(epath.Path(path).open("rb"))
-        if path.endswith(".gz"):
+        if path.lower().endswith(".gz"):
             file = stack.enter_context(gzip.open(file))
         else:
             plain = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)

@@ -79,8 +79,15 @@ def source_identity(source: SourceConfig) -> dict:
 
 
 def function_documents(function: DocumentFunction) -> Iterator[Document]:
-    """Documents of a source function, strings made into documents; ValueError for anything else."""
-    for item in function():
+    """Documents of a source function, strings made into documents; ValueError for anything else.
+
+    The function is called at once, so that what it refuses by itself comes before the first document is asked for.
+    """
+    return _as_documents(function, function())
+
+
+def _as_documents(function: DocumentFunction, items: Iterable[Document | str]) -> Iterator[Document]:
+    for item in items:
         if not isinstance(item, (Document, str)):
             raise CallerError(f"documents={function!r} must yield Document or str; it gave {type(item).__name__}")
         yield item if isinstance(item, Document) else Document(item)

@@ -25,13 +25,14 @@ def spool_documents(
 ) -> tuple[str, ...]:
     """Writes the documents of `source` to .jsonl files of about `file_bytes` in `folder`, once; returns their paths."""
     if not folder.exists():
+        documents = function_documents(source.documents)
         progress(f"collecting documents of {source.name}")
         scratch = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         with contextlib.ExitStack() as files:
             written = file_bytes
-            for document in function_documents(source.documents):
+            for document in documents:
                 if written >= file_bytes:
                     files.close()
                     name = f"{len(list(scratch.iterdir())):06d}.jsonl"

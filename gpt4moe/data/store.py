@@ -20,7 +20,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @dataclasses.dataclass(frozen=True)
 class SourceReport:
-    """What preparing one source met.
+    """What preparing one source met; `bad_examples` are its first bad records, at most `encode.BAD_EXAMPLES`.
 
     `tokens` count one end-of-text a document; bytes are those of the UTF-8 text. `digest` is a hash of the training
     tokens and images, the same wherever and from whichever copy of the files they were made. `image_bytes` are

@@ -11,7 +11,7 @@ import numpy as np
 from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.data import ImageConfig
 from gpt4moe.data.documents import IMAGE_MARKER, Document, EncodedImage, marker_mismatch, texts_between
-from gpt4moe.data.images import decode_into, image_problem
+from gpt4moe.data.images import SCALE_DOWN, decode_into, image_problem
 from gpt4moe.infer.decode_loop import Pictures
 
 
@@ -31,7 +31,8 @@ def read_picture(path: str, config: ImageConfig | None) -> Picture:
     data = file.read_bytes()
     problem = image_problem(data, config.max_pixels)
     if problem:
-        raise CallerError(f"--image={path!r} {problem}; give a PNG, JPEG, WebP, GIF or BMP that opens")
+        mend = "" if problem.endswith(SCALE_DOWN) else "; give a PNG, JPEG, WebP, GIF or BMP that opens"
+        raise CallerError(f"--image={path!r} {problem}{mend}")
     return fitted_picture(data, config)
 
 

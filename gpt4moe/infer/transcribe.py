@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -34,17 +35,30 @@ class Transcription:
     examples: tuple[tuple[str, str], ...]
 
 
-def transcribe(trained: Trained, store: TokenStore, *, limit: int = 256) -> dict[str, Transcription]:
-    """Reads at most `limit` held-out documents of each source of one image first and its text behind it, greedily."""
+def transcribe(
+    trained: Trained, store: TokenStore, *, limit: int = 256, progress: Callable[[str], None] | None = None
+) -> dict[str, Transcription]:
+    """Reads at most `limit` held-out documents of each source of one image first and its text behind it, greedily.
+
+    progress: called with a line of text before every `ROWS` of them, with the images and without.
+    """
+    say = progress or (lambda line: None)
     results = {}
     for source in store.source_names:
         prompts, references, images = held_out_images(store, source, limit)
         if prompts:
             pictures = [fitted_picture(image, trained.config.data.images) for image in images]
-            seen = read(trained, prompts, references, pictures)
             blank = [Picture(picture.pixels, np.zeros_like(picture.valid)) for picture in pictures]
-            results[source] = _scored(trained, references, seen, read(trained, prompts, references, blank))
+            seen, blind = (
+                read(trained, prompts, references, each, functools.partial(_tell, say, what))
+                for each, what in ((pictures, source), (blank, f"{source} without its images"))
+            )
+            results[source] = _scored(trained, references, seen, blind)
     return results
+
+
+def _tell(say: Callable[[str], None], what: str, done: int, total: int) -> None:
+    say(f"reading {what}: {done} of {total} held-out documents")
 
 
 def format_transcriptions(results: dict[str, Transcription]) -> str:
@@ -87,12 +101,23 @@ def held_out_images(store: TokenStore, source: str, limit: int) -> tuple[list, l
     return prompts, references, encoded
 
 
-def read(trained: Trained, prompts: list, references: list, pictures: Sequence[Picture]) -> list[list[int]]:
-    """What the model writes after each prompt, half as much again as there is to read at most."""
+def read(
+    trained: Trained,
+    prompts: list,
+    references: list,
+    pictures: Sequence[Picture],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """What the model writes after each prompt, half as much again as there is to read at most.
+
+    progress: called with how many are read and are to be, before every `ROWS` of them.
+    """
     most = max(map(len, references))
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=most + most // 2 + 1)
     made = []
     for start in range(0, len(prompts), ROWS):
+        if progress:
+            progress(start, len(prompts))
         # The last rows again where there are too few left: another number of rows would be another program to compile.
         rows = [min(row, len(prompts) - 1) for row in range(start, start + min(ROWS, len(prompts)))]
         ids, of_rows = [prompts[row] for row in rows], [[pictures[row]] for row in rows]

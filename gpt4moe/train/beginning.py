@@ -17,7 +17,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from gpt4moe import checkpoint
-from gpt4moe.config.check import require
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data import pipeline
@@ -68,10 +67,6 @@ def begin(
 
     Raises `CallerError` where the configuration does not fit the devices, the data or what the work directory holds.
     """
-    if run.train.init_from:
-        saved_there = bool(checkpoint.saved_steps(run.train.init_from))
-        mend = "name the work directory of a run that has saved one"
-        require(saved_there, "init_from", run.train.init_from, "has no complete checkpoint", mend)
     run = resume.inherit_tokenizer(run)
     mesh = make_mesh(run.mesh)
     run.check_sizes(dict(mesh.shape))

@@ -96,7 +96,7 @@ def saved_progress(
             dense, new = upcycle.dense_source(run, step), adapter.new_parts(source, step, abstract.params)
             params = upcycle.abstract_dense(run, dense, abstract.step.sharding.mesh)[0] if dense else abstract.params
             params = adapter.without(params, new)
-            checkpoint.check_shapes(source, step, {"params": params}, layer_order=layer_order)
+            checkpoint.check_shapes(source, step, {"params": params}, layer_order=layer_order, setting="INIT_FROM")
         return None
     progress = checkpoint.restore_progress(workdir, steps[-1])
     changed = differences(progress["settings"], run)
@@ -124,10 +124,15 @@ def _require_optimizer_state(run: RunConfig, saved: Mapping[str, Any], abstract:
 def inherit_tokenizer(run: RunConfig) -> RunConfig:
     """Returns `run` with the tokenizer of the run it starts from, whose parameters know no other ids.
 
-    Raises `CallerError` where `run` asks for one of its own that differs.
+    Raises `CallerError` where that run has saved nothing, or where `run` asks for a tokenizer of its own that differs.
     """
     source, config = run.train.init_from, run.data.tokenizer
-    if source is None or not (epath.Path(source) / TOKENIZER_FILE).exists():
+    if source is None:
+        return run
+    saved_there = bool(checkpoint.saved_steps(source))
+    mend = "name the work directory of a run that has saved one"
+    require(saved_there, "init_from", source, "has no complete checkpoint", mend)
+    if not (epath.Path(source) / TOKENIZER_FILE).exists():
         return run
     path = os.fspath(epath.Path(source) / TOKENIZER_FILE)
     if config.path is None and not config.byte_level_only:

@@ -8,6 +8,7 @@ from gpt4moe.accounting import chips, flops, memory, parameters, summary
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
+from gpt4moe.config.vision import CrossAttentionConfig, EncoderConfig, VisionConfig
 from gpt4moe.configure import build_model
 
 
@@ -103,6 +104,20 @@ def test_summary_document_adds_up():
     document = summary.summarize(small())
     assert sum(document["parameters"].values()) == document["total"]
     assert str(document["total"]) in summary.format_summary(document).replace(",", "")
+
+
+def test_an_image_costs_as_many_times_as_it_has_frames():
+    encoder = EncoderConfig(
+        height=8, width=8, patch_size=4, dim=8, num_layers=1, num_heads=2, hidden_dim=16, max_frames=4
+    )
+    seeing = small(vision=VisionConfig(encoder, CrossAttentionConfig(every=1, num_heads=2, head_dim=4, hidden_dim=8)))
+    one, two, most = (summary.summarize(seeing, frames=frames) for frames in (1, 2, None))
+    for name in ("frames", "features", "forward_flops", "cache_bytes", "input_bytes"):
+        assert [document[f"{name}_per_image"] // one[f"{name}_per_image"] for document in (two, most)] == [2, 4]
+    assert (one["features_per_image"], one["input_bytes_per_image"]) == (4, 8 * 8 * 3)
+    text = summary.format_summary(most)
+    assert "an image (4 frames)           16 features, 768 B of pixels fed" in text
+    assert "an image                      4 features" in summary.format_summary(one)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import tarfile
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from gpt4moe.data.documents import BadRecord, Document
 from gpt4moe.data.files import FilePart, cut_file, find_files, read_documents
 from gpt4moe.data.prepare import prepare
 from gpt4moe.data.sources import source_identity
-from tests.data.image_documents import IMAGES, picture
+from tests.data.image_documents import IMAGES, config_of, picture
 
 CAPTIONS = {"a": "a red square", "b": "caf\u00e9", "c": "third\nof two lines"}
 FILES = {name: picture(red) for red, name in enumerate(CAPTIONS, start=1)}
@@ -125,14 +126,135 @@ def test_interleaved_lines_clips_and_plain_text(tmp_path):
         {"text": "<image>one<image>two", "images": ["clip/b.png", url(FILES["a"])]},
         {"text": "0 red\n1 green", "images": ["clip"]},
         {"text": "a list of frames", "images": [["clip/c.png", url(FILES["a"])]]},
-        {"text": "no image <image>"},
+        {"text": "no image"},
     )
     assert documents(path) == [
         Document("<image>one<image>two", images=(FILES["b"], FILES["a"])),
         Document("0 red\n1 green", images=(frames,)),
         Document("a list of frames", images=((FILES["c"], FILES["a"]),)),
-        Document("no image <image>"),
+        Document("no image"),
     ]
+
+
+def test_a_marker_without_an_image_is_no_text(tmp_path):
+    """Of functions and of sources without images it is; here a field was forgotten, or is misspelt in one line."""
+    write_images(tmp_path)
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"text": "<image>one", "images": ["a.png"]},
+        {"text": "<image>two", "image": ["b.png"]},
+        {"text": "<image><image>", "images": None},
+    )
+    lost = [
+        BadRecord(f"{path}:{line}", f"has {line - 1} <image> markers and nothing in field 'images'") for line in (2, 3)
+    ]
+    assert documents(path)[1:] == lost
+    table = pa.table({"text": ["x", "<image>y", "z"], "images": [FILES["a"], None, None]})
+    parquet.write_table(table, tmp_path / "b.parquet")
+    lost = BadRecord(f"{tmp_path}/b.parquet:2", "has 1 <image> markers and nothing in field 'images'")
+    assert documents(tmp_path / "b.parquet")[1:] == [lost, Document("z")]
+    assert list(read_documents(FilePart(str(path), 0), "text"))[1] == Document("<image>two")
+    given = [Document("<image> is how HTML does not say it"), Document("seen", images=(FILES["a"],))]
+    store = prepare(config_of(given), tmp_path / "store")
+    assert (store.sources[0].documents, store.sources[0].bad_records, store.sources[0].images) == (2, 0, 1)
+
+
+def test_a_file_without_the_field_is_one_line(tmp_path):
+    write_images(tmp_path)
+    lines = [{"text": f"<image>{index}", "image": ["a.png"]} for index in range(20)]
+    path = jsonl(tmp_path / "a.jsonl", *lines, [1], "words")
+    with pytest.raises(
+        ValueError, match=rf"^image_field='images' must be a field of some line of {path} [^\n]*'image'"
+    ):
+        documents(path)
+    config = SourceConfig("pictures", paths=str(path), image_field="images")
+    with pytest.raises(ValueError, match="image_field='images' must be a field"):
+        prepare(config_of((), sources=(config,)), tmp_path / "store")
+    late = jsonl(tmp_path / "b.jsonl", *({"text": "words"} for _ in range(20)), {"text": "x", "images": ["a.png"]})
+    assert sum(bool(document.images) for document in documents(late)) == 1
+    assert len(documents(jsonl(tmp_path / "c.jsonl"))) == 0
+
+
+def broken_files(folder):
+    """Names of images of the folder that cannot be read, and why."""
+    (folder / "d.png").symlink_to(folder / "nothing.png")
+    (folder / "e.PNG").symlink_to(folder / "e.PNG")
+    os.mkfifo(folder / "f.png")
+    names = ["d.png", "e.PNG", "f.png"]
+    if os.geteuid():  # to root every file is open
+        (folder / "g.png").write_bytes(FILES["a"])
+        (folder / "g.png").chmod(0)
+        names.append("g.png")
+    return names
+
+
+REASON = r"(is not a file|cannot be read \(Permission denied\))"
+
+
+@pytest.mark.parametrize("paths", ["", "*"])
+def test_a_link_to_nothing_and_what_is_no_file_are_named(tmp_path, paths):
+    write_captioned(folder := tmp_path / "data", ".txt")
+    broken = broken_files(folder)
+    if paths:
+        (folder / broken.pop(2)).unlink()  # a pattern is of files and links
+    for name in broken:
+        (folder / f"{name[0]}.txt").write_text("lost")
+    source = SourceConfig("pictures", paths=os.path.join(folder, paths), image_field="images")
+    (report,) = prepare(config_of((), sources=(source,)), tmp_path / "store").sources
+    assert (report.documents, report.bad_records) == (3, len(broken))
+    for example, name in zip(report.bad_examples, broken, strict=True):
+        assert re.fullmatch(f"{folder}/{name} {REASON}", example)
+
+
+def test_a_line_that_names_what_cannot_be_read_is_a_bad_record(tmp_path):
+    write_images(tmp_path / "clip")
+    broken = [f"clip/{name}" for name in broken_files(tmp_path / "clip")]
+    path = jsonl(tmp_path / "a.jsonl", *({"text": "x", "images": [name]} for name in [*broken, "clip"]))
+    for name, record in zip([*broken, broken[0]], documents(path), strict=True):
+        assert isinstance(record, BadRecord) and re.fullmatch(
+            f"names the image '{name}', which {REASON}", record.reason
+        )
+
+
+def test_a_caption_that_cannot_be_read_is_a_bad_record(tmp_path):
+    write_images(tmp_path)
+    for name in FILES:
+        (tmp_path / f"{name}.txt").mkdir()
+    assert [record.reason for record in documents(tmp_path)] == ["is not a file"] * 3
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    write_captioned(tmp_path / "data", ".txt")
+    for name in FILES:
+        (tmp_path / "data" / f"{name}.png").rename(tmp_path / "data" / f"{name}.PNG")
+    (tmp_path / "data/a.txt").rename(tmp_path / "data/a.TXT")
+    (tmp_path / "data/b.txt").unlink()
+    (tmp_path / "data/b.JSON").write_text(json.dumps({"text": CAPTIONS["b"]}))
+    assert documents(tmp_path / "data") == EXPECTED
+    source = SourceConfig("pictures", paths=str(tmp_path / "data"), image_field="images")
+    assert [os.path.basename(file[0]) for file in source_identity(source)["files"]] == [
+        "a.PNG", "b.PNG", "c.PNG", "a.TXT", "b.JSON", "c.txt"]  # fmt: skip
+    write_tar(tmp_path / "A.TAR", [("1.JPG", FILES["a"]), ("1.TXT", CAPTIONS["a"].encode())])
+    assert documents(tmp_path / "A.TAR") == EXPECTED[:1]
+    table = jsonl(tmp_path / "data" / "B.JSONL", *({"text": str(index), "images": ["a.PNG"]} for index in range(20)))
+    assert len(documents(tmp_path / "data")) == 20, "what a table speaks of is no document of its own"
+    parts = cut_file(str(table), 200)
+    assert len(parts) > 3 and sum(len(list(read_documents(part, "text", None, "images"))) for part in parts) == 20
+    (tmp_path / "C.TXT").write_text("text")
+    assert list(read_documents(FilePart(str(tmp_path / "C.TXT"), 0), "text")) == [Document("text")]
+
+
+def test_bitmaps_are_read_by_every_reader(tmp_path):
+    bitmap = picture(9, kind="BMP")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/a.bmp").write_bytes(bitmap)
+    (tmp_path / "one/a.txt").write_text("x")
+    write_tar(tmp_path / "two.tar", [("a.bmp", bitmap), ("a.txt", b"x")])
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/0.bmp").write_bytes(bitmap)
+    line = jsonl(tmp_path / "three.jsonl", {"text": "x", "images": ["one/a.bmp"]}, {"text": "y", "images": ["clip"]})
+    assert documents(tmp_path / "one") == documents(tmp_path / "two.tar") == [Document("x", images=(bitmap,))]
+    assert documents(line) == [Document("x", images=(bitmap,)), Document("y", images=((bitmap,),))]
 
 
 def test_parts_of_a_file_hold_every_record_once(tmp_path):

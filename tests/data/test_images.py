@@ -137,7 +137,10 @@ def test_what_cannot_be_decoded_is_a_bad_record_or_stops(tmp_path, name):
 def test_as_many_pixels_as_the_user_allows():
     data = picture(1, (100, 100))
     assert image_problem(data, 10_000) is None
-    assert image_problem(data, 9_999) == "has an image of 100 x 100 pixels, above max_pixels=9999"
+    too_large = (
+        "has an image of 100 x 100 pixels, above max_pixels=9999; scale it down, or raise ImageConfig.max_pixels"
+    )
+    assert image_problem(data, 9_999) == too_large
     assert image_problem((picture(1), b""), LIMIT) == "has an image of zero bytes"
     assert image_problem((), LIMIT) == "has a clip without frames"
 

@@ -85,6 +85,21 @@ def test_documents_come_back_from_the_store_and_are_counted(tmp_path):
     assert any("a: 2 bad records" in line and "a.jsonl:4 is not JSON" in line for line in lines)
 
 
+@pytest.mark.parametrize(("count", "named"), [(3, 3), (16, 16), (120, 100)])
+def test_bad_records_are_named_up_to_a_number_and_counted(tmp_path, small_units, count, named):
+    write_documents(tmp_path / "a.jsonl", 150, broken=range(count))
+    report = prepare(config_of(tmp_path), tmp_path / "store")
+    (source,) = report.sources
+    saved = json.loads((pathlib.Path(report.directory) / "report.json").read_text())["sources"][0]
+    lines = [f"{tmp_path}/a.jsonl:{line + 1}" for line in range(named)]
+    assert [example.split()[0] for example in saved["bad_examples"]] == lines
+    assert (source.bad_records, list(source.bad_examples)) == (count, saved["bad_examples"])
+    shown = [line for line in format_report(report).splitlines() if line.startswith(("bad record: ", "and "))]
+    assert [line.split()[2] for line in shown[:5]] == lines[:5]
+    there = f"{report.directory}/report.json names {'all' if named == count else '100 of them'}"
+    assert shown[5:] == ([f"and {count - 5} more bad records of a: {there}"] if count > 5 else [])
+
+
 def test_unigram_nats_are_those_of_a_loop(tmp_path):
     write_documents(tmp_path / "a.jsonl", 60)
     store = TokenStore(prepare(config_of(tmp_path), tmp_path / "store").directory)

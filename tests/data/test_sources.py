@@ -4,9 +4,10 @@ import functools
 
 import pytest
 
-from gpt4moe.config.data import SourceConfig
+from gpt4moe.config.data import DataConfig, SourceConfig
 from gpt4moe.data.documents import Document, is_held_out
-from gpt4moe.data.rendered import lines
+from gpt4moe.data.prepare import prepare
+from gpt4moe.data.rendered import digits, lines
 from gpt4moe.data.sources import function_documents, source_identity, stdlib_code, stdlib_text
 
 
@@ -51,6 +52,13 @@ def test_a_function_may_yield_strings_and_nothing_else():
     assert list(function_documents(words)) == [Document("word 0"), Document("word 1")]
     with pytest.raises(ValueError, match=r"must yield Document or str; it gave int"):
         list(function_documents(lambda: [1]))
+
+
+def test_what_a_function_refuses_comes_before_its_documents_are_collected(tmp_path):
+    source, said = SourceConfig("none", documents=functools.partial(digits, count=0)), []
+    with pytest.raises(ValueError, match=r"digits\.count=0 must be an integer of at least 1"):
+        prepare(DataConfig((source,), 8), tmp_path / "store", progress=said.append)
+    assert said == [] and not (tmp_path / "store").exists()
 
 
 def test_identity_changes_with_what_is_read(tmp_path):

@@ -57,7 +57,9 @@ def _noise(seed: int) -> bytes:
 
 def test_evaluation_reports_the_loss_without_images_and_how_much_was_read(workdir, trained, capsys):
     assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
-    digits = json.loads(capsys.readouterr().out)["digits"]
+    captured = capsys.readouterr()
+    assert "loss of held-out text" in captured.err and "reading digits: 0 of" in captured.err
+    digits = json.loads(captured.out)["digits"]
     assert digits["loss_without_image"] == pytest.approx(digits["loss"], rel=0.2)
     assert digits["loss_without_image"] != digits["loss"]
     read = digits["read"]
@@ -78,7 +80,10 @@ def test_the_log_has_the_gates_of_the_parameters_saved_with_it(workdir):
 
 def test_transcription_counts_the_edits_of_what_generation_writes(workdir, trained):
     store = trained_store(trained.config, workdir, trained.step)
-    result = transcribe(trained, store, limit=3)["digits"]
+    said = []
+    result = transcribe(trained, store, limit=3, progress=said.append)["digits"]
+    whats = ("digits", "digits without its images")
+    assert said == [f"reading {what}: 0 of 3 held-out documents" for what in whats]
     (reference, read), *_ = result.examples
     images, offsets = store.images("digits", "held_out"), store.offsets("digits", "held_out")
     reference_ids = store.stream("digits", "held_out")[offsets[0] + 2 : offsets[1]]
@@ -184,6 +189,8 @@ def test_images_that_cannot_be_taken_are_one_line(name, workdir, tmp_path, capsy
     assert main(["generate", f"--workdir={workdir}", f"--image={path}"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and str(path) in said[0], said
+    mend = "; scale it down, or raise ImageConfig.max_pixels" if name == "huge" else "; give a PNG, JPEG, WebP, GIF or"
+    assert mend in said[0] and said[0].count(";") == 1
 
 
 def test_a_missing_image_and_one_for_many_prompts_are_one_line(workdir, tmp_path, capsys):

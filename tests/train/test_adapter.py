@@ -127,7 +127,9 @@ def test_it_is_said_which_parts_are_fresh_and_training_goes_on_from_them(corpus,
 
 def test_any_other_difference_is_refused_as_ever(corpus, text, tmp_path):
     model = dataclasses.replace(seeing(), tie_embeddings=False)
-    with pytest.raises(CallerError, match=r"is of another model: params.head is missing; use the configuration"):
+    with pytest.raises(
+        CallerError, match=f"^INIT_FROM='{text[1]}' is of another model: params.head is missing; use the"
+    ):
         begin(run_of(corpus, model, init_from=str(text[1])), tmp_path / "headed")
 
 
