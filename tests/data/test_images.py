@@ -135,6 +135,14 @@ def test_orientation_is_found_wherever_it_stands(name):
     assert out[:7, :, 0].max() < 40 and out[9:, :, 0].min() > 215, "upside down"
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0nothing of the kind", b"MM\0*"], ids=["no header", "cut"])
+def test_a_picture_whose_exif_says_nothing_lies_as_it_is(kind, exif):
+    data = encoded(Image.new("RGB", (8, 4)), kind, exif=exif)
+    assert image_problem(data, LIMIT) is None and rgb_image(data).size == (8, 4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_exif_does_not_cost_the_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "hello"
@@ -196,7 +204,7 @@ def test_a_large_jpeg_keeps_what_the_size_asked_for_can_show_also_where_it_lies_
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "JPEG", quality=95, exif=oriented(value))
     (small,) = decoded(data, height=8, width=256)[0]
     exact = np.arange(256) % 2 * 255
-    assert np.abs(small.astype(int) - exact[None, :, None]).mean() < 60
+    assert np.abs(small.astype(int) - exact[None, :, None]).mean() < 5
 
 
 def test_a_clip_is_never_cut_into_tiles():

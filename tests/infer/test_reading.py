@@ -4,7 +4,6 @@ import dataclasses
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -94,11 +93,9 @@ def test_every_token_that_is_decoded_sees_the_images_of_its_own_row_as_in_a_full
     for row in range(2):
         assert len(made[row].token_ids) == 6 and TOKENIZER.image not in made[row].token_ids
         np.testing.assert_allclose(made[row].logprobs, logprobs_of(row, pictures[row]), atol=1e-4)
-    # Another image tells in the tokens behind the first one too: the one before the last only where all are seen.
-    for seen, tells in (([one, third], True), ([third, other], sees == "all")):
-        differs = np.abs(logprobs_of(0, seen) - logprobs_of(0, pictures[0]))[1:].max()
-        assert differs > 0.01 if tells else differs < 1e-4
-    assert np.abs(logprobs_of(1, [one]) - logprobs_of(1, [third]))[1:].max() > 0.01
+    # With another image the tokens behind the first one would be others.
+    for row, seen in ((0, [one, third]), (1, [one])):
+        assert np.abs(logprobs_of(row, seen) - logprobs_of(row, pictures[row]))[1:].max() > 0.01
 
 
 def test_more_documents_than_are_read_at_once_are_each_read_from_their_own_image(model):
@@ -119,8 +116,8 @@ def _sampling(most):
 def test_without_image_is_what_the_model_writes_where_it_is_given_none(model, tmp_path):
     documents = [Document(f"<image>{text}", images=(picture(20 * red),)) for red, text in enumerate(["a", "bc", "def"])]
     config = config_of(documents, held_out_fraction=0.0)
-    source = dataclasses.replace(config.sources[0], weight=0.0)  # held out as a whole
-    other = dataclasses.replace(source, name="text", documents=lambda: ["text"], weight=1.0)
+    source = dataclasses.replace(config.sources[0], weight=0.0, max_epochs=None)  # held out as a whole
+    other = dataclasses.replace(source, name="text", documents=lambda: ["text"], weight=1.0, max_epochs=1)
     config = dataclasses.replace(config, sources=(source, other))
     store = open_store(config, tmp_path)
     trained = types.SimpleNamespace(model=model, tokenizer=TOKENIZER, config=types.SimpleNamespace(data=config))
