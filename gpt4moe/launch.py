@@ -143,13 +143,15 @@ def _final_samples(workdir: str, run) -> tuple[list, dict]:
 
 
 def _transcribe(model, run) -> dict:
-    """How well held-out images are read, by source; empty of a run without any."""
+    """How well held-out images are read, by source, also into `evaluation.json`; empty of a run without any."""
     if run.data.images is None:
         return {}
     from gpt4moe.infer.transcribe import transcribe
-    from gpt4moe.train.evaluate import trained_store
+    from gpt4moe.train.evaluate import add_read, trained_store
 
-    return transcribe(model, trained_store(run, model.workdir, model.step), progress=_progress)
+    read = transcribe(model, trained_store(run, model.workdir, model.step), progress=_progress)
+    add_read(model.workdir, {source: _plain(result) for source, result in read.items()}, step=model.step)
+    return read
 
 
 def _read_table(read: dict) -> list[str]:
@@ -184,10 +186,8 @@ def _generate(args: argparse.Namespace) -> int:
     trained = load(args.workdir, step=args.step, mesh=_mesh(args))
     prompts, pictures = args.prompt or [""], ()
     if args.image:
-        alone = len(prompts) == 1
-        require(
-            alone, "--image", args.image, f"goes with one prompt, not {len(prompts)}", "give the command once for each"
-        )
+        alone, mend = len(prompts) == 1, "give the command once for each"
+        require(alone, "--image", args.image, f"goes with one prompt, not {len(prompts)}", mend)
         from gpt4moe.infer.pictures import read_picture
 
         pictures = [[read_picture(path, trained.config.data.images) for path in args.image]]

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,16 +35,22 @@ def reading_section(readings: Sequence[Reading]) -> str:
         f"<h3>{html.escape(source)}, held out</h3>{''.join(map(_reading, group))}"
         for source, group in itertools.groupby(readings, key=lambda reading: reading.source)
     ]
-    return f"<h2>Reading</h2><style>{STYLE}</style><p>{_note(readings[0].maps)}</p>{''.join(blocks)}"
+    return f"<h2>Reading</h2><style>{STYLE}</style><p>{_note(readings)}</p>{''.join(blocks)}"
 
 
-def _note(maps: np.ndarray | None) -> str:
+def _note(readings: Sequence[Reading]) -> str:
+    maps = readings[0].maps
     if maps is None:
         return "With a resampler attention is over its latents, which lie nowhere in the image: no maps."
+    # Of the frames that are there: the others get nothing.
+    patches = [int(reading.picture.valid.sum()) * math.prod(maps.shape[2:]) for reading in readings]
+    fewest, most = min(patches), max(patches)
+    counts = f"{most} patches gets, which an even spread gives {1 / most:.1%}"
+    if fewest < most:
+        counts = f"{fewest} to {most} patches gets, which an even spread gives {1 / most:.1%} to {1 / fewest:.1%}"
     return (
         "Red: what cross-attention looked at as each of the first tokens was written, the mean over heads and blocks. "
-        f"Beside a token: what the reddest of {np.prod(maps.shape[1:])} patches gets, which an even spread gives "
-        f"{1 / np.prod(maps.shape[1:]):.1%}."
+        f"Beside a token: what the reddest of {counts}."
     )
 
 

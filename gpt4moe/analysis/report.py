@@ -8,6 +8,7 @@ In: `metrics.jsonl`, and where they exist `evaluation.json` (`gpt4moe.train.eval
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import json
 
@@ -19,6 +20,22 @@ from gpt4moe.analysis.figures import expert_figures, run_figures
 from gpt4moe.analysis.history import History, read_history, read_json, read_text
 from gpt4moe.analysis.page import charts, details, page, tiles
 from gpt4moe.analysis.routing import dead_experts
+
+# Columns of the table of held-out text: title, dotted key of `evaluation.json`, format.
+HELD_OUT = (
+    ("loss, nats", "loss", ".3f"),
+    ("unigram, nats", "unigram_loss", ".3f"),
+    ("bits per byte", "bits_per_byte", ".3f"),
+    ("unigram, bits per byte", "unigram_bits_per_byte", ".3f"),
+    ("tokens", "tokens", ",d"),
+)
+OF_IMAGES = (
+    ("loss without images, nats", "loss_without_image", ".3f"),
+    ("characters read wrongly", "read.character_error_rate", ".1%"),
+    ("read exactly", "read.exact_match", ".1%"),
+    ("wrongly without images", "read.character_error_rate_without_image", ".1%"),
+    ("exactly without images", "read.exact_match_without_image", ".1%"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +99,24 @@ def _tiles(history: History) -> str:
 def _evaluation(evaluation: dict | None) -> str:
     if not evaluation:
         return ""
-    titles = ("source", "loss, nats", "unigram, nats", "bits per byte", "unigram, bits per byte", "tokens")
-    keys = ("loss", "unigram_loss", "bits_per_byte", "unigram_bits_per_byte", "tokens")
+    sets = evaluation["sets"]
+    columns = HELD_OUT + (OF_IMAGES if any("read" in result for result in sets.values()) else ())
     rows = [
-        [html.escape(source)] + [_number(result.get(key), ",d" if key == "tokens" else ".3f") or "" for key in keys]
-        for source, result in evaluation["sets"].items()
+        [html.escape(source), *(_number(_field(result, key), form) or "" for _, key, form in columns)]
+        for source, result in sets.items()
     ]
-    head = "".join(f"<th>{title}</th>" for title in titles)
+    head = "".join(f"<th>{title}</th>" for title in ("source", *(title for title, *_ in columns)))
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     note = "Unigram: what the token frequencies of the training text reach, without looking at the context."
     return (
         f"<h2>Held-out text, step {evaluation['step']:,d}</h2>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><p>{note}</p>'
     )
+
+
+def _field(result: dict, key: str) -> float | None:
+    """The value of a dotted key, None where there is none."""
+    return functools.reduce(lambda found, name: (found or {}).get(name), key.split("."), result)
 
 
 def _samples(samples: list[dict] | None) -> str:

@@ -72,7 +72,7 @@ def _in_processes(draw: Drawing, chunks: list[dict], workers: int) -> Iterator[D
         for index in range(len(chunks)):
             try:
                 drawn = pickle.load(processes[index % workers].stdout)
-            except EOFError:
+            except (EOFError, pickle.UnpicklingError):
                 raise RuntimeError(f"a process that draws {draw.__name__} died: out of memory, or see above") from None
             if isinstance(drawn, Exception):
                 raise drawn
@@ -86,6 +86,9 @@ def _in_processes(draw: Drawing, chunks: list[dict], workers: int) -> Iterator[D
 
 def _main() -> None:
     """Draws the chunks that standard input names and writes a list of documents for each to standard output."""
+    # What the text function's module prints, if only at its import, is not to stand among the documents.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     module, name, chunks = pickle.load(sys.stdin.buffer)
     draw = inspect.unwrap(getattr(importlib.import_module(module), name))
     for chunk in chunks:
@@ -93,8 +96,8 @@ def _main() -> None:
             drawn: list[Document] | Exception = list(draw(**chunk))
         except ValueError as error:  # the caller's mistake, to be told by the caller's process
             drawn = error
-        pickle.dump(drawn, sys.stdout.buffer)
-        sys.stdout.flush()
+        pickle.dump(drawn, out)
+        out.flush()
 
 
 if __name__ == "__main__":

@@ -200,7 +200,10 @@ def _from_url(url: str) -> bytes:
 
 
 def _from_path(name: str, folder: str) -> EncodedImage:
-    """A file below `folder`. Data may come from anyone: no other file of the machine is read for it."""
+    """A file below `folder`, or what a link there points to: folders of links are common, and the user's own.
+
+    A name does not lead out of the folder. Data may come from anyone: no other file of the machine is read for it.
+    """
     is_remote = "://" in folder
     below = posixpath.normpath(name) if is_remote else os.path.relpath(os.path.join(folder, name), folder or ".")
     if "://" in name or below.startswith(("/", "..")):

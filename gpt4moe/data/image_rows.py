@@ -51,8 +51,8 @@ class ImageDecoder:
         places = [(row, image) for row in range(len(rows)) for image in range(len(rows[row].images))]
         jobs = []
         for first in range(0, len(places), IMAGES_A_JOB):
-            call = (self._decode, rows, places[first : first + IMAGES_A_JOB], images, valid)
-            jobs.append(self._pool.submit(*call) if self._pool else call[0](*call[1:]))
+            given = (rows, places[first : first + IMAGES_A_JOB], images, valid)
+            jobs.append(self._pool.submit(self._decode, *given) if self._pool else self._decode(*given))
         return Decoding(rows, images, valid, jobs)
 
     def finish(self, decoding: Decoding, batch: Batch) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import struct
 import warnings
 
 import numpy as np
@@ -16,6 +17,18 @@ from gpt4moe.data.documents import EncodedImage
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 JPEG_DRAFT = 8
 SCALE_DOWN = "scale it down, or raise ImageConfig.max_pixels"
+# EXIF's tag 0x0112 and what lays its eight values upright (1, and what it does not say, lie so).
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LYING = frozenset(UPRIGHT[value] for value in (5, 6, 7, 8))
 # Where in a file its orientation may stand.
 ORIENTED_BY = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 # What Pillow and the libraries below it raise for a file that is not what it says.
@@ -51,7 +64,7 @@ def rgb_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     """
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if size is not None:
-        image.draft(None, size)
+        image.draft(None, size[::-1] if _turn(image) in LYING else size)
     image.load()
     return _in_rgb(_upright(image))
 
@@ -100,8 +113,19 @@ def _reason(error: BaseException) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What lays a picture upright; None where it is, and where what should say so is damaged, as viewers do."""
     # Looking for an orientation takes as long as decoding a small image.
-    return ImageOps.exif_transpose(image) if ORIENTED_BY.intersection(image.info) else image
+    if not ORIENTED_BY.intersection(image.info):
+        return None
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION))
+    except (struct.error, *DECODE_ERRORS):
+        return None
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:

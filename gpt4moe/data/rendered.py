@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import math
 import random
 import string
 import struct
@@ -23,7 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from gpt4moe.config.check import require, require_count
+from gpt4moe.config.check import require, require_count, require_not_negative
 from gpt4moe.data.documents import IMAGE_MARKER, Document
 from gpt4moe.data.drawn import in_chunks
 from gpt4moe.data.files import FilePart, file_identity, find_files, read_documents
@@ -35,6 +36,8 @@ PAPER, INK = (215, 255), (0, 70)
 # Of the largest size that fits.
 LEAST_SCALE = 0.7
 MARGIN = 8
+# Of a page's rotation either way, times its distortion, and of what blur adds to a letter.
+DEGREES, BLURRED = 1.5, 2
 LINE_SPACING = 1.3
 CLIP_WORDS = (
     "red",
@@ -120,7 +123,12 @@ def pages(
     """`count` pages of that text, one font and size a page, as a scanner sees them: askew, blurred, noisy, JPEG.
 
     `distortion` 1 is up to a degree and a half of rotation and 0.6 pixels of blur; 0 leaves pages as they were drawn.
+    The margin is as wide as no letter leaves the page by.
     """
+    require_not_negative("pages.distortion", distortion)
+    margin = max(MARGIN, math.ceil(math.radians(DEGREES * distortion) * max(height, width) / 2 + BLURRED))
+    constraint = f"and width={width} have no room for a line in a margin of {margin} pixels"
+    require(min(height, width) - 2 * margin >= sizes[1] * LINE_SPACING, "pages.height", height, constraint)
     rng = random.Random(f"pages {seed}")
     noise = np.random.default_rng(list(str(seed).encode()))
     words = Words(texts, paths, text_field, rng)
@@ -131,9 +139,9 @@ def pages(
         paper = rng.randint(*PAPER)
         image = Image.new("L", (width, height), paper)
         draw, ink = ImageDraw.Draw(image), rng.randint(*INK)
-        rows = [words.line(type_, width - 2 * MARGIN) for _ in range((height - 2 * MARGIN) // step)]
+        rows = [words.line(type_, width - 2 * margin) for _ in range((height - 2 * margin) // step)]
         for row, text in enumerate(rows):
-            draw.text((MARGIN, MARGIN + row * step), text, font=type_, fill=ink)
+            draw.text((margin, margin + row * step), text, font=type_, fill=ink)
         yield _document("\n".join(rows), _scanned(image, paper, distortion, rng, noise))
 
 
@@ -267,7 +275,7 @@ def _scanned(
     image: Image.Image, paper: int, distortion: float, rng: random.Random, noise: np.random.Generator
 ) -> bytes:
     if distortion > 0:
-        angle = rng.uniform(-1.5, 1.5) * distortion
+        angle = rng.uniform(-DEGREES, DEGREES) * distortion
         image = image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=paper)
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6) * distortion))
         grain = noise.normal(0, rng.uniform(0, 8) * distortion, (image.height, image.width))

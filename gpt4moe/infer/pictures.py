@@ -24,8 +24,12 @@ class Picture:
 
 
 def read_picture(path: str, config: ImageConfig | None) -> Picture:
-    """The image in a file; `CallerError` where it is missing, broken or larger than `config.max_pixels`."""
-    require(config is not None, "--image", path, "but the model reads no images", "give the workdir of one that does")
+    """The image in a file; `CallerError` where it is missing, broken or larger than `config.max_pixels`.
+
+    config: how the run's images were fitted, None of a run without any.
+    """
+    mend = "give the workdir of a run that had some"
+    require(config is not None, "--image", path, "but the run was trained without images (DataConfig.images)", mend)
     file = pathlib.Path(path)
     require(file.is_file(), "--image", path, "is not a file")
     data = file.read_bytes()

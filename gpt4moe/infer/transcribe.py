@@ -32,6 +32,7 @@ class Transcription:
     character_error_rate: float
     exact_match: float
     character_error_rate_without_image: float
+    exact_match_without_image: float
     examples: tuple[tuple[str, str], ...]
 
 
@@ -66,12 +67,11 @@ def format_transcriptions(results: dict[str, Transcription]) -> str:
     if not results:
         return ""
     width = max(len("read"), *map(len, results))
-    lines = [f"{'read':{width}}  character errors  exact  without image  documents"]
+    lines = [f"{'read':{width}}  character errors  exact  without image   exact  documents"]
     for source, result in results.items():
-        errors, blind = result.character_error_rate, result.character_error_rate_without_image
-        lines.append(
-            f"{source:{width}}  {errors:16.1%} {result.exact_match:6.1%} {blind:14.1%} {result.documents:10,d}"
-        )
+        seeing = f"{result.character_error_rate:16.1%} {result.exact_match:6.1%}"
+        blind = f"{result.character_error_rate_without_image:14.1%} {result.exact_match_without_image:7.1%}"
+        lines.append(f"{source:{width}}  {seeing} {blind} {result.documents:10,d}")
     return "\n".join(lines)
 
 
@@ -133,10 +133,15 @@ def _scored(trained: Trained, references: list, read: list, blind: list) -> Tran
     return Transcription(
         documents=len(texts),
         character_error_rate=sum(map(edit_distance, texts, seen)) / length,
-        exact_match=sum(a == b for a, b in zip(texts, seen, strict=True)) / len(texts),
+        exact_match=_exact(texts, seen),
         character_error_rate_without_image=sum(map(edit_distance, texts, unseen)) / length,
+        exact_match_without_image=_exact(texts, unseen),
         examples=tuple(zip(texts[:5], seen[:5], strict=True)),
     )
+
+
+def _exact(texts: list[str], read: list[str]) -> float:
+    return sum(a == b for a, b in zip(texts, read, strict=True)) / len(texts)
 
 
 def normalised(text: str) -> str:

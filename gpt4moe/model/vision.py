@@ -59,8 +59,9 @@ class VisionEncoder(nnx.Module):
     ) -> Float[Array, "*lead P D"]:
         """Returns the features of every image in the compute dtype, leading tokens before patches by rows.
 
-        Bytes are normalised here; floats are taken as normalised already. Raises `ValueError` for images of another
-        size than the configuration's: see `resampled_positions` for a change of it.
+        Bytes are normalised here; floats are taken as normalised already. The last of the leading dims is the frames of
+        a clip (or tiles of a page) where `max_frames` is above 1, and only there. Raises `ValueError` for images of
+        another size than the configuration's: see `resampled_positions` for a change of it.
         """
         config, lead = self.config, images.shape[:-3]
         size, expected = images.shape[-3:-1], (config.height, config.width)

@@ -110,6 +110,19 @@ def write_evaluation(workdir: epath.Path, evaluation: Evaluation, *, step: int) 
     write_atomically(workdir / "evaluation.json", json.dumps(document, indent=1) + "\n")
 
 
+def add_read(workdir: epath.PathLike, read: Mapping[str, Mapping], *, step: int) -> None:
+    """Adds `read`, how well the images of a source are read, to its results in `evaluation.json` if they are of `step`.
+
+    Values are the fields of `gpt4moe.infer.transcribe.Transcription`.
+    """
+    path = epath.Path(workdir) / "evaluation.json"
+    document = json.loads(path.read_text()) if path.exists() else {"step": None}
+    if read and document["step"] == step:
+        for source, result in read.items():
+            document["sets"][source]["read"] = dict(result)
+        write_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
 def trained_store(run: RunConfig, workdir: epath.PathLike, step: int) -> TokenStore:
     """The token store that the run was trained on, which needs no sources; made again where it is gone.
 

@@ -121,8 +121,12 @@ def test_the_section_shows_pictures_texts_and_maps_frames_side_by_side():
     assert [np.unravel_index(heat[..., 3].argmax(), (2, 6)) for heat in heats] == [(1, 5), (0, 1)]
     assert "&lt;b&gt;1 2" in section and "1 &amp;" in section and "␣&lt;" in section and "pages, held out" in section
     assert "50.0%" in section and "25.0%" in section and "8.3%" in section
-    absent = Picture(shown.pixels, np.array([True, False]))
-    assert images_of(reading_section([Reading("s", absent, "", "", ("1",), maps[:1])]))[1].shape == (2, 3, 4)
+    absent = Reading("s", Picture(shown.pixels, np.array([True, False])), "", "", ("1",), maps[:1])
+    section = reading_section([absent])
+    assert images_of(section)[1].shape == (2, 3, 4)
+    assert "reddest of 6 patches gets, which an even spread gives 16.7%" in section, "of the frame that is there"
+    both = reading_section([absent, Reading("s", shown, "", "", ("1",), maps[:1])])
+    assert "reddest of 6 to 12 patches gets, which an even spread gives 8.3% to 16.7%" in both
 
 
 def test_with_a_resampler_the_section_says_why_there_are_no_maps():

@@ -114,6 +114,22 @@ def test_report_shows_the_run_and_stands_alone(workdir):
     assert "#010203" not in source and "currentColor" in source
 
 
+def test_report_shows_how_images_are_read_where_they_are(workdir):
+    plain = write_report(workdir).read_text()
+    assert "read exactly" not in plain and "loss without images" not in plain
+    evaluation = json.loads(json.dumps(EVALUATION))
+    rates = {"character_error_rate": 0.031, "exact_match": 0.912, "examples": [["12", "13"]], "documents": 9}
+    rates |= {"character_error_rate_without_image": 8.54, "exact_match_without_image": 0.0}
+    evaluation["sets"]["text"] |= {"loss_without_image": 7.063, "read": rates}
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    page = write_report(workdir).read_text()
+    table = page[page.index("<h2>Held-out text") :]
+    table = table[: table.index("</table>")]
+    code, text = ([cell for cell in re.findall("<td>(.*?)</td>", row)] for row in table.split("<tr>")[2:])
+    assert table.count("<th>") == len(code) == len(text) == 11
+    assert text[6:] == ["7.063", "3.1%", "91.2%", "854.0%", "0.0%"] and code[6:] == [""] * 5
+
+
 def test_report_of_a_run_without_its_last_files(workdir):
     for name in ("evaluation.json", "samples.json", "config.gin", "environment.json"):
         (workdir / name).unlink()

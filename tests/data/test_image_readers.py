@@ -281,6 +281,19 @@ def test_nothing_outside_the_folder_is_read(tmp_path, name):
     assert [one.where.rsplit("/")[-1] for one in found] == ["a.jsonl:1", "a.jsonl:2", "b.parquet:1"]
 
 
+def test_links_in_the_folder_are_followed_and_names_through_them_do_not_lead_out(tmp_path):
+    """Folders of links are common, and the user's own; what a record says may come from anyone."""
+    write_images(tmp_path / "elsewhere")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "one.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "data" / "clip").symlink_to(tmp_path / "elsewhere")
+    names = ["one.png", "clip/b.png", "clip", "clip/../../elsewhere/a.png"]
+    path = jsonl(tmp_path / "data" / "a.jsonl", *({"text": name, "images": [name]} for name in names))
+    *found, out = documents(path)
+    assert [one.images for one in found] == [(FILES["a"],), (FILES["b"],), (tuple(FILES.values()),)]
+    assert out.reason == f"names the image {names[-1]!r}, which is not in the folder of the file"
+
+
 def test_an_absolute_path_into_the_folder_is_one_of_its_files(tmp_path):
     write_images(tmp_path)
     path = jsonl(tmp_path / "a.jsonl", {"text": "x", "images": [str(tmp_path / "a.png")]})

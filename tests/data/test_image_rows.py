@@ -1,16 +1,20 @@
 """Images in rows: what a token sees, told as a story; packing limits; the same batches from anywhere."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
+import threading
 
 import numpy as np
 import pytest
 
 from gpt4moe.config.data import SourceConfig
 from gpt4moe.data.documents import Document
+from gpt4moe.data.image_rows import IMAGES_A_JOB, ImageDecoder
 from gpt4moe.data.packing import ImageLimit, make_plan
 from gpt4moe.data.pipeline import TrainRows, held_out_batches, open_store
+from gpt4moe.data.rows import Row, stack_rows
 from gpt4moe.types import Batch
 from tests.data.image_documents import IMAGES, config_of, many, picture, reds
 
@@ -108,6 +112,48 @@ def test_all_images_come_once_and_the_ledger_counts_the_targets(tmp_path):
     assert sorted(found) == list(range(1, 91))
     assert rows.ledger() == {"pictures": weights} == {"pictures": store.num_targets("pictures", "train")}
     assert store.num_targets("pictures", "train") == store.num_tokens("pictures", "train") - 90
+
+
+def test_the_ledger_is_right_after_every_batch_where_documents_are_cut_between_images(tmp_path):
+    config = config_of(many(30, per_document=5))  # two a row
+    rows = TrainRows(open_store(config, tmp_path), config, microbatch_rows=2)
+    assert rows.packing()["pictures"]["split_documents"] == 30
+    weights = 0
+    for batch in rows:
+        weights += batch.loss_weights.sum()
+        assert rows.ledger() == {"pictures": weights}
+
+
+def test_a_batch_waits_for_the_last_of_its_images():
+    """The last job has an image that is not to be had before the batch is asked for."""
+    count = IMAGES_A_JOB + 1
+    files, asked = [(picture(1 + index),) for index in range(count)], threading.Event()
+
+    class Slow:
+        path = "nowhere"
+
+        def __getitem__(self, number):
+            assert number < count - 1 or asked.wait(60)
+            return files[number]
+
+    nothing = np.zeros(4, np.int32)
+    row = Row(0, 0, nothing, nothing, nothing, nothing, images=tuple(range(count)))
+    decoder = ImageDecoder(dataclasses.replace(IMAGES, per_row=count, workers=2), lambda source: Slow())
+    decoding = decoder.begin([row], 1)
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        seen = other.submit(lambda: decoder.finish(decoding, stack_rows([row], 1, 4)).image_valid.copy())
+        concurrent.futures.wait([seen], timeout=0.2)
+        asked.set()
+        assert seen.result().all()
+
+
+def test_the_images_of_the_next_batch_are_begun_with_this_one(tmp_path):
+    images = dataclasses.replace(IMAGES, workers=1)
+    config = config_of(many(20), images=images)
+    rows = TrainRows(open_store(config, tmp_path), config, microbatch_rows=2)
+    for _ in range(2):
+        next(rows)
+        assert list(rows._decoding) == [rows.get_state()["next_row"]]
 
 
 def test_held_out_targets_are_those_that_the_store_says(tmp_path):

@@ -1,11 +1,12 @@
 """Images: every kind of file becomes upright RGB of the size asked for; what cannot be decoded is said in one line."""
 
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from gpt4moe.config.data import ImageConfig
 from gpt4moe.data.documents import Document
@@ -23,6 +24,10 @@ def decoded(data, **changes):
     out, valid = np.zeros((config.frames, config.height, config.width, 3), np.uint8), np.zeros(config.frames, bool)
     decode_into(data, config, out, valid)
     return out, valid
+
+
+def opened(data):
+    return Image.open(io.BytesIO(data))
 
 
 def page_of(width, height):
@@ -67,13 +72,92 @@ def test_transparent_pixels_are_white_and_sixteen_bits_are_scaled():
     assert (decoded(encoded(Image.fromarray(np.full((4, 6), 40 * 257, np.uint16))))[0] == 40).all()
 
 
-def test_a_picture_lies_as_its_exif_says():
-    image = Image.fromarray(np.zeros((4, 6, 3), np.uint8))
-    image.paste((255, 0, 0), (0, 0, 6, 2))
+def see_through(mode):
+    """A file of `mode` whose pixels are all transparent, whatever their colour."""
+    if mode == "P":
+        image = Image.new("P", (6, 4), 1)
+        image.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
+        return encoded(image, transparency=1)
+    if mode in ("RGB", "L"):
+        colour = (1, 2, 3) if mode == "RGB" else 7
+        return encoded(Image.new(mode, (6, 4), colour), transparency=colour)
+    if mode == "GIF":
+        return encoded(Image.new("P", (6, 4), 1), "GIF", transparency=1)
+    return encoded(Image.new("LA" if mode == "LA" else "RGBA", (6, 4), 0), "WEBP" if mode == "WEBP" else "PNG")
+
+
+@pytest.mark.parametrize("mode", ["LA", "P", "RGB", "L", "GIF", "WEBP"])
+def test_transparency_is_white_however_a_file_says_it(mode):
+    data = see_through(mode)
+    assert image_problem(data, LIMIT) is None and (decoded(data)[0] == 255).all()
+
+
+def oriented(value):
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    out = np.asarray(rgb_image(encoded(image, "PNG", exif=exif.tobytes())))
-    assert (out[:2, :, 0] == 0).all() and (out[2:, :, 0] == 255).all()
+    exif[0x0112] = value
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_a_picture_lies_as_its_exif_says(value):
+    exif = oriented(value)
+    data = encoded(Image.fromarray(NOISE[:10, :7]), exif=exif)
+    upright = ImageOps.exif_transpose(opened(data))
+    assert upright.size == ((7, 10) if value < 5 else (10, 7))
+    assert np.array_equal(np.asarray(rgb_image(data)), np.asarray(upright))
+
+
+def raw_profile(exif):
+    """EXIF as ImageMagick wrote it into a PNG: hexadecimal digits in a text."""
+    return "\nexif\n" + f"{len(exif):8d}\n" + exif.hex()
+
+
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+SAID_BY = {
+    "exif of a JPEG": ("JPEG", {"exif": oriented(3), "quality": 95}),
+    "exif of a WebP": ("WEBP", {"exif": oriented(3), "lossless": True}),
+    "a raw profile": ("PNG", {"Raw profile type exif": raw_profile(oriented(3))}),
+    "XMP of a PNG": ("PNG", {"XML:com.adobe.xmp": XMP}),
+    "XMP of a JPEG": ("JPEG", {"xmp": XMP.encode(), "quality": 95}),
+}
+
+
+@pytest.mark.parametrize("name", SAID_BY)
+def test_orientation_is_found_wherever_it_stands(name):
+    kind, options = SAID_BY[name]
+    if kind == "PNG":
+        ((key, text),) = options.items()
+        options = {"pnginfo": (chunks := PngImagePlugin.PngInfo())}
+        chunks.add_itxt(key, text) if key.startswith("XML") else chunks.add_text(key, text)
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 0, 0), (0, 0, 16, 8))
+    out = np.asarray(rgb_image(encoded(image, kind, **options)))
+    assert out[:7, :, 0].max() < 40 and out[9:, :, 0].min() > 215, "upside down"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0nothing of the kind", b"MM\0*"], ids=["no header", "cut"])
+def test_a_picture_whose_exif_says_nothing_lies_as_it_is(kind, exif):
+    data = encoded(Image.new("RGB", (8, 4)), kind, exif=exif)
+    assert image_problem(data, LIMIT) is None and rgb_image(data).size == (8, 4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_exif_does_not_cost_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hello"
+    data = encoded(Image.new("RGB", (8, 4), (200, 0, 0)), "JPEG", exif=exif.tobytes())
+    place, sizes, damaged = data.index(b"Exif") + 6, set(), []
+    for index in range(place, place + len(exif.tobytes()) - 6):
+        for value in (0, 1, 7, 11, 255):
+            damaged.append(data[:index] + bytes([value]) + data[index + 1 :])
+    for one in damaged:
+        assert image_problem(one, LIMIT) is None
+        sizes.add(rgb_image(one).size)
+    assert sizes == {(8, 4), (4, 8)}, "turned where that can still be read"
+    documents = [Document(str(index), images=(one,)) for index, one in enumerate(damaged)]
+    (source,) = prepare(config_of(documents), tmp_path).sources
+    assert (source.images, source.bad_records) == (len(damaged), 0)
 
 
 def test_fits_told_on_a_page_of_120_by_40():
@@ -92,6 +176,10 @@ def test_fits_told_on_a_page_of_120_by_40():
         (40, 79, 39),
         (80, 119, 39),
     ]
+    # Two rows of two: from left to right, then down.
+    tiles, valid = decoded(page_of(80, 60), height=30, width=40, fit="tile", frames=4)
+    assert valid.all() and [tuple(tile[0, 0, :2]) for tile in tiles] == [(0, 0), (40, 0), (0, 30), (40, 30)]
+    assert [tuple(tile[-1, -1, :2]) for tile in tiles] == [(39, 29), (79, 29), (39, 59), (79, 59)]
     # At most two tiles: the scale is kept, what is below the page is black.
     tiles, valid = decoded(page, height=40, width=40, fit="tile", frames=2)
     assert valid.all() and not tiles[:, 27:].any() and tiles[1, 0, -1, 0] > 115
@@ -101,9 +189,31 @@ def test_fits_told_on_a_page_of_120_by_40():
 
 def test_a_large_jpeg_is_unfolded_no_larger_than_needed_and_looks_the_same():
     gradient = np.broadcast_to(np.linspace(0, 255, 800).astype(np.uint8)[:, None, None], (800, 800, 3))
-    (small,) = decoded(encoded(Image.fromarray(gradient), "JPEG", quality=95), height=32, width=32)[0]
+    data = encoded(Image.fromarray(gradient), "JPEG", quality=95)
+    assert rgb_image(data, (32, 32)).size == (100, 100)
+    (small,) = decoded(data, height=32, width=32)[0]
     (exact,) = decoded(encoded(Image.fromarray(gradient)), height=32, width=32)[0]
     assert np.abs(small.astype(int) - exact).max() <= 3
+
+
+@pytest.mark.parametrize("value", [1, 6, 8])
+def test_a_large_jpeg_keeps_what_the_size_asked_for_can_show_also_where_it_lies_on_its_side(value):
+    """2048 by 64 pixels in stripes of eight, each a pixel of the result."""
+    upright = np.broadcast_to((np.arange(2048) // 8 % 2 * 255).astype(np.uint8)[None, :, None], (64, 2048, 3))
+    stored = {1: upright, 6: np.rot90(upright, 1), 8: np.rot90(upright, -1)}[value]
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "JPEG", quality=95, exif=oriented(value))
+    (small,) = decoded(data, height=8, width=256)[0]
+    exact = np.arange(256) % 2 * 255
+    assert np.abs(small.astype(int) - exact[None, :, None]).mean() < 5
+
+
+def test_a_clip_is_never_cut_into_tiles():
+    frames = tuple(picture(red) for red in (10, 20, 30))
+    out, valid = decoded(frames, fit="tile", frames=4)
+    assert valid.tolist() == [True, True, True, False]
+    assert out[:, 0, 0, 0].tolist() == [10, 20, 30, 0]
+    out, valid = decoded(frames, fit="tile", frames=2)
+    assert valid.all() and out[:, 0, 0, 0].tolist() == [10, 30]
 
 
 BAD = {

@@ -1,28 +1,33 @@
 """Sources that are drawn: documents the same each time, transcripts of what is there to be read."""
 
 import functools
+import html
+import importlib
 import io
 import itertools
 import os
+import re
 import shutil
 import string
 import subprocess
+import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from gpt4moe.config.data import DataConfig, ImageConfig, SourceConfig
 from gpt4moe.config.tokenizer import TokenizerConfig
-from gpt4moe.data import rendered, rendered_web
+from gpt4moe.data import rendered, rendered_formulas, rendered_web
 from gpt4moe.data.documents import Document
-from gpt4moe.data.fonts import font_files
+from gpt4moe.data.fonts import font, font_files
 from gpt4moe.data.images import image_problem
 from gpt4moe.data.pipeline import TrainRows, open_store
 from gpt4moe.data.rendered_formulas import formulas
 from gpt4moe.data.rendered_web import find_browser, screenshots
 
 WORDS = ["the quick brown fox jumps over the lazy dog, twice & once", "caf\u00e9 <image> " + "w" * 90]
+PROSE = ["The quick brown fox jumps over the lazy dog, twice & once; then Mary had 27 little lambs (or more)."]
 SOURCES = {
     "digits": rendered.digits,
     "lines": functools.partial(rendered.lines, texts=WORDS.copy),
@@ -145,6 +150,171 @@ def test_screenshots_of_pages():
     for document in documents:
         image = opened(document.images[0])
         assert image.size == (200, 120) and np.ptp(np.asarray(image)) > 100
+
+
+@pytest.fixture
+def one_font(monkeypatch):
+    """All is drawn in one font, whose file this is."""
+    file = next(file for file in font_files(string.printable.strip()) if file.endswith("DejaVuSans.ttf"))
+    monkeypatch.setattr(rendered, "font_files", lambda characters: (file,))
+    return file
+
+
+def ink_of(image):
+    """Darkness of the smallest part of a picture that holds all its ink, 0 to 1."""
+    pixels = np.asarray(image.convert("L")).astype(float)
+    dark = (pixels.max() - pixels) / max(np.ptp(pixels), 1)
+    rows, columns = (np.flatnonzero((dark > 0.3).any(axis)) for axis in (1, 0))
+    return dark[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def likeness(image, text, file):
+    """Correlation of a picture's ink with that of `text` drawn anew, large, and laid over it."""
+    seen, type_ = ink_of(image), font(file, 40)
+    size = type_.getbbox(text)[2:]
+    page = Image.new("L", (size[0] + 8, size[1] + 8), 255)
+    ImageDraw.Draw(page).text((4, 4), text, font=type_, fill=0)
+    drawn = Image.fromarray((ink_of(page) * 255).astype(np.uint8)).resize(seen.shape[::-1], Image.Resampling.BOX)
+    return np.corrcoef(seen.ravel(), np.asarray(drawn).ravel())[0, 1]
+
+
+def read_as(image, texts, file):
+    """The one of `texts` that a picture looks like most."""
+    return max(texts, key=lambda text: likeness(image, text, file))
+
+
+def test_digits_stand_in_the_order_of_the_transcript(one_font):
+    for document in rendered.digits(count=12, height=32, width=160):
+        text = document.text.removeprefix("<image>")
+        another = text[:-1] + str((int(text[-1]) + 5) % 10)
+        assert read_as(opened(document.images[0]), [text, text[::-1], another], one_font) == text
+        assert likeness(opened(document.images[0]), text, one_font) > 0.6
+
+
+def test_a_line_reads_as_its_transcript(one_font):
+    for document in rendered.lines(count=8, width=200, texts=PROSE.copy):
+        text = document.text.removeprefix("<image>")
+        assert likeness(opened(document.images[0]), text, one_font) > 0.5
+        assert read_as(opened(document.images[0]), [text[::-1], text], one_font) == text
+
+
+def test_lines_of_a_page_stand_one_below_the_other(one_font):
+    sizes, step = (16, 16), round(16 * rendered.LINE_SPACING)
+    (document,) = rendered.pages(count=1, texts=PROSE.copy, sizes=sizes, distortion=0, height=160, width=200)
+    page, lines = opened(document.images[0]), document.text.removeprefix("<image>").split("\n")
+    assert len(lines) == (160 - 16) // step and len(set(lines)) > 4
+    for row, text in enumerate(lines):
+        band = page.crop((0, 8 + row * step, 200, 8 + (row + 1) * step))
+        assert read_as(band, sorted(set(lines)), one_font) == text
+
+
+@pytest.mark.parametrize(("side", "distortion"), [(1344, 1.0), (448, 3.0)])
+def test_no_letter_leaves_a_page_that_lies_askew(side, distortion):
+    given = {"height": side, "width": side, "sizes": (12, 16), "distortion": distortion}
+    for document in rendered.pages(count=3, texts=PROSE.copy, **given):
+        pixels = np.asarray(opened(document.images[0])).astype(int)
+        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        assert (edge < np.median(edge) - 60).sum() <= 3, "grain at most"
+
+
+def test_a_page_without_room_for_a_line_is_a_one_line_error():
+    with pytest.raises(
+        ValueError, match=r"^pages.height=30 and width=448 have no room for a line in a margin of 8 pix"
+    ):
+        next(rendered.pages(count=1, texts=WORDS.copy, height=30))
+    with pytest.raises(ValueError, match=r"^pages.distortion=-1 must be a number of at least 0"):
+        next(rendered.pages(count=1, texts=WORDS.copy, distortion=-1))
+
+
+def test_every_frame_of_a_clip_shows_the_word_of_its_second(one_font):
+    for document in rendered.clips(count=6, frames=5, height=64, width=200, seconds=0.5):
+        said = dict(line.split() for line in document.text.removeprefix("<image>").split("\n"))
+        words = {float(second) / 0.5: word for second, word in said.items()}
+        for index, frame in enumerate(document.images[0]):
+            word = words[max(first for first in words if first <= index)]
+            assert read_as(opened(frame), rendered.CLIP_WORDS, one_font) == word
+
+
+def test_a_formula_is_drawn_from_its_transcript():
+    from matplotlib import mathtext
+    from matplotlib.font_manager import FontProperties
+
+    parser, margin, sources = mathtext.MathTextParser("agg"), 3, []
+    for document in formulas(count=12, margin=margin):
+        source = document.text.removeprefix("<image>")
+        ink = 255 - np.asarray(opened(document.images[0]))[margin:-margin, margin:-margin]
+        drawn = (
+            np.asarray(parser.parse(f"${source}$", 100, FontProperties(size=14, math_fontfamily=family)).image)
+            for family in rendered_formulas.FONT_SETS
+        )
+        assert any(np.array_equal(ink, one) for one in drawn), source
+        sources.append(source)
+    assert any("frac" in source for source in sources)
+
+
+BROWSER = """#!{python}
+import sys
+from PIL import Image
+given = dict(one[2:].split("=", 1) for one in sys.argv if one.startswith("--") and "=" in one)
+width, height = map(int, given["window-size"].split(","))
+shot = Image.new("L", (width, height))
+for page in range(height // 50):
+    shot.paste(10 * page, (0, 50 * page, width, 50 * page + 50))
+shot.save(given["screenshot"])
+"""
+
+
+def test_every_page_of_a_shot_is_cut_out_with_its_transcript(tmp_path, monkeypatch):
+    """By a browser that makes the pages of a shot 0, 10, 20, ... of grey, one below the other."""
+    (tmp_path / "chromium").write_text(BROWSER.format(python=sys.executable))
+    (tmp_path / "chromium").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    bodies, shoot = [], rendered_web._shot
+    monkeypatch.setattr(rendered_web, "_shot", lambda *given: bodies.append(given[2]) or shoot(*given))
+    count = rendered_web.PAGES_A_SHOT + 2
+    documents = list(screenshots(count=count, height=50, width=300, texts=WORDS.copy))
+    greys = [np.unique(opened(document.images[0])).tolist() for document in documents]
+    assert greys == [[10 * (index % rendered_web.PAGES_A_SHOT)] for index in range(count)]
+    headings = [html.unescape(one) for body in bodies for one in re.findall("<h1>(.*?)</h1>", body)]
+    assert headings == [document.text.removeprefix("<image>").split("\n")[0] for document in documents]
+
+
+TALKING = """
+import os
+print("a module that talks when it is imported")
+os.write(1, b"and below Python too")
+def words():
+    print("and when it is asked")
+    return ["some words of text here"] * 3
+"""
+
+
+def module_of(tmp_path, monkeypatch, name, text):
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module(name)
+
+
+def test_a_text_function_may_print(tmp_path, monkeypatch, capfd):
+    talking = module_of(tmp_path, monkeypatch, "talking_text", TALKING)
+    draw = functools.partial(rendered.lines, count=1100, height=24, width=40, texts=talking.words)
+    documents = drawn_of(monkeypatch, 2, draw)
+    assert len(documents) == 1100
+    assert "talks when it is imported" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [0, 10, 5000])
+def test_a_drawing_process_that_dies_is_told_however_much_it_had_written(tmp_path, monkeypatch, cut):
+    """Instead of this Python one that hears what is to be drawn, writes so many bytes of some documents and ends."""
+    half = tmp_path / "python"
+    half.write_text(
+        f"#!{sys.executable}\nimport pickle, sys\nsys.stdin.buffer.read()\n"
+        f"sys.stdout.buffer.write(pickle.dumps([b'x' * 9000])[:{cut}])\n"
+    )
+    half.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(half))
+    with pytest.raises(RuntimeError, match="a process that draws lines died: out of memory, or see above"):
+        drawn_of(monkeypatch, 2, functools.partial(rendered.lines, count=1100, width=40, texts=WORDS.copy))
 
 
 def drawn_of(monkeypatch, cores, draw):

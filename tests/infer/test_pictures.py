@@ -1,5 +1,6 @@
 """Images in prompts: a run that reads images, generation and transcription from it, and what is refused."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -13,10 +14,11 @@ from gpt4moe.analysis.reading import read_held_out
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer.generate import generate, generate_ids
 from gpt4moe.infer.pictures import fitted_picture, read_picture, split_at_images, stack_pictures
-from gpt4moe.infer.transcribe import edit_distance, transcribe
+from gpt4moe.infer.transcribe import Transcription, edit_distance, transcribe
 from gpt4moe.launch import main
 from gpt4moe.train.evaluate import trained_store
 
+READ_FIELDS = {field.name for field in dataclasses.fields(Transcription)}
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=6)
 # The quickstart of vision, small enough to be trained in a test.
 SMALL = {
@@ -56,6 +58,8 @@ def _noise(seed: int) -> bytes:
 
 
 def test_evaluation_reports_the_loss_without_images_and_how_much_was_read(workdir, trained, capsys):
+    of_training = json.loads((workdir / "evaluation.json").read_text())
+    assert of_training["step"] == 2 and of_training["sets"]["digits"]["read"].keys() == READ_FIELDS
     assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
     captured = capsys.readouterr()
     assert "loss of held-out text" in captured.err and "reading digits: 0 of" in captured.err
@@ -66,6 +70,7 @@ def test_evaluation_reports_the_loss_without_images_and_how_much_was_read(workdi
     store = trained_store(trained.config, workdir, trained.step)
     assert read["documents"] == len(store.offsets("digits", "held_out")) - 1 > 5
     assert read["character_error_rate"] > 0 and 0 <= read["exact_match"] <= 1
+    assert json.loads((workdir / "evaluation.json").read_text())["sets"]["digits"]["read"] == read
 
 
 def test_the_log_has_the_gates_of_the_parameters_saved_with_it(workdir):
@@ -206,5 +211,7 @@ def test_a_missing_image_and_one_for_many_prompts_are_one_line(workdir, tmp_path
 def test_a_text_model_refuses_images(tmp_path):
     path = pathlib.Path(tmp_path / "image.png")
     path.write_bytes(_png())
-    with pytest.raises(ValueError, match="the model reads no images"):
+    with pytest.raises(
+        ValueError, match=r"image.png' but the run was trained without images \(DataConfig.images\); give"
+    ):
         read_picture(str(path), None)

@@ -34,6 +34,16 @@ def test_towers(tower):
     close(_encode(shorter, arrays, outputs["in/pixel_values"]), outputs[f"out/{tower}_penultimate"])
 
 
+def test_pixels_are_normalised_as_the_originals_were():
+    """The numbers of preprocessor_config.json of openai/clip-vit-large-patch14 and google/siglip-so400m-patch14-384."""
+    for tower, mean, std in (
+        ("clip", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ("siglip", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ):
+        config = vision.encoder_config(*foreign_model(f"vit-golden/{tower}-tiny"))
+        assert (config.pixel_mean, config.pixel_std) == (mean, std)
+
+
 def test_pooled_clip_is_the_normed_class_token():
     foreign, arrays = foreign_model("vit-golden/clip-tiny")
     config = dataclasses.replace(vision.encoder_config(foreign, arrays), norm_after=True)

@@ -270,19 +270,22 @@ def test_every_parameter_is_counted(config):
         assert sizes.get(part, 0) == getattr(counted, part)
 
 
-@pytest.mark.parametrize("name", ["before every layer", "resampler", "layer norms, vector gates"])
-def test_the_flops_of_an_image_are_those_of_the_compiled_program(name):
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("before every layer", 1), ("resampler", 1), ("layer norms, vector gates", 1), ("frames", 3)],
+)
+def test_the_flops_of_an_image_are_those_of_the_compiled_program(name, frames):
     config = VARIANTS[name]
-    image = np.zeros((1, 1, 8, 12, 3), np.float32)
+    image = np.zeros((1, 1, frames, 8, 12, 3), np.float32)
 
     @jax.jit
     def see(model):
         nothing = np.zeros((1, 1), np.int32)
-        return model.keep(model.look(image, np.ones((1, 1), bool), nothing, nothing))
+        return model.keep(model.look(image, np.ones((1, 1, frames), bool), nothing, nothing))
 
     compiled = see.lower(_model(config)).compile().cost_analysis()["flops"]
     # Norms, softmax and activations come on top of the matrix products.
-    assert vision.flops_per_image(config) <= compiled < 1.35 * vision.flops_per_image(config)
+    assert vision.flops_per_image(config, frames) <= compiled < 1.35 * vision.flops_per_image(config, frames)
 
 
 def test_recomputing_and_pieces_of_queries_change_no_gradient():

@@ -71,6 +71,12 @@ def test_tokens_that_read_and_the_images_they_read_by_hand():
     of_token = 4 * 6 * 2 * (2 * 64 * 32 + 3 * 64 * 48) + (4 + 1 / 2) * 6 * 2 * 2 * (3 * 4) * 32
     of_image = 2 * 4 * (192 * 16 + 4 * 16 * 16 + 2 * 16 * 32) + 2 * 2 * 4 * 4 * 16 + 6 * 2 * 2 * 4 * 16 * 32
     assert executed.train_step(run, ONE, KERNEL).vision == TOKENS * of_token + 32 * 3 * 4 * of_image
+    # Clips of two frames: twice the features to encode, to keep and to look at.
+    encoder, images = dataclasses.replace(encoder, max_frames=2), ImageConfig(16, 16, per_row=3, frames=2)
+    model = dataclasses.replace(run.model, vision=dataclasses.replace(vision, encoder=encoder))
+    clips = dataclasses.replace(run, model=model, data=dataclasses.replace(run.data, images=images))
+    more = (4 + 1 / 2) * 6 * 2 * 2 * (3 * 4) * 32
+    assert executed.train_step(clips, ONE, KERNEL).vision == TOKENS * (of_token + more) + 32 * 3 * 4 * 2 * of_image
     halved = executed.train_step(run, ONE | {"tensor": 2}, KERNEL)
     assert halved.vision == (TOKENS * of_token + 32 * 3 * 4 * of_image) / 2
 

@@ -26,7 +26,16 @@ from gpt4moe.data.pipeline import held_out_batches, open_store
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.mesh import make_mesh
 from gpt4moe.parallel.sharding import state_shardings
-from gpt4moe.train.evaluate import EvalResult, Evaluation, evaluate, evaluate_trained, format_evaluation, to_document
+from gpt4moe.train.evaluate import (
+    EvalResult,
+    Evaluation,
+    add_read,
+    evaluate,
+    evaluate_trained,
+    format_evaluation,
+    to_document,
+    write_evaluation,
+)
 from gpt4moe.train.state import model_definition
 
 LENGTH = 32
@@ -161,6 +170,20 @@ def test_a_restored_model_leaves_its_results_for_the_report(run, store, model, e
     document = json.loads((tmp_path / "evaluation.json").read_text())
     assert document["step"] == 7
     assert document["sets"]["code"]["loss"] == pytest.approx(evaluation.sets["code"].loss)
+
+
+def test_how_images_are_read_is_added_to_the_results_of_its_step(evaluation, tmp_path):
+    read, path = {"code": {"character_error_rate": 0.25, "exact_match": 0.5}}, tmp_path / "evaluation.json"
+    add_read(tmp_path, {}, step=7)
+    add_read(tmp_path, read, step=7)
+    assert not path.exists(), "no results to add to"
+    write_evaluation(tmp_path, evaluation, step=7)
+    plain = json.loads(path.read_text())
+    add_read(tmp_path, read, step=6)
+    assert json.loads(path.read_text()) == plain, "those are of another step"
+    add_read(tmp_path, read, step=7)
+    document = json.loads(path.read_text())
+    assert document["sets"]["code"].pop("read") == read["code"] and document == plain
 
 
 def test_a_restored_model_is_evaluated_on_its_own_held_out_text_or_not_at_all(run, tmp_path):

@@ -1,5 +1,6 @@
 """AdamW against its formulas written out in NumPy; what decays; the user's own optimizer."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -9,6 +10,8 @@ import optax
 from flax import nnx
 
 from gpt4moe.config.optimizer import OptimizerConfig
+from gpt4moe.config.vision import CrossAttentionConfig, EncoderConfig, ResamplerConfig, VisionConfig
+from gpt4moe.model.transformer import Transformer
 from gpt4moe.train import optimizer, state
 from tests.train import tiny
 
@@ -46,6 +49,22 @@ def test_matrices_decay_and_stacked_norms_do_not():
     kept = {name for name, value in decays.items() if not value}
     assert kept and all("norm" in name for name in kept)
     assert not any("norm" in name for name, value in decays.items() if value)
+
+
+def test_of_what_reads_images_matrices_decay_and_biases_norms_and_gates_do_not():
+    vision = VisionConfig(
+        EncoderConfig(4, 4, 2, dim=8, num_layers=2, num_heads=2, hidden_dim=8, norm_before=True),
+        CrossAttentionConfig(every=1, num_heads=2, head_dim=4, hidden_dim=8, norm="layer", gate="vector"),
+        ResamplerConfig(2, num_layers=2, num_heads=2, hidden_dim=8, qk_norm=True),
+    )
+    model = dataclasses.replace(tiny.run_config(pathlib.Path("unused")).model, vision=vision)
+    params = nnx.split(nnx.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0))))[1]
+    mask = jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(params))
+    decays = {jax.tree_util.keystr(path, simple=True, separator="."): bool(value) for path, value in mask}
+    parts = ("vision_encoder.", "resampler.", "cross_attention.")
+    assert all(sum(name.startswith(part) for name in decays) > 10 for part in parts)
+    plain = ("bias", "norm", "_gate")
+    assert decays == {name: not any(one in name for one in plain) for name in decays}
 
 
 def test_gradients_are_clipped_to_the_global_norm():
