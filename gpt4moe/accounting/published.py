@@ -79,6 +79,13 @@ SHAPES = (
         "deepseek_v3", 61, 7168, 128, 128, 129_280, (256, 8, 2048), num_moe_layers=58, hidden_dim=18_432,
         shared_hidden_dim=2048, latent=DEEPSEEK_ATTENTION,
     ),
+    mixture("llama4_scout", 48, 5120, 40, 8, 202_048, (16, 1, 8192), shared_hidden_dim=8192),
+    mixture(
+        "llama4_maverick", 48, 5120, 40, 8, 202_048, (128, 1, 8192), num_moe_layers=24, hidden_dim=16_384,
+        shared_hidden_dim=8192,
+    ),
+    mixture("qwen3_30b_a3b", 48, 2048, 32, 4, 151_936, (128, 8, 768), qk_norm=True),
+    mixture("qwen3_235b_a22b", 94, 4096, 64, 4, 151_936, (128, 8, 1536), qk_norm=True),
 )  # fmt: skip
 
 

@@ -111,6 +111,7 @@ def product_seconds(chip: Chip, stack: Stack, rows: float, inner: float, columns
         return 0.0
     smallest = min(rows, inner, columns)
     efficiency = matmul_efficiency(chip.name) * smallest / (smallest + SMALL_DIMENSION)
+    efficiency *= 1 - stack.network_share
     return 2 * rows * inner * columns * count / (peak_ops(chip, stack) * efficiency)
 
 
@@ -231,7 +232,7 @@ def _experts(place: Place) -> Pass:
         elementwise=_traffic(place, ACTIVATION_BYTES * (moved + residual)),
         overhead=stack.layer_pass_seconds,
         tensor=_tensor_of_experts(place, rows * here),
-        expert=(1 - stack.expert_overlap) * (there + back),
+        expert=there + back,
     )
 
 

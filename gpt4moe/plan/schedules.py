@@ -16,6 +16,7 @@ class Schedule:
     """bubble_ratio(p, m, v): idle time over busy time. in_flight(p, m, v, stage): microbatches whose activations wait.
 
     weight_copies: of a stage's layers on one chip. messages: times an activation crosses a boundary, over 1F1B's v.
+    is_folded: a chip holds stage i and stage p - 1 - i.
     """
 
     bubble_ratio: Callable[[int, int, int], float]
@@ -23,6 +24,7 @@ class Schedule:
     has_virtual_stages: bool = False
     weight_copies: int = 1
     messages: int = 1
+    is_folded: bool = False
 
 
 def _ours(stages: int, microbatches: int, virtual: int) -> float:
@@ -44,8 +46,9 @@ SCHEDULES = {
     "interleaved": Schedule(_ours, _interleaved_in_flight, has_virtual_stages=True),
     "zb_h1": Schedule(lambda p, m, v: (p - 1) / (3 * m), lambda p, m, v, stage: min(m, p)),
     "zb_h2": Schedule(lambda p, m, v: 0.0, lambda p, m, v, stage: min(m, 2 * p - 1)),
-    "zb_v": Schedule(lambda p, m, v: 0.0, lambda p, m, v, stage: min(m, p), messages=2),
+    "zb_v": Schedule(lambda p, m, v: 0.0, lambda p, m, v, stage: min(m, p), messages=2, is_folded=True),
     "dualpipe": Schedule(
-        lambda p, m, v: max(p / 2 - 1, 0) * 2 / (3 * m), lambda p, m, v, stage: min(m, p + 1), weight_copies=2, messages=2
+        lambda p, m, v: max(p / 2 - 1, 0) * 2 / (3 * m), lambda p, m, v, stage: min(m, p + 1), weight_copies=2, messages=2,
+        is_folded=True,
     ),
 }

@@ -11,7 +11,7 @@ import dataclasses
 # Share of the 16-bit data-sheet peak that large products reach inside a training step. A100 and H100: what Megatron's
 # large products show (the best alone reach 0.87 and 0.80: ml-engineering, MAMF); H100 and later throttle at full power.
 # TPUs: matrix units are fed by a compiler that schedules every load (Austin et al., How to Scale Your Model, 2025).
-MATMUL_EFFICIENCY = {"a100": 0.72, "a800": 0.72, "v100": 0.60, "h": 0.61, "b": 0.65, "gb": 0.65, "tpu": 0.85}
+MATMUL_EFFICIENCY = {"a100": 0.72, "a800": 0.72, "v100": 0.60, "h": 0.61, "b": 0.65, "gb": 0.65, "tpu": 0.80}
 OTHER_MATMUL_EFFICIENCY = 0.6
 # A product whose smallest dimension is d reaches d / (d + 64) of that: tiles of 128 x 128 fill and drain.
 SMALL_DIMENSION = 64
@@ -31,7 +31,7 @@ class Stack:
     stage sends a tensor-th of its activations. *_overlap: share of the communication's time that computation can hide.
     hierarchical: collectives over many servers use every NIC of a server. matmul_bits: 8 or 16, of the large products.
     gradient_bytes: of one gradient on the wire. domain_limit: servers that a token's experts lie on at most, its row sent
-    once to each, 0 for no such routing. seconds_scale: measured over predicted time, from `plan calibrate`.
+    once to each, 0 for no such routing. network_share: of a chip's processors that only move data. seconds_scale: measured over predicted time, from `plan calibrate`.
     """
 
     name: str = "default"
@@ -46,6 +46,7 @@ class Stack:
     matmul_bits: int = 16
     gradient_bytes: int = 2
     domain_limit: int = 0
+    network_share: float = 0.0
     seconds_scale: float = 1.0
     imbalance: float = IMBALANCE
     layer_pass_seconds: float = LAYER_PASS_SECONDS

@@ -64,6 +64,8 @@ def estimate(
 def _parts(place: Place, microbatches: int) -> dict[str, float]:
     layout, stack = place.layout, place.stack
     stages = _stages(place)
+    if SCHEDULES[layout.schedule].is_folded:  # a chip holds a stage and its mirror image, and half the microbatches of each
+        stages = [_half_and_half(*pair) for pair in zip(stages, reversed(stages), strict=True)]
     slowest = max(stages, key=lambda stage: sum(stage.values()))
     busy = {name: microbatches * seconds for name, seconds in slowest.items()}
     busy_seconds = sum(busy.values())
@@ -78,20 +80,32 @@ def _parts(place: Place, microbatches: int) -> dict[str, float]:
     }
 
 
+def _half_and_half(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {name: (seconds + other[name]) / 2 for name, seconds in one.items()}
+
+
 def _stages(place: Place) -> list[dict[str, float]]:
-    """Seconds of one microbatch, forward and backward, on stages that differ: the first, one inside, the last."""
+    """Seconds of one microbatch, forward and backward, on every stage by cause."""
     shape, layout = place.shape, place.layout
-    counts = layout.stage_layers(shape.num_layers)
-    kinds = {experts: _layer(place, experts=experts) for experts in (False, True)}
-    found = []
-    start = 0
-    for index, count in enumerate(counts):
+    plain, routed = (_layer(place, experts=experts) for experts in (False, True))
+    known: dict[tuple[int, int, bool], dict[str, float]] = {}
+    found, start = [], 0
+    for index, count in enumerate(layout.stage_layers(shape.num_layers)):
         dense = min(max(shape.num_dense_layers - start, 0), count)
         start += count
-        stage = _sum_of(kinds[False], dense, kinds[True], count - dense)
-        stage["head"] = _head(place) if index == layout.stage - 1 else 0.0
-        found.append(stage)
+        kind = (dense, count - dense, index == layout.stage - 1)
+        if kind not in known:
+            known[kind] = _sum_of(plain, dense, routed, count - dense) | {"head": _head(place) if kind[2] else 0.0}
+            known[kind]["expert_communication"] = _exposed_expert(known[kind], place.stack)
+        found.append(known[kind])
     return found
+
+
+def _exposed_expert(stage: dict[str, float], stack: Stack) -> float:
+    """What of the all-to-all is not hidden: a share can be, and no more than there is to compute."""
+    seconds = stage["expert_communication"]
+    rest = sum(stage.values()) - seconds
+    return seconds - min(stack.expert_overlap * seconds, rest)
 
 
 def _layer(place: Place, *, experts: bool) -> tuple[Pass, Pass]:
@@ -163,9 +177,8 @@ def _data_communication(place: Place, microbatches: int, compute_seconds: float)
         if outer.size > 1:
             left = count / (group.size if layout.zero else 1)
             total += 2 * all_gather_seconds(left * stack.gradient_bytes, place.chip, outer, stack)
-    overlap = 1.0 if layout.zero == 3 else stack.data_overlap
-    last = compute_seconds if layout.zero == 3 else compute_seconds / microbatches
-    return total - min(overlap * total, last)
+    beside = compute_seconds if layout.zero == 3 else compute_seconds / microbatches
+    return total - min(stack.data_overlap * total, beside)
 
 
 def _sharded_seconds(place: Place, count: float, group: Group, microbatches: int) -> float:
