@@ -31,7 +31,7 @@ class Stack:
     stage sends a tensor-th of its activations. *_overlap: share of the communication's time that computation can hide.
     hierarchical: collectives over many servers use every NIC of a server. matmul_bits: 8 or 16, of the large products.
     gradient_bytes: of one gradient on the wire. domain_limit: servers that a token's experts lie on at most, its row sent
-    once to each, 0 for no such routing. network_share: of a chip's processors that only move data. seconds_scale: measured over predicted time, from `plan calibrate`.
+    once to each, 0 for no such routing. network_share: of a chip's processors that only move data. *_scale: measured over predicted time, of all and of parts, from `plan calibrate`.
     """
 
     name: str = "default"
@@ -48,6 +48,10 @@ class Stack:
     domain_limit: int = 0
     network_share: float = 0.0
     seconds_scale: float = 1.0
+    compute_scale: float = 1.0
+    memory_scale: float = 1.0
+    communication_scale: float = 1.0
+    idle_scale: float = 1.0
     imbalance: float = IMBALANCE
     layer_pass_seconds: float = LAYER_PASS_SECONDS
     scale_out_bytes_per_second: float | None = None

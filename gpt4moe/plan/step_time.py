@@ -24,6 +24,19 @@ from gpt4moe.plan.stacks import MEMORY_EFFICIENCY, Stack
 OPTIMIZER_TRAFFIC_BYTES = 4 + 2 * 4 + 2 * 8 + 2
 
 
+# Which of the stack's scales a part takes: what a chip computes, moves in memory, sends, and waits for.
+KINDS = {
+    "compute": ("matmul", "expert_matmul", "attention_core", "recompute", "head"),
+    "memory": ("elementwise", "optimizer", "overhead"),
+    "communication": (
+        "tensor_communication", "context_communication", "expert_communication", "stage_communication",
+        "data_communication",
+    ),
+    "idle": ("bubble",),
+}  # fmt: skip
+KIND_OF = {part: kind for kind, parts in KINDS.items() for part in parts}
+
+
 @dataclasses.dataclass(frozen=True)
 class StepTime:
     """One step. parts: seconds by cause, their sum is `seconds`. Utilisation is of the 16-bit peak, matmuls with head.
@@ -54,11 +67,16 @@ def estimate(
     microbatches = layout.microbatches(batch_tokens // sequence_length)
     place = Place(shape, layout, chip, stack, sequence_length)
     parts = _parts(place, microbatches)
-    parts = {name: seconds * stack.seconds_scale for name, seconds in parts.items()}
+    parts = {name: seconds * stack.seconds_scale * scale_of(name, stack) for name, seconds in parts.items()}
     total = sum(parts.values())
     rate = batch_tokens / total
     useful = flops.train_flops_per_token(shape) * rate / (layout.chips * chip.peak_flops)
     return StepTime(total, parts, rate, useful, parts["bubble"] / total, microbatches)
+
+
+def scale_of(part: str, stack: Stack) -> float:
+    """Returns the calibrated factor of one part's seconds."""
+    return getattr(stack, f"{KIND_OF[part]}_scale")
 
 
 def _parts(place: Place, microbatches: int) -> dict[str, float]:
