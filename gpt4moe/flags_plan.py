@@ -37,4 +37,20 @@ def add_words(parser: argparse.ArgumentParser, add_gin_flags: Callable[[argparse
         word.add_flags(subparser)
 
 
-WORDS: dict[str, Word] = {}
+def _validate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv", metavar="FILE", help="measurements to compare with (default: the published ones)")
+    parser.add_argument("--calibration", metavar="FILE", help="constants by stack and chip, of gpt4moe plan calibrate")
+
+
+def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv", metavar="FILE", help="measurements to fit to (default: the published ones)")
+    parser.add_argument("--workdir", action="append", default=[], metavar="DIR", help="a run of ours; may be repeated")
+    parser.add_argument("--constants", type=int, choices=(1, 2, 3, 4), help="how many a stack (default: what pays)")
+    parser.add_argument("--stack", metavar="STACK/CHIP", help="this one alone")
+    parser.add_argument("--out", metavar="FILE", help="write the constants here, for --calibration")
+
+
+WORDS: dict[str, Word] = {
+    "validate": Word("predictions beside published measurements, per source", _validate_flags),
+    "calibrate": Word("constants of a stack and chip from measured steps, with left-out error", _calibrate_flags),
+}

@@ -12,15 +12,19 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.run import RunConfig
 
 # Each module has `answer(args, build) -> (document, to_text)`.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {"validate": "validate", "calibrate": "calibrate"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """Makes what the gin files and overrides of the command line bind: a model, or a whole run with a model."""
+    """Makes what the gin files and overrides of the command line bind: a model, or a whole run with a model.
+
+    saved: the run of a work directory.
+    """
 
     model: Callable[[], ModelConfig]
     run: Callable[[], RunConfig]
+    saved: Callable[[str], RunConfig]
 
 
 def answer(args: argparse.Namespace, build: Build) -> tuple[Any, Callable[[Any], str]]:

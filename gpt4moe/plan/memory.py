@@ -18,8 +18,9 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.plan.layout import Layout
 from gpt4moe.plan.schedules import SCHEDULES
 
-# CUDA context or TPU runtime, NCCL's or XLA's buffers, fragments. BLOOM's measured bytes exceed the formulas by 3.6 GB.
-RESERVED_BYTES = 3.6e9
+# CUDA's context, NCCL's buffers, fragments: BLOOM's measured bytes exceed the formulas by 3.6 GB. A TPU's runtime takes
+# less, and its compiler lays out all buffers before the program runs.
+RESERVED_BYTES, TPU_RESERVED_BYTES = 3.6e9, 0.5e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +107,18 @@ class MemoryEstimate:
 
 def estimate(
     shape: Shape | ModelConfig, layout: Layout, chip: Chip, *, sequence_length: int, microbatches: int | None = None,
-    numerics: Numerics = MIXED_ADAM, reserved_bytes: float = RESERVED_BYTES,
+    numerics: Numerics = MIXED_ADAM, reserved_bytes: float | None = None,
 ) -> MemoryEstimate:  # fmt: skip
     """Returns the bytes of training on a chip of the fullest stage.
 
-    microbatches: of one replica in a step, None for more than are ever in flight.
+    microbatches: of one replica in a step, None for more than are ever in flight. reserved_bytes: what runtime and
+    libraries take, None for the usual of the chip's kind.
     """
     shape = shape_of(shape)
     layout.check(shape)
     require_count("sequence_length", sequence_length)
+    if reserved_bytes is None:
+        reserved_bytes = TPU_RESERVED_BYTES if chip.name.startswith("tpu") else RESERVED_BYTES
     most = microbatches or 4 * layout.stage * layout.virtual_stages
     found = {}
     for stage in _stages_to_look_at(shape, layout):

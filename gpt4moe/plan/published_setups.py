@@ -22,7 +22,7 @@ from gpt4moe.plan.published_shapes import shape_of_row
 from gpt4moe.plan.published_sources import ALL_ROWS, Source, source_of
 
 USUAL_SEQUENCE_LENGTH = 4096
-USUAL_TOKENS_PER_CHIP = 8192
+USUAL_TOKENS_PER_CHIP = (8192, 4096)
 MICROBATCH_ROWS = (1, 2, 4, 8)
 _MICROBATCH = re.compile(r"(?<![a-z])(?:mbs|mb|micro)[-_=]?(\d+)")
 _ZERO = re.compile(r"zero[-_]?(\d)")
@@ -69,16 +69,19 @@ def setup_of(row: Row) -> Setup:
         gpus, guessed = source.gpus, [*guessed, "gpus"]
     chip = _with_slices(row, gpus)
     length = row.seq or USUAL_SEQUENCE_LENGTH
-    tokens = row.global_batch_tokens or source.batch_tokens or gpus * max(USUAL_TOKENS_PER_CHIP, length)
-    is_open = not (row.global_batch_tokens or source.batch_tokens) and source.zero == 3
-    if is_open:  # no accumulation: FSDP's habit
+    told = row.global_batch_tokens or source.batch_tokens
+    if told and told < length:
+        raise CallerError(f"{row.where}, column global_batch_tokens: {told} must be at least seq ({length})")
+    if not told and source.zero == 3:  # no accumulation: FSDP's habit
         source = dataclasses.replace(source, microbatch_rows=ALL_ROWS)
-    if tokens < length:
-        raise CallerError(f"{row.where}, column global_batch_tokens: {tokens} must be at least seq ({length})")
+    batches = (told,) if told else [max(gpus * each, length) for each in USUAL_TOKENS_PER_CHIP]
     given = row.tp is not None and row.pp is not None
-    candidates = _given(row, source, shape, gpus, tokens // length) if given else _open(chip, source, shape, gpus, tokens // length)
+    candidates = []
+    for rows in sorted({tokens // length for tokens in batches}):
+        layouts = _given(row, source, shape, gpus, rows) if given else _open(chip, source, shape, gpus, rows)
+        candidates += [(layout, rows) for layout in layouts]
     try:
-        layout, rows = _best(candidates, shape, chip, tokens // length, length, source)
+        layout, rows = _best(candidates, shape, chip, length, source)
     except CallerError as error:
         raise CallerError(f"{row.where}, columns tp, pp, dp: {error}") from None
     return Setup(row, source, shape, chip, layout, rows * length, length, tuple(guessed))
@@ -172,14 +175,14 @@ def _open(chip: Chip, source: Source, shape: Shape, gpus: int, batch_rows: int) 
 
 
 def _best(
-    layouts: list[Layout], shape: Shape, chip: Chip, batch_rows: int, length: int, source: Source
+    candidates: list[tuple[Layout, int]], shape: Shape, chip: Chip, length: int, source: Source
 ) -> tuple[Layout, int]:
-    """The fastest layout that fits, where none does of those that compute most again; and the rows of its step.
+    """The fastest of layouts and batch rows that fits, where none does of those that compute most again.
 
-    Rows are a whole number a microbatch: published batches are rounded.
+    Rows become a whole number of microbatches: published batches are rounded.
     """
     found, refused = [], None
-    for layout in layouts:
+    for layout, batch_rows in candidates:
         span = layout.data * layout.microbatch_rows
         rows = max(batch_rows // span, 1) * span
         if layout.microbatch_rows > 1 and rows > 1.1 * batch_rows:
@@ -192,7 +195,7 @@ def _best(
         fits = _memory(shape, layout, chip, length, source).fits
         found.append((fits, 0 if fits else REMAT.index(layout.remat), -step.seconds / rows, layout, rows))
     if not found:
-        raise refused or CallerError(f"batch_rows={batch_rows} is less than one microbatch of every replica")
+        raise refused or CallerError("the batch is less than one microbatch of every replica; raise it")
     *_, layout, rows = max(found, key=lambda item: item[:3])
     return layout, rows
 

@@ -50,13 +50,16 @@ _NONE = dict.fromkeys(range(1, 1025), 1)
 _HOURS = dataclasses.replace(_MODERN, name="llama3-hours")
 _LLAMA3 = {"llama3-": 15e12, "llama3.1": 15e12, "llama3.1-405B": 15.6e12}
 
+_CUSTOM = Source("maxtext-custom", dataclasses.replace(_TPU, name="maxtext-custom"), None, zero=3, causal=True,
+                 gpus=256, numerics="bfloat16")
+
 # Longest beginning of a row's name decides.
 SOURCES = {
     # Narayanan et al. 2021, section 5.1: interleaved, scatter-gather, everything computed again, 16-bit gradients.
     "megatron-sc21": Source("megatron-sc21", _PLAIN, "full", False, 0, counts_recompute=True),
     # Its table 2 beside ZeRO-3 of DeepSpeed 0.3: each parameter's gather goes through one NIC a chip.
     "megatron-sc21-zero3": Source(
-        "megatron-sc21", Stack("deepspeed-zero3", flash=False, hierarchical=False), "full", False, 3,
+        "megatron-sc21", Stack("deepspeed-zero3", flash=False, hierarchical=False, data_overlap=0.6), "full", False, 3,
         counts_recompute=True, microbatch_rows=ALL_ROWS,
     ),
     # Korthikanti et al. 2022, table 3: chunks, microbatch of 4 for 22B; rows without "full" are sequence + selective.
@@ -122,6 +125,9 @@ SOURCES = {
     "mpt": Source("mpt", Stack("llm-foundry"), None, zero=3),
     # MaxText since PR 1988 counts half of the core.
     "maxtext": Source("maxtext", _TPU, None, zero=3, causal=True, gpus=256, numerics="bfloat16"),
+    # The guide to custom models, on Trillium, and the measured tables of v4 and v5p.
+    "maxtext-moe": _CUSTOM,
+    "maxtext-dense": _CUSTOM,
     "maxtext-v4": Source("maxtext", _TPU, None, zero=3, gpus=256, numerics="bfloat16"),
     "maxtext-v5p": Source("maxtext", _TPU, None, zero=3, gpus=256, numerics="bfloat16"),
 }
