@@ -1,6 +1,6 @@
 """Shapes of published models, to count and cost what others have trained and served.
 
-Sources: the papers (GPT-3 2005.14165, PaLM 2204.02311, Llama 2302.13971, 2307.09288, 2407.21783, OPT 2205.01068,
+Sources: the papers (GPT-3 2005.14165, PaLM 2204.02311, BLOOM 2211.05100, Llama 2302.13971, 2307.09288, 2407.21783, OPT 2205.01068,
 Skywork-MoE 2406.06563, DeepSeek 2405.04434, 2412.19437) and the config.json of the released checkpoints.
 """
 
@@ -56,6 +56,7 @@ SHAPES = (
     gpt("gpt3_175b", 96, 12_288, 96, 50_257),
     gpt("opt_175b", 96, 12_288, 96, 50_272, learned_positions=2050),
     gpt("gopher_280b", 80, 16_384, 128, 32_000),
+    gpt("bloom_176b", 70, 14_336, 112, 250_880, learned_positions=0),
     palm("palm_62b", 64, 8192, 32),
     palm("palm_540b", 118, 18_432, 48),
     llama("llama1_33b", 60, 6656, 52, 52, 17_920),

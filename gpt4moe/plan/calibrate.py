@@ -191,7 +191,7 @@ def format_document(document: dict) -> str:
         left = "-" if found["left_out_error"] is None else f"{found['left_out_error']:.1%}"
         line = f"{name:<36}{found['rows']:>5}{found['error_before']:>9.1%}{left:>10}{found['seconds_scale']:>8.3f}"
         lines.append(line + "".join(f"{found[f'{kind}_scale']:>15.3f}" for kind in kinds))
-        lines += [f"    {number} constants refused: {why}" for number, why in found["refused"].items()]
+        lines += [f"    more constants refused: {why}" for why in list(found["refused"].values())[:1]]
         lines += ["    one row: what it does not tell is how far another would be off"] if found["rows"] == 1 else []
     if "out" in document:
         lines.append(f"written: {document['out']}; other words read it with --calibration {document['out']}")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from gpt4moe.plan import conventions
+from gpt4moe.plan.calibration import Entry, calibrated
 from gpt4moe.plan.measurements import Row
 from gpt4moe.plan.published_setups import Setup, setup_of
 
@@ -53,25 +54,31 @@ class Skipped:
     reason: str
 
 
-def compare(row: Row) -> Compared | Skipped:
-    """Returns the row beside its prediction; raises `CallerError` for a row that cannot be a run."""
-    return PREDICTORS[row.kind](row)
+def compare(row: Row, calibration: Mapping[str, Entry] | None = None) -> Compared | Skipped:
+    """Returns the row beside its prediction; raises `CallerError` for a row that cannot be a run.
+
+    calibration: constants by stack and chip (`calibration`), None for the uncalibrated model.
+    """
+    return PREDICTORS[row.kind](row, calibration or {})
 
 
-def _compare_training(row: Row) -> Compared | Skipped:
+def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared | Skipped:
     metric = row.measured_metric
     if conventions.is_memory(metric):
         return _compare_memory(row)
     if metric not in conventions.SECONDS:
         return Skipped(row.name, f"measured_metric {metric!r} is no time, rate or memory of a step")
     setup = setup_of(row)
+    source, chip_name = setup.source, setup.chip.name
+    stack = calibrated(source.stack, chip_name, calibration)
+    setup = dataclasses.replace(setup, source=dataclasses.replace(source, stack=stack))
     measured, predicted = conventions.measured_seconds(setup), setup.step.seconds
     ratio = predicted / measured
     is_time = metric in ("step_time", "gpu_hours")
     work = conventions.model_flops_per_token(setup, causal=False) * setup.batch_tokens
     peak = setup.chips * setup.chip.peak_flops
     return Compared(
-        row, setup.source.name, f"{setup.source.stack.name}/{setup.chip.name}",
+        row, source.name, f"{stack.name}/{chip_name}",
         row.value * ratio if is_time else row.value / ratio, ratio - 1, predicted, measured,
         (work / predicted / peak, work / measured / peak), setup, metric == "gpu_hours",
     )  # fmt: skip
@@ -86,7 +93,7 @@ def _compare_memory(row: Row) -> Compared | Skipped:
     return Compared(row, source, f"{source}/{setup.chip.name}", predicted, predicted / row.value - 1, setup=setup)
 
 
-def _compare_inference(row: Row) -> Compared | Skipped:
+def _compare_inference(row: Row, calibration: Mapping[str, Entry]) -> Compared | Skipped:
     if importlib.util.find_spec(INFERENCE) is None:
         return Skipped(row.name, "inference is not predicted yet")
     predicted = importlib.import_module(INFERENCE).predict_row(row)
@@ -101,7 +108,7 @@ def _first_words(row: Row) -> str:
     return f"{row.name.split('-')[0]}-{row.measured_metric}"
 
 
-PREDICTORS: dict[str, Callable[[Row], Compared | Skipped]] = {
+PREDICTORS: dict[str, Callable[[Row, Mapping[str, Entry]], Compared | Skipped]] = {
     "train": _compare_training,
     "infer": _compare_inference,
 }

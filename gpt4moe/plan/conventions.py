@@ -41,8 +41,11 @@ def _tflops(setup: Setup, value: float) -> float:
 
 
 def _utilization(setup: Setup, value: float, causal: bool | None = None) -> float:
+    """Of the 16-bit peak; llm-foundry divides by the 8-bit one where it multiplies in 8 bits."""
     half = setup.source.causal if causal is None else causal
-    return _from_rate(setup, value / 100 * setup.chip.peak_flops, causal=half)
+    in_eight = setup.source.name == "mpt" and setup.source.stack.matmul_bits == 8
+    peak = setup.chip.peak_8bit_ops if in_eight else setup.chip.peak_flops
+    return _from_rate(setup, value / 100 * peak, causal=half)
 
 
 def _tokens_per_chip(setup: Setup, value: float) -> float:

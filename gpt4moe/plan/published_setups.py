@@ -62,7 +62,8 @@ class Setup:
 
 def setup_of(row: Row) -> Setup:
     """Returns the completed run; raises `CallerError` with the row's place where it cannot be one."""
-    source, shape = source_of(row), shape_of_row(row)
+    source = source_of(row)
+    shape = shape_of_row(row, source.vocab_size, is_gpt=source.is_gpt)
     gpus = row.gpus or (row.tp or 1) * (row.pp or 1) * (row.dp or 1)
     guessed = [name for name in ("seq", "global_batch_tokens", "tp", "pp", "dp") if getattr(row, name) is None]
     if row.gpus is None and row.dp is None:

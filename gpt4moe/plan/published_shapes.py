@@ -21,17 +21,22 @@ EXPERTS_IN_NAME = re.compile(r"(\d+)e(\d+)(?!\d)")
 CAPACITY_IN_NAME = re.compile(r"cf(\d+(?:\.\d+)?)")
 
 
-def shape_of_row(row: Row) -> Shape:
-    """Returns the shape; raises `CallerError` with the row's place where nothing fits its counts."""
+def shape_of_row(row: Row, vocab_size: int = 51_200, *, is_gpt: bool = False) -> Shape:
+    """Returns the shape; raises `CallerError` with the row's place where nothing fits its counts.
+
+    vocab_size: of a GPT model, which published counts often leave out. is_gpt: the row is one, whatever it looks like.
+    """
     widths = (row.layers, row.d_model, row.n_heads)
     alike = [shape for shape in SHAPES if (shape.num_layers, shape.model_dim, shape.num_heads) == widths]
     nearest = min(alike, key=lambda shape: _off(shape, row), default=None)
-    if nearest and _off(nearest, row) < NEAR:
+    if nearest and _off(nearest, row) < NEAR and not is_gpt:
         return nearest
     if row.params_active < 0.95 * row.params_total:
         return _with_experts(row)
-    plain = gpt(row.name, row.layers, row.d_model, row.n_heads, learned_positions=row.seq or 2048)
-    return plain if _off(plain, row) < NEAR else _gated(row)
+    plain = gpt(row.name, *widths, vocab_size, learned_positions=row.seq or 2048)
+    in_layers = parameters.count(plain).total - vocab_size * row.d_model
+    is_near = _off(plain, row) < NEAR or abs(in_layers / row.params_total - 1) < NEAR
+    return plain if is_near or is_gpt else _gated(row)
 
 
 def _off(shape: Shape, row: Row) -> float:

@@ -20,7 +20,7 @@ class Source:
     chunks: virtual stages by stages, None: chunks of two layers, one where a stage's are odd. remat None: the least
     that fits. microbatch_rows None: 1 in a pipeline, else what fits. causal: its FLOPs count half of the attention
     core, else all. counts_recompute: its FLOP/s have those computed again. tokens: of a whole run, by name's beginning.
-    zero_group_chips: chips of one copy under ZeRO, 0 for all.
+    vocab_size: of its GPT models. is_gpt: all are, whatever known model has the same widths.
     """
 
     name: str
@@ -39,6 +39,8 @@ class Source:
     expert_tensor: int = 1
     schedule: str | None = None
     numerics: str = "mixed_adam"
+    vocab_size: int = 51_200
+    is_gpt: bool = False
 
 
 ALL_ROWS = 1_000_000  # of a replica: no accumulation
@@ -77,9 +79,11 @@ SOURCES = {
     # BigScience's chronicles: the same on Jean Zay, four 100 Gbit/s Omni-Path links a server of 8.
     "bloom": Source(
         "bloom", Stack("bloom", flash=False, data_overlap=0.0, gradient_bytes=4, scale_out_bytes_per_second=6.25e9),
-        "full", False, chunks=_NONE, counts_recompute=True,
+        "full", False, chunks=_NONE, counts_recompute=True, vocab_size=250_880, is_gpt=True,
     ),
-    "vtrain": Source("vtrain", dataclasses.replace(_PLAIN, name="vtrain"), "full", False, chunks=_NONE),
+    # Bang et al. 2024 (vTrain): Megatron-LM, 1F1B, everything computed again.
+    "vtrain": Source("vtrain", dataclasses.replace(_PLAIN, name="vtrain"), "full", False, chunks=_NONE,
+                     counts_recompute=True, is_gpt=True),
     # Zhang et al. 2022: FSDP over tensor parallelism of Megatron.
     "opt": Source("opt", dataclasses.replace(_PLAIN, name="metaseq", data_overlap=0.8), "full", False, 3, counts_recompute=True),
     "gpt3": Source("gpt3", dataclasses.replace(_PLAIN, name="gpt3"), "full", False, gpus=1024),
@@ -118,11 +122,11 @@ SOURCES = {
     "qwen2-57b": Source("moe-folding", dataclasses.replace(_MODERN, name="megatron-core-moe")),
     "mixtral": Source("megatron-core-moe", dataclasses.replace(_MODERN, name="megatron-core-moe"), gpus=128),
     # Megatron-LM's README of 2024: all overlaps, distributed optimizer.
-    "megatron-h100": Source("megatron-h100", _MODERN),
+    "megatron-h100": Source("megatron-h100", _MODERN, vocab_size=131_072, is_gpt=True),
     "megatron": Source("megatron-core", _MODERN),
     "megatron-llama3": Source("megatron-llama3", dataclasses.replace(_MODERN, name="megatron-fp8", matmul_bits=8)),
     # MosaicML llm-foundry: FSDP, fused attention; FLOPs with all of the attention core.
-    "mpt": Source("mpt", Stack("llm-foundry"), None, zero=3),
+    "mpt": Source("mpt", Stack("llm-foundry"), None, zero=3, vocab_size=50_368, is_gpt=True),
     # MaxText since PR 1988 counts half of the core.
     "maxtext": Source("maxtext", _TPU, None, zero=3, causal=True, gpus=256, numerics="bfloat16"),
     # The guide to custom models, on Trillium, and the measured tables of v4 and v5p.
@@ -141,8 +145,16 @@ def source_of(row: Row) -> Source:
     if name.startswith("megascale") and "megatronlm" in name:
         return SOURCES["megascale-megatronlm"]
     known = [start for start in SOURCES if name.startswith(start)]
-    if known:
-        return SOURCES[max(known, key=len)]
+    found = SOURCES[max(known, key=len)] if known else _usual(row)
+    if "fp8" in name and found.stack.matmul_bits == 16 and row.chip.peak_8bit_ops:
+        found = dataclasses.replace(
+            found, stack=dataclasses.replace(found.stack, name=f"{found.stack.name}-fp8", matmul_bits=8)
+        )
+    return found
+
+
+def _usual(row: Row) -> Source:
+    """Habits for a source that is not in the table, named by the first word of the row's name."""
     usual = SOURCES["maxtext"] if row.chip.name.startswith("tpu") else SOURCES["megatron"]
-    first = name.split("-")[0]
+    first = row.name.split("-")[0]
     return dataclasses.replace(usual, name=first, stack=dataclasses.replace(usual.stack, name=first))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt4moe.plan import scores
+from gpt4moe.plan.calibration import read_calibration
 from gpt4moe.plan.comparison import Compared, Skipped, compare
 from gpt4moe.plan.measurements import PUBLISHED_RUNS, read_rows
 
@@ -27,14 +28,13 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
 def examine(path: str, calibration: str | None = None) -> dict:
     """Returns the JSON document: `sources`, `stacks`, `overall`, `moe`, `regret_groups`, `rows`, `skipped`.
 
-    calibration: a file of `plan calibrate` whose stacks are scaled before scoring. Raises `CallerError` with file and
+    calibration: a file of `plan calibrate`; scored on the rows it was fitted to, errors are no test. Raises `CallerError` with file and
     line for a bad row.
     """
-    found = [compare(row) for row in read_rows(path)]
+    constants = read_calibration(calibration) if calibration else None
+    found = [compare(row, constants) for row in read_rows(path)]
     skipped = [item for item in found if isinstance(item, Skipped)]
     compared = [item for item in found if isinstance(item, Compared)]
-    scales = _given_scales(calibration)
-    compared = [_scaled(item, scales.get(item.stack, 1.0)) for item in compared]
     left_out = _left_out(compared)
     groups = _regret_groups(compared)
     by_source, by_stack = _by(compared, "source"), _by(compared, "stack")
@@ -49,28 +49,6 @@ def examine(path: str, calibration: str | None = None) -> dict:
         "rows": [_row(item, left_out.get(item.row.name)) for item in compared],
         "skipped": [{"name": item.name, "reason": item.reason} for item in skipped],
     }
-
-
-def _given_scales(path: str | None) -> dict[str, float]:
-    if path is None:
-        return {}
-    from gpt4moe.plan.calibration import read_calibration
-
-    return {key: entry.seconds_scale for key, entry in read_calibration(path).items()}
-
-
-def _scaled(item: Compared, scale: float) -> Compared:
-    """The comparison with predicted times multiplied."""
-    if scale == 1.0 or item.predicted_seconds is None:
-        return item
-    import dataclasses
-
-    of_value = scale if item.row.measured_metric in ("step_time", "gpu_hours") else 1 / scale
-    predicted, measured = item.utilization
-    return dataclasses.replace(
-        item, error=(1 + item.error) * scale - 1, predicted=item.predicted * of_value,
-        predicted_seconds=item.predicted_seconds * scale, utilization=(predicted / scale, measured),
-    )  # fmt: skip
 
 
 def _by(items: Sequence[Compared], key: str) -> dict[str, list[Compared]]:
