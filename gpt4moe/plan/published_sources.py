@@ -20,7 +20,7 @@ class Source:
     chunks: virtual stages by stages, None: chunks of two layers, one where a stage's are odd. remat None: the least
     that fits. microbatch_rows None: 1 in a pipeline, else what fits. causal: its FLOPs count half of the attention
     core, else all. counts_recompute: its FLOP/s have those computed again. tokens: of a whole run, by name's beginning.
-    vocab_size: of its GPT models. is_gpt: all are, whatever known model has the same widths.
+    offloads: inputs of layers that are computed again can wait in the host's memory. vocab_size: of its GPT models. is_gpt: all are, whatever known model has the same widths.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Source:
     expert_tensor: int = 1
     schedule: str | None = None
     numerics: str = "mixed_adam"
+    offloads: bool = False
     vocab_size: int = 51_200
     is_gpt: bool = False
 
@@ -46,14 +47,15 @@ class Source:
 ALL_ROWS = 1_000_000  # of a replica: no accumulation
 _PLAIN = Stack("megatron-2021", flash=False, data_overlap=0.0)
 _MODERN = Stack("megatron-core", data_overlap=0.9, tensor_overlap=0.5, stage_overlap=1.0)
-_TPU = Stack("maxtext", tensor_overlap=0.5, data_overlap=1.0)
+# XLA prefetches FSDP's gathers behind layers; it waits for the sums of tensor parallelism.
+_TPU = Stack("maxtext", tensor_overlap=0.0, data_overlap=1.0)
 _NONE = dict.fromkeys(range(1, 1025), 1)
 
 _HOURS = dataclasses.replace(_MODERN, name="llama3-hours")
 _LLAMA3 = {"llama3-": 15e12, "llama3.1": 15e12, "llama3.1-405B": 15.6e12}
 
 _CUSTOM = Source("maxtext-custom", dataclasses.replace(_TPU, name="maxtext-custom"), None, zero=3, causal=True,
-                 gpus=256, numerics="bfloat16")
+                 gpus=256, numerics="bfloat16", offloads=True)
 
 # Longest beginning of a row's name decides.
 SOURCES = {
@@ -128,12 +130,12 @@ SOURCES = {
     # MosaicML llm-foundry: FSDP, fused attention; FLOPs with all of the attention core.
     "mpt": Source("mpt", Stack("llm-foundry"), None, zero=3, vocab_size=50_368, is_gpt=True),
     # MaxText since PR 1988 counts half of the core.
-    "maxtext": Source("maxtext", _TPU, None, zero=3, causal=True, gpus=256, numerics="bfloat16"),
+    "maxtext": Source("maxtext", _TPU, None, zero=3, causal=True, gpus=256, numerics="bfloat16", offloads=True),
     # The guide to custom models, on Trillium, and the measured tables of v4 and v5p.
     "maxtext-moe": _CUSTOM,
     "maxtext-dense": _CUSTOM,
-    "maxtext-v4": Source("maxtext", _TPU, None, zero=3, gpus=256, numerics="bfloat16"),
-    "maxtext-v5p": Source("maxtext", _TPU, None, zero=3, gpus=256, numerics="bfloat16"),
+    "maxtext-v4": Source("maxtext", _TPU, None, zero=3, gpus=256, numerics="bfloat16", offloads=True),
+    "maxtext-v5p": Source("maxtext", _TPU, None, zero=3, gpus=256, numerics="bfloat16", offloads=True),
 }
 
 
