@@ -1,7 +1,8 @@
 """Shapes of published models, to count and cost what others have trained and served.
 
-Sources: the papers (GPT-3 2005.14165, PaLM 2204.02311, BLOOM 2211.05100, Llama 2302.13971, 2307.09288, 2407.21783, OPT 2205.01068,
-Skywork-MoE 2406.06563, DeepSeek 2405.04434, 2412.19437) and the config.json of the released checkpoints.
+Sources: the papers (GPT-3 2005.14165, PaLM 2204.02311, BLOOM 2211.05100, Llama 2302.13971, 2307.09288, 2407.21783,
+OPT 2205.01068, Skywork-MoE 2406.06563, DeepSeek 2405.04434, 2412.19437) and the config.json of the released
+checkpoints.
 """
 
 from __future__ import annotations

@@ -113,8 +113,16 @@ def _fit_stack(name: str, samples: list[Sample], constants: int | None) -> dict:
         mend = "take fewer, or more measurements"
         raise CallerError(f"--constants={constants} is refused for {name}: {refused[constants]}; {mend}")
     kept = [number for number, fit in fits.items() if fit and number not in refused]
-    chosen = constants or min(kept, key=lambda number: math.inf if number > 1 and fits[number][1] is None else
-                              fits[number][1] if fits[number][1] is not None else 0.0)
+    chosen = constants or min(
+        kept,
+        key=lambda number: (
+            math.inf
+            if number > 1 and fits[number][1] is None
+            else fits[number][1]
+            if fits[number][1] is not None
+            else 0.0
+        ),
+    )
     entry = _entry(fits[chosen], len(samples))
     errors = [sample.error for sample in samples]
     return dataclasses.asdict(entry) | {

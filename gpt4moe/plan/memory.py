@@ -8,6 +8,7 @@ Korthikanti et al. 2022 (2205.05198), equations 1 to 5; Rajbhandari et al. 2020 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from gpt4moe.accounting import memory as exact
 from gpt4moe.accounting import parameters
@@ -169,6 +170,12 @@ def _stage(
     }
 
 
+@functools.lru_cache(maxsize=1024)
+def counted_parameters(shape: Shape) -> parameters.ParameterCount:
+    """Returns `parameters.count`, once for each shape: a search asks thousands of times."""
+    return parameters.count(shape)
+
+
 def layers_of_stage(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
     """Returns the layers of a stage without experts and with them; those without come first in the model."""
     counts = layout.stage_layers(shape.num_layers)
@@ -182,7 +189,7 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[float, f
 
     A table that head and embedding share is on the first stage and on the last.
     """
-    counted = parameters.count(shape)
+    counted = counted_parameters(shape)
     dense_layers, moe_layers = layers_of_stage(shape, layout, stage)
     attention = (counted.attention + counted.norms) / shape.num_layers
     plain = attention + counted.dense / max(shape.num_dense_layers, 1)
@@ -234,9 +241,7 @@ def _hidden(shape: Shape, hidden_dim: int) -> int:
     return shape.matrices * hidden_dim
 
 
-def _working_set(
-    shape: Shape, layout: Layout, numerics: Numerics, sequence_length: int, *, experts: bool
-) -> float:
+def _working_set(shape: Shape, layout: Layout, numerics: Numerics, sequence_length: int, *, experts: bool) -> float:
     """Bytes a token of the layer that is computed again: there at one moment, once."""
     if layout.remat != "full":
         return 0.0

@@ -100,7 +100,9 @@ def _given(row: Row, source: Source, shape: Shape, gpus: int, batch_rows: int) -
     data = row.dp or max(gpus // (tensor * stage), 1)
     context = max(gpus // (tensor * stage * data), 1)
     if tensor * stage * data * context != gpus:
-        raise CallerError(f"{row.where}, column dp: {data} times tp ({tensor}) and pp ({stage}) must divide gpus ({gpus})")
+        raise CallerError(
+            f"{row.where}, column dp: {data} times tp ({tensor}) and pp ({stage}) must divide gpus ({gpus})"
+        )
     zero = _ZERO.search(row.name)
     level = int(zero[1]) if zero and zero[1] in "0123" else source.zero
     chunks = _chunks(source, shape, stage)

@@ -1,6 +1,6 @@
 """How good predictions are: mean error, bias, rank correlation, regret. In: numbers. Out: fractions, None for too few.
 
-Errors are predicted over measured seconds, minus one: above zero is predicted too slow. All are fractions, not per cent.
+Errors are predicted over measured seconds, minus one: above zero is predicted too slow. All are fractions, no per cent.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def left_out_errors(errors: Sequence[float]) -> list[float] | None:
     """Returns each row's error after one scalar fitted to the others; None where there are no others."""
     if len(errors) < 2:
         return None
-    return [
-        (1 + error) * best_scale([*errors[:index], *errors[index + 1 :]]) - 1 for index, error in enumerate(errors)
-    ]
+    return [(1 + error) * best_scale([*errors[:index], *errors[index + 1 :]]) - 1 for index, error in enumerate(errors)]
 
 
 def regret(predicted_seconds: Mapping[str, float], measured_seconds: Mapping[str, float]) -> float:
@@ -49,7 +47,9 @@ def regret(predicted_seconds: Mapping[str, float], measured_seconds: Mapping[str
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    return [sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values]
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values
+    ]
 
 
 def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt4moe.accounting import flops, parameters
+from gpt4moe.accounting import flops
 from gpt4moe.accounting.chips import Chip
 from gpt4moe.accounting.shape import Shape, shape_of
 from gpt4moe.config.check import require_count
@@ -17,6 +17,7 @@ from gpt4moe.plan import layer_time
 from gpt4moe.plan.communication import Group, all_gather_seconds, message_seconds
 from gpt4moe.plan.layer_time import ACTIVATION_BYTES, Pass, Place
 from gpt4moe.plan.layout import Layout
+from gpt4moe.plan.memory import stage_parameters
 from gpt4moe.plan.schedules import SCHEDULES
 from gpt4moe.plan.stacks import MEMORY_EFFICIENCY, Stack
 
@@ -80,9 +81,11 @@ def scale_of(part: str, stack: Stack) -> float:
 
 
 def _parts(place: Place, microbatches: int) -> dict[str, float]:
-    layout, stack = place.layout, place.stack
+    layout = place.layout
     stages = _stages(place)
-    if SCHEDULES[layout.schedule].is_folded:  # a chip holds a stage and its mirror image, and half the microbatches of each
+    if SCHEDULES[
+        layout.schedule
+    ].is_folded:  # a chip holds a stage and its mirror image, and half the microbatches of each
         stages = [_half_and_half(*pair) for pair in zip(stages, reversed(stages), strict=True)]
     slowest = max(stages, key=lambda stage: sum(stage.values()))
     busy = {name: microbatches * seconds for name, seconds in slowest.items()}
@@ -128,14 +131,16 @@ def _exposed_expert(stage: dict[str, float], stack: Stack) -> float:
 
 def _layer(place: Place, *, experts: bool) -> tuple[Pass, Pass]:
     """Forward and backward of one layer, and what is computed again."""
-    if experts and not place.shape.num_moe_layers or not experts and not place.shape.num_dense_layers:
+    if not (place.shape.num_moe_layers if experts else place.shape.num_dense_layers):
         return Pass(), Pass()
     done = layer_time.forward(place, experts=experts)
     return done.plus(layer_time.backward(place, done)), layer_time.recomputed(place, done)
 
 
 def _sum_of(dense: tuple[Pass, Pass], num_dense: int, moe: tuple[Pass, Pass], num_moe: int) -> dict[str, float]:
-    work, again = (Pass().plus(plain, num_dense).plus(routed, num_moe) for plain, routed in zip(dense, moe, strict=True))
+    work, again = (
+        Pass().plus(plain, num_dense).plus(routed, num_moe) for plain, routed in zip(dense, moe, strict=True)
+    )
     communicated = again.tensor + again.context + again.expert
     return {
         "matmul": work.products,
@@ -170,20 +175,10 @@ def _between_stages(place: Place, microbatches: int) -> float:
     return (1 - stack.stage_overlap) * times * one + 2 * (layout.stage - 1) * one * stack.stage_overlap
 
 
-def local_parameters(shape: Shape, layout: Layout) -> tuple[float, float]:
-    """Returns parameters of the fullest stage's layers on one chip: those held by all replicas, those of experts."""
-    counted = parameters.count(shape)
-    most = max(layout.stage_layers(shape.num_layers)) / shape.num_layers
-    in_layers = counted.total - counted.experts - counted.embedding - counted.head
-    ends = max(counted.embedding, counted.head) if layout.stage > 1 else counted.embedding + counted.head
-    dense = (in_layers * most + ends) / layout.tensor
-    return dense, counted.experts * most / (layout.expert * layout.expert_tensor)
-
-
 def _data_communication(place: Place, microbatches: int, compute_seconds: float) -> float:
     """Gradients summed and, under ZeRO, weights gathered, what computation does not hide."""
     shape, layout, stack = place.shape, place.layout, place.stack
-    dense, routed = local_parameters(shape, layout)
+    dense, routed = _fullest(shape, layout)
     whole = layout.zero_degree == layout.data
     outer = Group(layout.data // layout.zero_degree, layout.tensor * layout.context * layout.zero_degree)
     sharding = place.group(layout.zero_degree * layout.context, layout.tensor)
@@ -199,6 +194,12 @@ def _data_communication(place: Place, microbatches: int, compute_seconds: float)
     return total - min(stack.data_overlap * total, beside)
 
 
+def _fullest(shape: Shape, layout: Layout) -> tuple[float, float]:
+    """Parameters on a chip of the fullest of three stages, first, middle and last: of all but experts, of experts."""
+    ends = {0, layout.stage - 1, layout.stage // 2}
+    return max((stage_parameters(shape, layout, stage)[:2] for stage in ends), key=sum)
+
+
 def _sharded_seconds(place: Place, count: float, group: Group, microbatches: int) -> float:
     """One reduce-scatter of gradients and one all-gather of weights; ZeRO-3 gathers twice, for every microbatch."""
     gradients = all_gather_seconds(count * place.stack.gradient_bytes, place.chip, group, place.stack)
@@ -210,7 +211,7 @@ def _sharded_seconds(place: Place, count: float, group: Group, microbatches: int
 
 def _optimizer(place: Place) -> float:
     shape, layout = place.shape, place.layout
-    dense, routed = local_parameters(shape, layout)
+    dense, routed = _fullest(shape, layout)
     if layout.zero:
         dense, routed = dense / layout.zero_degree, routed / layout.expert_data
     return (dense + routed) * OPTIMIZER_TRAFFIC_BYTES / (place.chip.bandwidth_bytes_per_second * MEMORY_EFFICIENCY)

@@ -28,8 +28,8 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
 def examine(path: str, calibration: str | None = None) -> dict:
     """Returns the JSON document: `sources`, `stacks`, `overall`, `moe`, `regret_groups`, `rows`, `skipped`.
 
-    calibration: a file of `plan calibrate`; scored on the rows it was fitted to, errors are no test. Raises `CallerError` with file and
-    line for a bad row.
+    calibration: a file of `plan calibrate`; scored on the rows it was fitted to, errors are no test. Raises
+    `CallerError` with file and line for a bad row.
     """
     constants = read_calibration(calibration) if calibration else None
     found = [compare(row, constants) for row in read_rows(path)]
