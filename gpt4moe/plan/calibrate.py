@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from gpt4moe.config.check import CallerError, require
@@ -36,12 +36,16 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One measured step: predicted seconds by kind (`step_time.KINDS`), measured seconds."""
+    """One measured step: predicted seconds by kind (`step_time.KINDS`), measured seconds.
+
+    job: the same for rows that tell one measurement in two ways.
+    """
 
     name: str
     stack: str
     predicted_seconds: dict[str, float]
     measured_seconds: float
+    job: Hashable
 
     @property
     def error(self) -> float:
@@ -72,7 +76,10 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
 def samples_of(found: Sequence[Any]) -> list[Sample]:
     """Returns the training steps among comparisons; hours of whole runs are none, for stops are in them."""
     steps = [item for item in found if isinstance(item, Compared) and item.measured_seconds and not item.is_whole_run]
-    return [Sample(item.row.name, item.stack, _by_kind(item.setup.step.parts), item.measured_seconds) for item in steps]
+    return [
+        Sample(item.row.name, item.stack, _by_kind(item.setup.step.parts), item.measured_seconds, item.job)
+        for item in steps
+    ]
 
 
 def _by_kind(parts: dict[str, float]) -> dict[str, float]:
@@ -135,15 +142,16 @@ def _fit_stack(name: str, samples: list[Sample], constants: int | None) -> dict:
 
 
 def _judged(samples: list[Sample], constants: int) -> tuple[dict[str, float], float | None]:
-    """The factors by kind fitted to all rows, and the mean error of each row after a fit to the others."""
+    """The factors by kind fitted to all rows, and the mean error of each row after a fit to other jobs."""
     fitted = _fit(samples, constants)
-    if len(samples) < 2:
+    if len({sample.job for sample in samples}) < 2:
         return fitted, None
-    left = [
-        abs(_error(sample, _fit([*samples[:index], *samples[index + 1 :]], constants)))
-        for index, sample in enumerate(samples)
-    ]
+    left = [abs(_error(sample, _fit(_others(samples, sample), constants))) for sample in samples]
     return fitted, sum(left) / len(left)
+
+
+def _others(samples: list[Sample], left_out: Sample) -> list[Sample]:
+    return [sample for sample in samples if sample.job != left_out.job]
 
 
 def _reason(fits: dict, number: int) -> dict[int, str]:

@@ -71,14 +71,18 @@ MIXED_ADAM = NUMERICS["mixed_adam"]
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one chip of `most_loaded_stage`, counted from 0. fits and spare_bytes: against the chip's memory."""
+    """Bytes on one chip of `most_loaded_stage`, counted from 0. fits and spare_bytes: against the chip's memory.
+
+    gathered: two layers whole, under ZeRO-3. working: the layer that is being computed again.
+    """
 
     weight_bytes: float
     gradient_bytes: float
     optimizer_bytes: float
     activation_bytes: float
     logit_bytes: float
-    transient_bytes: float
+    gathered_bytes: float
+    working_bytes: float
     reserved_bytes: float
     most_loaded_stage: int
     chip_bytes: float
@@ -87,13 +91,18 @@ class MemoryEstimate:
     @property
     def parts(self) -> dict[str, float]:
         """Bytes by what they are for."""
-        names = ("weight", "gradient", "optimizer", "activation", "logit", "transient", "reserved")
+        names = ("weight", "gradient", "optimizer", "activation", "logit", "gathered", "working", "reserved")
         return {name: getattr(self, f"{name}_bytes") for name in names}
 
     @property
     def total_bytes(self) -> float:
         """Everything that is there at once."""
         return sum(self.parts.values())
+
+    @property
+    def state_bytes(self) -> float:
+        """What no smaller batch makes smaller: weights, gradients, optimizer, gathered layers, what is reserved."""
+        return self.total_bytes - self.activation_bytes - self.logit_bytes - self.working_bytes
 
     @property
     def spare_bytes(self) -> float:
@@ -166,7 +175,8 @@ def _stage(
         "optimizer_bytes": kept[1] * numerics.optimizer_bytes,
         "activation_bytes": in_flight * tokens * per_token,
         "logit_bytes": tokens * shape.vocab_size / layout.tensor * numerics.logit_bytes if last else 0.0,
-        "transient_bytes": gathered + of_one,
+        "gathered_bytes": gathered,
+        "working_bytes": of_one,
     }
 
 

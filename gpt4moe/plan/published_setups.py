@@ -178,9 +178,10 @@ def _open(chip: Chip, source: Source, shape: Shape, gpus: int, batch_rows: int) 
 def _best(
     layouts: list[Layout], shape: Shape, chip: Chip, batch_rows: int, length: int, source: Source
 ) -> tuple[Layout, int]:
-    """The fastest layout that fits, where none does of those that compute most again; and the rows of its step.
+    """The fastest layout that fits, and the rows of its step; where none fits, of those whose state at least does.
 
-    Rows become a whole number of microbatches: published batches are rounded.
+    Batches of such rows are guessed too large, or activations lie elsewhere; state cannot. Rows are made a whole number
+    of microbatches: published batches are rounded.
     """
     found, refused = [], None
     for layout in layouts:
@@ -195,11 +196,13 @@ def _best(
             continue
         needed = _memory(shape, layout, chip, length, source)
         elsewhere = needed.activation_bytes if source.offloads and layout.remat == "full" else 0.0
-        fits = needed.spare_bytes + elsewhere >= 0
-        found.append((fits, 0 if fits else REMAT.index(layout.remat), -step.seconds / rows, layout, rows))
+        order = (0.0, 0)
+        if needed.spare_bytes + elsewhere < 0:
+            order = (max(needed.state_bytes - chip.memory_bytes, 1.0), -REMAT.index(layout.remat))
+        found.append((order, step.seconds / rows, layout, rows))
     if not found:
         raise refused or CallerError("the batch is less than one microbatch of every replica; raise it")
-    *_, layout, rows = max(found, key=lambda item: item[:3])
+    _, _, layout, rows = min(found, key=lambda item: item[:2])
     return layout, rows
 
 
