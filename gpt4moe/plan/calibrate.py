@@ -24,8 +24,8 @@ from gpt4moe.plan.step_time import KINDS
 ROWS_PER_CONSTANT = 4
 # A further constant must take this share off the error of left-out rows, or it describes their noise.
 LEAST_GAIN = 0.05
-# Constants are drawn to one as if this many further rows said so.
-PRIOR_ROWS = 0.1
+# Constants are drawn to the one scalar as if a further row of this weight said so: what no row tells apart stays equal.
+PRIOR_WEIGHT = 0.001
 MODELS = {
     1: (tuple(KINDS),),
     2: (("compute", "memory", "idle"), ("communication",)),
@@ -180,7 +180,7 @@ def _fit(samples: Sequence[Sample], constants: int) -> dict[str, float]:
         for sample in samples
     ])  # fmt: skip
     scalar = scores.best_scale([sample.error for sample in samples])
-    prior = math.sqrt(PRIOR_ROWS) * np.eye(len(groups))
+    prior = math.sqrt(PRIOR_WEIGHT) * np.eye(len(groups))
     matrix, wanted = np.vstack([shares, prior]), np.concatenate([np.ones(len(samples)), scalar * prior.sum(axis=1)])
     factors, _ = nnls(matrix, wanted)
     return {kind: float(factor) for group, factor in zip(groups, factors, strict=True) for kind in group}

@@ -26,9 +26,10 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
 
 
 def examine(path: str, calibration: str | None = None) -> dict:
-    """Returns the JSON document: `sources`, `stacks`, `whole_runs`, `overall`, `moe`, `regret_groups`, `rows`, `skipped`.
+    """Returns the JSON document: scores by source, stack and over all, layouts picked, every row, what was skipped.
 
-    whole_runs: stacks of rows that tell the hours of all chips for a run, restarts and stops among them.
+    moe: scores of the rows with experts. whole_runs: stacks of rows that tell the hours of all chips for a run,
+    restarts and stops among them.
 
     calibration: a file of `plan calibrate`; scored on the rows it was fitted to, errors are no test. Raises
     `CallerError` with file and line for a bad row.
