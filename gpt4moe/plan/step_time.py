@@ -82,16 +82,14 @@ def scale_of(part: str, stack: Stack) -> float:
 
 def _parts(place: Place, microbatches: int) -> dict[str, float]:
     layout = place.layout
-    stages = _stages(place)
-    if SCHEDULES[
-        layout.schedule
-    ].is_folded:  # a chip holds a stage and its mirror image, and half the microbatches of each
+    schedule, stages = SCHEDULES[layout.schedule], _stages(place)
+    if schedule.is_folded:
         stages = [_half_and_half(*pair) for pair in zip(stages, reversed(stages), strict=True)]
     slowest = max(stages, key=lambda stage: sum(stage.values()))
     busy = {name: microbatches * seconds for name, seconds in slowest.items()}
     busy_seconds = sum(busy.values())
     mean = microbatches * sum(sum(stage.values()) for stage in stages) / len(stages)
-    ratio = SCHEDULES[layout.schedule].bubble_ratio(layout.stage, microbatches, layout.virtual_stages)
+    ratio = schedule.bubble_ratio(layout.stage, microbatches, layout.virtual_stages)
     compute = busy_seconds - busy["tensor_communication"] - busy["expert_communication"]
     return busy | {
         "bubble": ratio * mean,
@@ -102,6 +100,7 @@ def _parts(place: Place, microbatches: int) -> dict[str, float]:
 
 
 def _half_and_half(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """A chip with a stage and its mirror image passes half of the microbatches through each."""
     return {name: (seconds + other[name]) / 2 for name, seconds in one.items()}
 
 
