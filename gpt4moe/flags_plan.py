@@ -37,4 +37,13 @@ def add_words(parser: argparse.ArgumentParser, add_gin_flags: Callable[[argparse
         word.add_flags(subparser)
 
 
-WORDS: dict[str, Word] = {}
+def _article_flags(parser: argparse.ArgumentParser) -> None:
+    premise = "move a premise or a width of the model, e.g. gpu_memory_gb=80, num_experts=64; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=premise)
+    page = "also write the audit with its figures as one HTML page"
+    parser.add_argument("--report", metavar="FILE.html", help=page)
+
+
+WORDS: dict[str, Word] = {
+    "article": Word("audit the reference article, claim by claim", _article_flags, reads_gin=True),
+}

@@ -12,7 +12,7 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.run import RunConfig
 
 # Each module has `answer(args, build) -> (document, to_text)`.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {"article": "article"}
 
 
 @dataclasses.dataclass(frozen=True)
