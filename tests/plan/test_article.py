@@ -177,7 +177,7 @@ def test_a_model_without_experts_is_audited_too():
         ("expert_hidden_dim=-4", "expert_hidden_dim=-4 must be an integer of at least 1"),
         ("gpus=2.5", "gpus=2.5 must be an integer"),
         ("mfu_low_percent=120", "mfu_low_percent=120.0 must lie below 100"),
-        ("gpu=a100", "chip='a100' is not in the table; near: a100_80"),
+        ("gpu=a100", "chip='a100' is not in the table; near: a100_40, a100_80"),
         ("h100=v100", "h100='v100' must be a chip with a peak at 8 bits"),
         ("num_experts", "--set='num_experts' must have the form NAME=VALUE"),
         ("num_experts=1", "Shape.experts_per_token=2 must be at most num_experts (1)"),
