@@ -57,7 +57,12 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[list[dict], Callable[[
     premises, shape = article_premises(read_claims()), article_shape()
     if args.gin_file:
         shape = shape_of(build.model())
-    rows = audit(*move(premises, shape, args.set))
+    premises, shape = move(premises, shape, args.set)
+    rows = audit(premises, shape)
+    if args.report:
+        from gpt4moe.plan import report
+
+        report.write_report(rows, premises, shape, args.report)
     return [dataclasses.asdict(row) for row in rows], format_rows
 
 
@@ -66,7 +71,7 @@ def format_rows(rows: Sequence[dict]) -> str:
     lines = [f"{'#':>2}  {'claim':<46}{'article':>12}{'computed':>12}{'diff':>9}  verdict"]
     for row in rows:
         difference = "" if row["relative_difference"] is None else f"{row['relative_difference']:+.1%}"
-        numbers = f"{_short(row['value']):>12}{_short(row['computed']):>12}{difference:>9}"
+        numbers = f"{short(row['value']):>12}{short(row['computed']):>12}{difference:>9}"
         lines.append(f"{row['id']:>2}  {_cut(row['claim'], 45):<46}{numbers}  {row['verdict']}")
         if row["note"]:
             lines.append(f"      {row['note']}")
@@ -77,7 +82,7 @@ def format_rows(rows: Sequence[dict]) -> str:
         lines += ["", "moved from the article's own premises:"]
     for row in moved:
         old = row["moved"]
-        change = f"{_short(old['computed'])} -> {_short(row['computed'])}"
+        change = f"{short(old['computed'])} -> {short(row['computed'])}"
         verdicts = "" if old["verdict"] == row["verdict"] else f", {old['verdict']} -> {row['verdict']}"
         lines.append(f"{row['id']:>2}  {_cut(row['claim'], 45):<46}{change}{verdicts}")
     return "\n".join(lines)
@@ -110,8 +115,8 @@ def _moved(row: Row, before: Row) -> dict[str, Any] | None:
     return {"computed": before.computed, "verdict": before.verdict}
 
 
-def _short(value: float | str | None) -> str:
-    """Four digits, with a letter for thousands and more: 1.833T."""
+def short(value: float | str | None) -> str:
+    """Returns a number in four digits, with a letter for thousands and more: 1.833T."""
     if value is None or isinstance(value, str):
         return _cut(value or "", 11)
     for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
