@@ -9,6 +9,7 @@ from typing import Any
 
 from gpt4moe.accounting import flops
 from gpt4moe.accounting.chips import chip_named
+from gpt4moe.accounting.summary import scaled
 from gpt4moe.config.check import require, require_positive
 from gpt4moe.plan import goodput, train_cost
 from gpt4moe.plan.goodput import HOUR_SECONDS
@@ -57,19 +58,20 @@ def format_cost(document: dict) -> str:
     """Returns the document of `plan cost` as lines to read."""
     run = document
     lines = [
-        f"{run['shape']} on {run['num_chips']:,} x {run['chip']}: {run['tokens']:.4g} tokens, {run['train_flops']:.4g} FLOPs",
+        f"{run['shape']} on {run['num_chips']:,} x {run['chip']}: {run['tokens']:.4g} tokens, "
+        f"{run['train_flops']:.4g} FLOPs",
         f"time        {run['days']:.1f} days at {run['model_flops_utilization']:.1%} of the peak; "
         f"{run['days_without_failures']:.1f} without failures",
         f"failures    one in {run['job_mtbf_hours']:.2f} h, a save every {run['save_interval_seconds']:,.0f} s: "
         f"goodput {run['goodput']:.3f}; {run['spare_chips']:,} spare chips",
-        f"chip-hours  {run['chip_hours'] / 1e6:.3f}M",
-        f"rented      ${run['rental_dollars'] / 1e6:,.2f}M at ${run['dollars_per_chip_hour']:g} an hour",
+        f"chip-hours  {scaled(run['chip_hours'])}",
+        f"rented      ${scaled(run['rental_dollars']).strip()} at ${run['dollars_per_chip_hour']:g} an hour",
     ]
     if run["amortized_dollars"] is not None:
-        used_up, energy = run["amortized_dollars"] / 1e6, (run["energy_dollars"] or 0) / 1e6
-        lines.append(f"owned       ${used_up:,.2f}M of the chips' value and ${energy:,.2f}M of electricity")
+        used_up, energy = (scaled(run[name] or 0).strip() for name in ("amortized_dollars", "energy_dollars"))
+        lines.append(f"owned       ${used_up} of the chips' value and ${energy} of electricity")
     if run["energy_kwh"] is not None:
-        lines.append(f"energy      {run['energy_kwh'] / 1e6:,.2f} GWh, {run['carbon_kg'] / 1e3:,.0f} t of CO2")
+        lines.append(f"energy      {scaled(1000 * run['energy_kwh'])}Wh, {run['carbon_kg'] / 1000:,.4g} t of CO2")
     for stage in run["ramp"]:
         lines.append(
             f"ramp        from {stage['from_tokens']:.4g} tokens: {stage['batch_tokens']:.4g} a batch, "
@@ -99,7 +101,7 @@ def _power(args: argparse.Namespace, job: TrainingJob) -> Power | None:
 
 
 def _ramp(args: argparse.Namespace, job: TrainingJob) -> tuple[float, list[dict]]:
-    """How many times longer the run takes for its small batches, and its parts; utilisation is that of the last batch."""
+    """How many times longer the run takes for its small batches, and its parts; --mfu is that of the last batch."""
     if not args.ramp:
         return 1.0, []
     replicas = job.num_chips // (args.tensor * args.stages)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpt4moe.accounting.chips import chip_named
+from gpt4moe.accounting.summary import scaled
 from gpt4moe.plan import waterfall
 from gpt4moe.plan.goodput import HOUR_SECONDS
 from gpt4moe.plan.step_breakdown import Division, break_down
@@ -54,6 +55,6 @@ def format_explanation(document: dict) -> str:
             f"{found['step_seconds']:.2f} s",
             waterfall.format_bars(bars),
             f"delivered: {found['delivered_utilization']:.1%} of the peak, {found['tokens_per_second']:,.0f} tokens/s, "
-            f"{found['days']:.1f} days, ${found['dollars'] / 1e6:,.2f}M",
+            f"{found['days']:.1f} days, ${scaled(found['dollars']).strip()}",
         ]
     )

@@ -53,7 +53,7 @@ def waterfall_picture(bars: Sequence[Bar]) -> Picture:
 
 
 def tornado_picture(swings: Sequence[Swing], change: float, result: str | None = None) -> Picture:
-    """How far one result swings with each assumption; None: the last one that any of them moves, dollars a token."""
+    """How far one result swings with each assumption; None: the last one, dollars of tokens."""
     names = list(swings[0].less)
     result = names[-1] if result is None else result
     require(result in names, "result", result, f"must be in {names}")
@@ -73,7 +73,7 @@ def tornado_picture(swings: Sequence[Swing], change: float, result: str | None =
 
 
 def experts_picture(options: Mapping[float, Sequence[Option]]) -> Picture:
-    """Dollars to train against dollars to serve for each number of experts; a line for each saving of training tokens."""
+    """Dollars to train and to serve for each number of experts; a line for each saving of training tokens."""
 
     def draw(axes) -> None:
         for saving, found in options.items():
@@ -84,11 +84,14 @@ def experts_picture(options: Mapping[float, Sequence[Option]]) -> Picture:
                 axes.annotate(str(option.num_experts), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=8)
         axes.set(xscale="log", yscale="log", xlabel="to train to the same loss, million $")
         axes.set_ylabel("to generate 1,000 tokens, $")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.legend(frameon=False, fontsize=8)
 
     caption = (
-        "Numbers are experts a layer. To the left is cheaper to train, down is cheaper to serve. What a doubling of the "
-        "experts saves in training is a premise; that it makes serving dearer is not, at this many sequences in flight."
+        "Numbers are experts a layer. To the left is cheaper to train, down is cheaper to serve. What a doubling of "
+        "the experts saves in training is a premise; that it makes serving dearer, with so many sequences in flight, "
+        "is not."
     )
     return Picture("How many experts", caption, draw)
 

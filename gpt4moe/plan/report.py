@@ -89,7 +89,8 @@ def _figure(picture: Picture) -> str:
 def _table(rows: Sequence[Row]) -> str:
     names = ("#", "claim", "article", "unit", "computed", "difference", "verdict")
     head = "".join(f"<th>{name}</th>" for name in names)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(map(_row, rows))}</tbody></table></div>'
+    body = "".join(map(_row, rows))
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _row(row: Row) -> str:

@@ -58,7 +58,8 @@ def format_simulation(document: dict) -> str:
     exact = "" if found["goodput_exact"] is None else f", exact {found['goodput_exact']:.4f}"
     return "\n".join(
         [
-            f"{found['num_chips']:,} chips, {found['work_days']:g} days of work, {found['runs']} runs from seed {found['seed']}",
+            f"{found['num_chips']:,} chips, {found['work_days']:g} days of work, {found['runs']} runs from seed "
+            f"{found['seed']}",
             f"failures    one in {found['job_mtbf_hours']:.2f} h, {found['failures']:.0f} in a run",
             f"saves       every {found['save_interval_seconds']:,.0f} s; Young {found['young_interval_seconds']:,.0f}, "
             f"Daly {found['daly_interval_seconds']:,.0f}",

@@ -1,8 +1,8 @@
-"""Where a step's time goes, by a plain additive model: a shape, chips and how they are divided in, seconds by cause out.
+"""Where a step's time goes, by a plain additive model: a shape, chips and their division in, seconds by cause out.
 
-Constants are of the literature: matrix products reach 0.72 of an A100's peak and 0.61 of an H100's (Narayanan et al. 2021
-and measured GEMMs), rings 0.75 of NVLink and 0.55 of the network between servers; gradients hide behind the backward
-pass but for a quarter.
+Constants are of the literature: matrix products reach 0.72 of an A100's peak and 0.61 of an H100's (fitted to published
+step times), rings 0.75 of NVLink and 0.55 of the network between servers; gradients hide behind the backward pass but
+for a quarter.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Division:
         least = self.tensor * self.stages * self.expert
         mend = f"tensor * stages * expert is {least}"
         require(self.num_chips >= least, "num_chips", self.num_chips, f"must be at least {least}", mend)
+        whole = f"must divide the {self.replicas} replicas"
+        require(self.replicas % self.expert == 0, "--expert", self.expert, whole)
 
     @property
     def replicas(self) -> int:

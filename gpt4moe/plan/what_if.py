@@ -1,4 +1,4 @@
-"""`gpt4moe plan what-if`: how days, dollars and the price of a served token swing with each assumption, and with experts.
+"""`gpt4moe plan what-if`: how days, dollars and the price of a served token swing with each assumption.
 
 In: a training run and a serving cluster. Out: a tornado, each assumption 20 % less and more, and the trade of more
 experts between cheaper training and dearer serving.
@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gpt4moe.accounting.summary import scaled
 from gpt4moe.plan import decode_price, expert_tradeoff, tornado
 from gpt4moe.plan.decode_price import Cluster
 from gpt4moe.plan.goodput import HOUR_SECONDS
@@ -26,7 +27,8 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
         job.chip, args.serve_tensor, args.serve_stages, job.dollars_per_chip_hour, args.weight_bytes, args.context
     )
     swings = tornado.tornado(results_of(job, cluster), assumptions_of(job, cluster, args.sequences), args.change)
-    choices = expert_tradeoff.options(job.shape, args.experts, cluster, args.sequences, job.dollars, args.saving)
+    counts = args.experts if job.shape.num_moe_layers else ()
+    choices = expert_tradeoff.options(job.shape, counts, cluster, args.sequences, job.dollars, args.saving)
     document = {
         "base": results_of(job, cluster)(assumptions_of(job, cluster, args.sequences)),
         "change": args.change,
@@ -34,13 +36,16 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
         "saving": args.saving,
         "experts": [dataclasses.asdict(choice) for choice in choices],
         "cheapest": {
-            f"{served:.0e}": expert_tradeoff.cheapest(choices, served).num_experts for served in SERVED_TOKENS
+            f"{served:.0e}": expert_tradeoff.cheapest(choices, served).num_experts
+            for served in SERVED_TOKENS
+            if choices
         },
     }
     if args.plot:
         from gpt4moe.plan import pictures
 
-        drawn = [pictures.tornado_picture(swings, args.change), pictures.experts_picture({args.saving: choices})]
+        drawn = [pictures.tornado_picture(swings, args.change)]
+        drawn += [pictures.experts_picture({args.saving: choices})] if choices else []
         pictures.write_png(drawn, args.plot)
     return document, format_what_if
 
@@ -49,23 +54,31 @@ def format_what_if(document: dict) -> str:
     """Returns the document of `plan what-if` as tables to read."""
     base = document["base"]
     lines = [
-        f"base: {base['days']:.1f} days, ${base['dollars'] / 1e6:,.2f}M, ${base['dollars_per_1k_tokens']:.5f} for 1,000 "
-        "generated tokens",
+        f"base: {base['days']:.1f} days, ${scaled(base['dollars']).strip()}, "
+        f"${base['dollars_per_1k_tokens']:.5f} for 1,000 generated tokens",
         "",
         tornado.format_swings([tornado.Swing(**swing) for swing in document["swings"]], document["change"]),
+    ]
+    return "\n".join([*lines, *_experts_table(document)])
+
+
+def _experts_table(document: dict) -> list[str]:
+    if not document["experts"]:
+        return []
+    lines = [
         "",
         f"experts, when each doubling saves {document['saving']:.0%} of the training tokens:",
-        f"{'experts':>8}{'parameters':>12}{'chips':>7}{'train $M':>10}{'$ per 1k':>10}{'tok/s a user':>14}",
+        f"{'experts':>8}{'parameters':>12}{'chips':>7}{'train $':>12}{'$ per 1k':>10}{'tok/s a user':>14}",
     ]
     for choice in document["experts"]:
         mark = "" if choice["on_frontier"] else "  (another is better in both)"
+        size, train = (scaled(choice[name]).strip() for name in ("parameters", "train_dollars"))
         lines.append(
-            f"{choice['num_experts']:>8}{choice['parameters'] / 1e12:>11.2f}T{choice['serving_chips']:>7}"
-            f"{choice['train_dollars'] / 1e6:>10.1f}{choice['serve_dollars_per_1k_tokens']:>10.5f}"
-            f"{choice['tokens_per_second_of_a_user']:>14.2f}{mark}"
+            f"{choice['num_experts']:>8}{size:>12}{choice['serving_chips']:>7}{train:>12}"
+            f"{choice['serve_dollars_per_1k_tokens']:>10.5f}{choice['tokens_per_second_of_a_user']:>14.2f}{mark}"
         )
     best = ", ".join(f"{count} for {served} generated tokens" for served, count in document["cheapest"].items())
-    return "\n".join([*lines, f"least dollars in all: {best}"])
+    return [*lines, f"least dollars in all: {best}"]
 
 
 def assumptions_of(job: TrainingJob, cluster: Cluster, sequences: float) -> dict[str, float]:
