@@ -51,6 +51,8 @@ def test_the_step_of_the_reference():
     assert found.lost_seconds["bubble"] / before == pytest.approx(14 / 35, abs=1e-6)
     assert found.ideal_seconds == pytest.approx(60e6 * flops.train_flops_per_token(GPT4) / (25_000 * 312e12))
     assert found.lost_seconds["data"] == pytest.approx(0.25 * 61.1e9 / (25e9 * 0.55), rel=0.01)
+    reduced = 2 * 7 / 8 * (60e6 / 208) * 10_752 * 2  # bytes of an all-reduce over tensor, six of them in 8 layers
+    assert found.lost_seconds["tensor"] == pytest.approx(6 * 8 * reduced / (300e9 * 0.75))
     assert 0.28 < found.utilization < 0.36
 
 

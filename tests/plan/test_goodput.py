@@ -105,6 +105,14 @@ def test_spares():
     assert 5000 < goodput.spare_chips(2_500_000, 12_000, 24) < 5200
 
 
+def test_without_spares_every_failure_waits_for_its_repair():
+    reliability = of_chips(25_000, 60, 600)
+    alone = simulate(Job(5 * DAY, reliability, spares=0, repair_seconds=3000), 0)
+    assert alone.failures > 20 and alone.waiting == pytest.approx(3000 * alone.failures)
+    one = simulate(Job(5 * DAY, reliability, spares=1, repair_seconds=3000), 0)
+    assert 0 < one.waiting < alone.waiting / 2
+
+
 def test_goodput_falls_with_chips_and_with_dearer_stops():
     values = [goodput.goodput(of_chips(chips, 60, 600)) for chips in (1000, 4000, 16_000, 64_000)]
     assert values == sorted(values, reverse=True)
