@@ -90,7 +90,10 @@ def _utilization(args: argparse.Namespace, build: Any) -> float:
     for name in ("step_seconds", "batch_tokens", "num_chips"):
         require_positive(f"--{name}", getattr(args, name))
     needed = flops.train_flops_per_token(shape_from(args, build)) * args.batch_tokens
-    return needed / (args.step_seconds * args.num_chips * chip_named(args.chip).peak_flops)
+    least = needed / (args.num_chips * chip_named(args.chip).peak_flops)
+    limit = f"must be at least {least:.4g}, what the chips need at their peak"
+    require(args.step_seconds >= least, "--step_seconds", args.step_seconds, limit)
+    return least / args.step_seconds
 
 
 def _power(args: argparse.Namespace, job: TrainingJob) -> Power | None:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+import runpy
 
 import pytest
 
@@ -189,6 +190,16 @@ def test_a_premise_that_cannot_be_is_one_line(setting, said, capsys):
     assert said in error and error.count("\n") == 1
     with pytest.raises(CallerError):
         move(article_premises(read_claims()), article_shape(), [setting])
+
+
+def test_the_claims_are_installed_with_the_package(monkeypatch):
+    given, root = {}, GOLDEN.parent.parent.parent
+    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
+    monkeypatch.chdir(root)
+    runpy.run_path("setup.py")
+    folder = root / "gpt4moe/plan"
+    packed = {path.name for pattern in given["package_data"]["gpt4moe.plan"] for path in folder.glob(pattern)}
+    assert packed == {path.name for path in folder.iterdir() if path.suffix not in (".py", "")}
 
 
 def test_widths_are_fields_of_a_shape():

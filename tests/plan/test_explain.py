@@ -173,6 +173,7 @@ def test_the_page_of_the_audit_is_whole_and_alone(tmp_path, capsys):
         (["cost", *RUN, "--mfu=0.3", "--gin_file=x.gin"], "--shape='gpt4_1p8t' must be given, or a --gin_file"),
         (["cost", *RUN], "--mfu=None must be given"),
         (["cost", *RUN, "--step_seconds=30"], "--batch_tokens=None must be given"),
+        (["cost", *RUN, "--step_seconds=9", "--batch_tokens=6e7"], "--step_seconds=9.0 must be at least 12.87"),
         (["cost", *RUN[:-1], "--price=-1", "--mfu=0.3"], "--price=-1.0 must be a number of at least 0"),
         (["cost", *RUN, "--mfu=0.3", "--ramp=5:1e6"], "--ramp=[(5.0, 1000000.0)] must start at 0 tokens"),
         (["cost", *RUN, "--mfu=0.3", "--ramp=x"], "'x' must have the form FROM:BATCH"),

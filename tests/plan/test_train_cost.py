@@ -4,9 +4,12 @@ import math
 
 import pytest
 
+from gpt4moe.accounting.chips import chip_named
+from gpt4moe.accounting.published import shape_named
 from gpt4moe.config.check import CallerError
 from gpt4moe.plan import train_cost
 from gpt4moe.plan.train_cost import Power, RampStage
+from gpt4moe.plan.training_job import TrainingJob
 
 GPT4_CHIP_HOURS = 57e6  # 25,000 A100 for 95 days
 
@@ -15,6 +18,14 @@ def test_the_days_of_the_reference():
     days = train_cost.run_seconds(2.15e25, 25_000, 312e12, 0.34) / 86_400
     assert days == pytest.approx(93.8, abs=0.1)
     assert train_cost.run_seconds(2.15e25, 25_000, 312e12, 0.34, goodput=0.5) / 86_400 == pytest.approx(2 * days)
+
+
+def test_the_chip_hours_of_llama3():
+    """30.84M H100-hours in its model card, at 380 to 430 of 989 TFLOP/s (table 4) and failures as it reports them."""
+    shape, chip = shape_named("llama3_405b"), chip_named("h100")
+    job = TrainingJob(shape, chip, 16_384, 15.6e12, 0.38, 2.99, 50_700, blocking_seconds=30, restart_seconds=600)
+    assert job.chip_hours == pytest.approx(30.84e6, rel=0.04)
+    assert job.dollars == pytest.approx(2.99 * job.chip_hours)
 
 
 def test_epochs_two_costs_of_gpt4():
