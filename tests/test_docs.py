@@ -135,3 +135,16 @@ def test_continuous_integration_runs_the_second_command_of_the_readme():
     readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
     second = re.findall(r"```bash\n(python3 -m venv.*?)\n```", readme, re.DOTALL)[1]
     assert second in script
+
+
+def test_the_commands_about_planning_answer(tmp_path, monkeypatch, capsys):
+    """Each as it stands, from a folder that has the gin files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gin_configs").symlink_to(ROOT / "gin_configs")
+    text = (ROOT / "docs/plan.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("gpt4moe plan ")]
+    assert len(commands) >= 12
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+        assert capsys.readouterr().out.strip()
+    assert (tmp_path / "audit.html").exists()
