@@ -15,7 +15,15 @@ from gpt4moe.accounting.shape import Shape
 from gpt4moe.config.check import require_not_negative, require_positive
 from gpt4moe.plan import expert_load
 from gpt4moe.plan.serve_collectives import expert_exchange, tensor_exchange
-from gpt4moe.plan.serve_layout import ACTIVATION_BYTES, Efficiency, ServeLayout, cache_bytes_per_chip, check
+from gpt4moe.plan.serve_layout import (
+    ACTIVATION_BYTES,
+    WEIGHT_BYTES,
+    Efficiency,
+    ServeLayout,
+    cache_bytes_per_chip,
+    check,
+    check_weights,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +42,8 @@ class StageTime:
     @property
     def seconds(self) -> float:
         """All of them, one after the other."""
-        return sum(dataclasses.astuple(self))
+        reading = self.weights_seconds + self.cache_seconds
+        return reading + self.flops_seconds + self.exchange_seconds + self.hop_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Server:
     @functools.cached_property
     def sizes(self) -> Sizes:
         """Parameters and FLOPs of the shape, counted once."""
-        return _sizes(self.shape)
+        return sizes_of(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +79,8 @@ class Sizes:
     expert_flops: int
 
 
-def _sizes(shape: Shape) -> Sizes:
+def sizes_of(shape: Shape) -> Sizes:
+    """Returns the parameters and FLOPs of a shape from which its times follow."""
     counted = parameters.count(shape)
     read = counted.total - counted.experts - (0 if shape.tied else counted.embedding)
     expert_flops = 2 * parameters.experts_active(shape)
@@ -78,31 +88,39 @@ def _sizes(shape: Shape) -> Sizes:
 
 
 def decode_step(
-    server: Server, rows: float, context: float, *, distinct: float | None = None, imbalance: float | None = None
+    server: Server,
+    rows: float,
+    context: float,
+    *,
+    tokens_per_row: int = 1,
+    distinct: float | None = None,
+    imbalance: float | None = None,
 ) -> StageTime:
-    """Returns the time of one stage for a step in which each of `rows` rows gains one token.
+    """Returns the time of one stage for a step in which each of `rows` rows gains a token, or verifies several.
 
     Args:
       server: shape, chip, layout, efficiency.
       rows: of one pipeline microbatch, over all expert groups; a stage works on one such microbatch at a time.
       context: tokens that a row attends to, the mean over rows.
+      tokens_per_row: tokens computed of each row; its cache is read once for all of them.
       distinct: experts of a layer that the step reads (None: expected of independent uniform routing).
       imbalance: load of the fullest expert group over the mean (None: expected).
     """
     require_positive("rows", rows)
     require_not_negative("context", context)
     shape, layout, efficiency = server.shape, server.layout, server.efficiency
-    weights = _weights_seconds(server, rows, distinct)
+    tokens = rows * tokens_per_row
+    weights = _weights_seconds(server, tokens, distinct)
     cache_bytes = cache_bytes_per_chip(shape, layout, rows, context)
     seen = min(context, shape.window) if shape.window else context
-    core = rows * core_flops_per_key(shape) * seen / (layout.chips * server.chip.peak_flops * efficiency.matmul)
-    computing = _matmul_seconds(server, rows, imbalance) + core
+    core = tokens * core_flops_per_key(shape) * seen / (layout.chips * server.chip.peak_flops * efficiency.matmul)
+    computing = _matmul_seconds(server, tokens, imbalance) + core
     return StageTime(
         weights,
         cache_bytes / (server.chip.bandwidth_bytes_per_second * efficiency.memory),
         computing,
-        _exchange_seconds(server, rows, weights + computing),
-        _hop_seconds(server, rows),
+        _exchange_seconds(server, tokens, weights + computing),
+        _hop_seconds(server, tokens),
     )
 
 
@@ -140,13 +158,12 @@ def matmul_peak(server: Server) -> float:
 def critical_rows(chip: Chip, weights: str = "bfloat16", shape: Shape | None = None) -> float:
     """Returns the tokens of a step at which reading all weights and computing take equally long, at the peaks.
 
-    (C / M) w / 2 for a dense model, E / K times as many where all parameters are experts'; with a shape of experts, as
-    many as its ratio of parameters read to parameters used. Products at the peak that `weights` allow.
+    (C / M) w / 2 where every token uses every weight it reads; E / K times as many for the experts of a shape, whose
+    weights are read for all tokens and used for K of E. Products run at the peak that `weights` allow.
     """
-    layout = ServeLayout(weights=weights)
-    check(shape, chip, layout) if shape else None
+    check_weights(chip, weights)
     peak = chip.peak_8bit_ops if weights == "fp8" else chip.peak_flops
-    dense = peak / chip.bandwidth_bytes_per_second * layout.weight_bytes / 2
+    dense = peak / chip.bandwidth_bytes_per_second * WEIGHT_BYTES[weights] / 2
     if shape is None or not shape.num_moe_layers:
         return dense
     return dense * shape.num_experts / shape.experts_per_token

@@ -14,7 +14,6 @@ from gpt4moe.accounting.chips import Chip, Network
 from gpt4moe.accounting.shape import Shape
 from gpt4moe.plan.serve_layout import ACTIVATION_BYTES, Efficiency, ServeLayout
 
-
 CLOSED_RING = {2: 16, 3: 4}  # chips along each axis of the smallest torus, by number of axes
 
 
@@ -30,8 +29,9 @@ class Exchange:
     collectives: int = 0
 
     def __add__(self, other: Exchange) -> Exchange:
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Exchange(*(one + two for one, two in zip(mine, others, strict=True)))
+        domain_seconds = self.domain_seconds + other.domain_seconds
+        outside_seconds = self.outside_seconds + other.outside_seconds
+        return Exchange(domain_seconds, outside_seconds, self.collectives + other.collectives)
 
     def seconds(self, efficiency: Efficiency) -> float:
         """Returns the seconds with the efficiency of the links and each collective's latency."""

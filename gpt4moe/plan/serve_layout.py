@@ -28,8 +28,8 @@ class ServeLayout:
     tensor: chips that share every layer's matrices; expert: groups of them, each with its own experts and its own rows;
     stage: pipeline stages. weights: bfloat16, int8 (weights only: products run at the 16-bit peak) or fp8 (products at
     the 8-bit peak). cache: how keys and values lie over the tensor axis: by `heads`, so that heads fewer than chips are
-    stored once on each, or by `batch`, every chip whole rows (Pope et al. 2022, section 3.3). feed_forward: weights stay
-    and activations move, in one or two dimensions, or weights are gathered (the same, section 3.2).
+    stored once on each, or by `batch`, every chip whole rows (Pope et al. 2022, section 3.3). feed_forward: weights
+    stay and activations move, in one or two dimensions, or weights are gathered (the same, section 3.2).
     """
 
     tensor: int = 1
@@ -67,10 +67,11 @@ class Efficiency:
     """Which share of its peaks a chip reaches, and what each collective costs beside its bytes.
 
     matmul: of the peak FLOP/s; memory: of its bandwidth; link, outside_link: of the links inside a domain and of the
-    network between domains, where a group exchanges; usable_memory: the rest holds activations and the runtime. collective_seconds: from start to end of one collective
-    without bytes; hop_seconds: of one transfer to the next stage, `stage_bytes_per_second` its bandwidth (None: the
-    chip's share of the network between domains). expert_overlap: share of the computing time under which the exchange
-    of the experts' rows hides. expert_nodes: domains to which a token is sent at most, None without a limit.
+    network between domains, where a group exchanges; usable_memory: the rest holds activations and the runtime.
+    collective_seconds: from start to end of one collective without bytes; hop_seconds: of one transfer to the next
+    stage, `stage_bytes_per_second` its bandwidth (None: the chip's share of the network). expert_overlap: share of the
+    computing time under which the exchange of the experts' rows hides. expert_nodes: domains to which a token is sent
+    at most, None without a limit.
     """
 
     matmul: float = 0.6
@@ -107,8 +108,14 @@ def check(shape: Shape, chip: Chip, layout: ServeLayout) -> None:
     if layout.chips > 1:
         named = f"{chip.name}, whose network is not known, serves on one chip"
         require(chip.network is not None, "chips of a replica", layout.chips, named, "choose another chip")
-    if layout.weights == "fp8":
-        require(chip.has_fp8, "weights", "fp8", f"is not what {chip.name} computes in", "choose int8 or another chip")
+    check_weights(chip, layout.weights)
+
+
+def check_weights(chip: Chip, weights: str) -> None:
+    """Raises `CallerError` where the chip does not compute in the format of the weights."""
+    require(weights in WEIGHT_BYTES, "weights", weights, f"must be in {tuple(WEIGHT_BYTES)}")
+    computes = chip.has_fp8 or weights != "fp8"
+    require(computes, "weights", weights, f"is not what {chip.name} computes in", "choose int8 or another chip")
 
 
 def total_weight_bytes(shape: Shape, layout: ServeLayout) -> float:
@@ -161,6 +168,6 @@ def max_sequences(
 
 
 def max_context(shape: Shape, layout: ServeLayout, sequences: float, cache_bytes: float) -> float:
-    """Returns how many tokens each of `sequences` rows may have where a chip gives its cache `cache_bytes` of memory."""
+    """Returns how many tokens each of `sequences` rows may have where a chip gives `cache_bytes` to its cache."""
     require_positive("sequences", sequences)
     return cache_bytes / cache_bytes_per_chip(dataclasses.replace(shape, window=None), layout, sequences, 1)
