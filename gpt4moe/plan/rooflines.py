@@ -124,19 +124,29 @@ def decode_step(
     )
 
 
-def prefill_step(server: Server, prompts: float, prompt_tokens: float) -> StageTime:
-    """Returns the time of one stage for `prompts` prompts of `prompt_tokens` tokens each, with causal attention."""
+def prefill_step(server: Server, prompts: float, prompt_tokens: float, cached_tokens: float = 0.0) -> StageTime:
+    """Returns the time of one stage for `prompts` prompts of `prompt_tokens` tokens each, with causal attention.
+
+    cached_tokens: tokens before each of them that are in the cache already, as of a prompt read in chunks.
+    """
     require_positive("prompts", prompts)
     require_positive("prompt_tokens", prompt_tokens)
-    tokens, layout, efficiency = prompts * prompt_tokens, server.layout, server.efficiency
-    keys = prompt_tokens / 2
-    keys = min(keys, server.shape.window) if server.shape.window else keys
-    core = 4 * server.shape.num_layers * server.shape.core_width * keys * tokens
-    core_seconds = core / (layout.chips * server.chip.peak_flops * efficiency.matmul)
+    require_not_negative("cached_tokens", cached_tokens)
+    shape, layout, efficiency, chip = server.shape, server.layout, server.efficiency, server.chip
+    tokens, keys = prompts * prompt_tokens, cached_tokens + prompt_tokens / 2
+    keys = min(keys, shape.window) if shape.window else keys
+    core = 4 * shape.num_layers * shape.core_width * keys * tokens
+    core_seconds = core / (layout.chips * chip.peak_flops * efficiency.matmul)
     weights = _weights_seconds(server, tokens, None)
     computing = _matmul_seconds(server, tokens, None) + core_seconds
-    exchange = _exchange_seconds(server, tokens, weights + computing)
-    return StageTime(weights, 0.0, computing, exchange, _hop_seconds(server, tokens))
+    cache_bytes = cache_bytes_per_chip(shape, layout, prompts, cached_tokens)
+    return StageTime(
+        weights,
+        cache_bytes / (chip.bandwidth_bytes_per_second * efficiency.memory),
+        computing,
+        _exchange_seconds(server, tokens, weights + computing),
+        _hop_seconds(server, tokens),
+    )
 
 
 def core_flops_per_key(shape: Shape) -> float:

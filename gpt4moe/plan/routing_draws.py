@@ -33,12 +33,12 @@ class RoutingDraws:
         self._log_weights = np.log(np.asarray(weights if weights is not None else np.ones(experts)))
         self._layers = functools.cache(self._draw_layers)
 
-    def sample(self, tokens: int, layers: int) -> tuple[float, float]:
-        """Returns (distinct experts, imbalance) of a step of `tokens` tokens, the mean over `layers` layers."""
+    def sample(self, tokens: int, stages: int, layers: int) -> list[tuple[float, float]]:
+        """Returns (distinct experts, imbalance) of a step of `tokens` tokens on each stage: means over its layers."""
         eighths = round(math.log2(tokens) * STEPS_PER_OCTAVE)
         drawn = self._layers(round(2 ** (eighths / STEPS_PER_OCTAVE)))
-        chosen = drawn[self._generator.integers(0, DRAWS, layers)].sum(axis=0) / layers
-        return float(chosen[0]), float(chosen[1])
+        means = drawn[self._generator.integers(0, DRAWS, (stages, layers))].sum(axis=1) / layers
+        return [(distinct, imbalance) for distinct, imbalance in means.tolist()]
 
     def _draw_layers(self, tokens: int) -> np.ndarray:
         """[DRAWS, 2]: each token takes the K experts of highest log weight plus Gumbel noise, K without replacement."""

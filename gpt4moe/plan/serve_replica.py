@@ -7,8 +7,8 @@ for each stage, so that every stage has work; a stage works on one lane at a tim
 from __future__ import annotations
 
 import dataclasses
-import functools
 import heapq
+import math
 from collections import deque
 
 from gpt4moe.config.check import require, require_count
@@ -26,14 +26,14 @@ class Policy:
 
     rows: of a lane at most. batching: `continuous` fills a row as soon as it ends, `static` waits for the lane's
     longest and computes ended rows along. prefill: prompts `mixed` into decode steps, or read `elsewhere`.
-    prompt_tokens_per_step: of prompts that join one mixed step together; a longer one joins alone. Steps of many prompts
-    hold up the stages for all other lanes.
+    prompt_tokens_per_step: of prompts that a mixed step reads, which cuts long ones into chunks (Sarathi, Agrawal et
+    al. 2023): a step much longer than others would hold up every stage behind it. A static batch reads all at once.
     """
 
     rows: int = 256
     batching: str = "continuous"
     prefill: str = "mixed"
-    prompt_tokens_per_step: int = 2048
+    prompt_tokens_per_step: int = 512
 
     def __post_init__(self) -> None:
         require_count("rows", self.rows)
@@ -61,12 +61,18 @@ class Lane:
 
     def __init__(self) -> None:
         self.is_moving = False
-        self.slots = 0  # rows that are computed: with static batching those that ended too
         self.steps = 0
-        self.cached_tokens = 0
+        self.slots = 0  # rows that a static batch began with: those that ended are computed too
+        self.unread: deque[tuple[Request, int]] = deque()  # with the tokens of its prompt that are read
         self.ends: list[tuple[int, int, Request]] = []  # heap: the step after which a row has ended, a number, the row
-        self.joined: tuple[Request, ...] = ()
+        self.first: tuple[Request, ...] = ()  # rows that get their first token in this step
+        self.cached_tokens = 0
         self.last_end_seconds = 0.0
+
+    @property
+    def rows(self) -> int:
+        """Rows that have not ended."""
+        return len(self.ends) + len(self.unread)
 
 
 class Replica:
@@ -81,48 +87,48 @@ class Replica:
         self.busy_seconds = 0.0
         self._free = [0.0] * server.layout.stage
         self._count = 0
-        self._prefill = functools.cache(lambda tokens: prefill_step(server, 1, tokens))
         self._layers = max(1, round(server.shape.num_layers / server.layout.stage))
 
     @property
     def rows(self) -> int:
         """Rows that have not ended."""
-        return sum(len(lane.ends) for lane in self.lanes)
+        return sum(lane.rows for lane in self.lanes)
 
-    def admit(self, lane: Lane, waiting: deque[Request]) -> None:
+    def admit(self, lane: Lane, waiting: deque[Request]) -> list[Request]:
         """Moves requests from the head of the queue into a lane that stands, as far as rows and cache have room."""
         joined: list[Request] = []
-        may = self.is_open and not lane.is_moving and (self.policy.batching == "continuous" or not lane.ends)
-        while may and waiting and self._has_room(lane, joined, waiting[0]):
+        may = self.is_open and not lane.is_moving and (self.policy.batching == "continuous" or not lane.rows)
+        while may and waiting and lane.rows + len(joined) < self.policy.rows and self._has_room(waiting[0]):
             request = waiting.popleft()
             self.kept_tokens += request.cache_tokens
             joined.append(request)
-        lane.joined = tuple(joined)
+        lane.unread.extend((request, 0) for request in joined)
+        return joined
 
     def start(self, lane: Lane, now: float) -> float | None:
         """Sends a lane with rows once round the stages and returns when it is back; None where it has no rows."""
-        decoding = lane.slots if self.policy.batching == "static" and lane.ends else len(lane.ends)
-        for request in lane.joined:
-            self._count += 1
-            heapq.heappush(lane.ends, (lane.steps + request.new_tokens, self._count, request))
-            lane.cached_tokens += request.prompt_tokens
-        if not lane.ends:
+        if not lane.rows:
             return None
-        lane.slots = decoding + len(lane.joined)
+        decoding, cached = len(lane.ends), lane.cached_tokens
+        chunks = self._read_prompts(lane)
+        if not chunks:  # rows that join decode at once, their prompts were read elsewhere
+            decoding, cached = len(lane.ends), lane.cached_tokens
+        if self.policy.batching == "static":
+            lane.slots = len(lane.first) or lane.slots
+            decoding = 0 if chunks else lane.slots
         lane.is_moving = True
-        prompts = lane.joined if self.policy.prefill == "mixed" else ()
         back = now
-        for stage, seconds in enumerate(self._stage_seconds(lane, lane.slots - len(prompts), prompts)):
+        for stage, seconds in enumerate(self._stage_seconds(decoding, cached, chunks)):
             begin = max(back, self._free[stage])
             back = self._free[stage] = begin + seconds
             self.busy_seconds += seconds
         return back
 
     def finish(self, lane: Lane, now: float) -> Step:
-        """Takes a lane that is back: every row has one more token, some have their last."""
+        """Takes a lane that is back: every row whose prompt is read has one more token, some have their last."""
         lane.is_moving = False
         lane.steps += 1
-        tokens, first = len(lane.ends), lane.joined
+        tokens, first = len(lane.ends), lane.first
         lane.cached_tokens += tokens
         ended = []
         while lane.ends and lane.ends[0][0] <= lane.steps:
@@ -130,38 +136,52 @@ class Replica:
             ended.append(request)
             lane.cached_tokens -= request.cache_tokens
             self.kept_tokens -= request.cache_tokens
-        gap, lane.last_end_seconds, lane.joined = now - lane.last_end_seconds, now, ()
+        gap, lane.last_end_seconds, lane.first = now - lane.last_end_seconds, now, ()
         return Step(tokens, first, tuple(ended), tokens - len(first), gap)
 
     def ever_fits(self, request: Request) -> bool:
         """Whether an empty cache has room for the request."""
         return request.cache_tokens <= self.cache_tokens
 
-    def _has_room(self, lane: Lane, joined: list[Request], request: Request) -> bool:
-        """Whether lane, cache and step have room for one more request beside those that join."""
-        policy, prompts = self.policy, request.prompt_tokens + sum(item.prompt_tokens for item in joined)
-        is_mixed = policy.prefill == "mixed" and policy.batching == "continuous"
-        is_short = not joined or not is_mixed or prompts <= policy.prompt_tokens_per_step
-        has_row = len(lane.ends) + len(joined) < policy.rows
-        return has_row and is_short and self.kept_tokens + request.cache_tokens <= self.cache_tokens
+    def _has_room(self, request: Request) -> bool:
+        return self.kept_tokens + request.cache_tokens <= self.cache_tokens
 
-    def _stage_seconds(self, lane: Lane, decoding: int, prompts: tuple[Request, ...]) -> list[float]:
-        """Seconds of the lane's step on every stage: rows that decode, and prompts that join them."""
-        reading = [self._prefill(request.prompt_tokens) for request in prompts]
-        cached = lane.cached_tokens - sum(request.prompt_tokens for request in prompts)
+    def _read_prompts(self, lane: Lane) -> list[tuple[int, int]]:
+        """Reads of the lane's prompts what this step may; returns the chunks, tokens before each and tokens of each."""
+        is_free, is_static = self.policy.prefill == "elsewhere", self.policy.batching == "static"
+        room = math.inf if is_free or is_static else self.policy.prompt_tokens_per_step
+        chunks, read = [], []
+        while lane.unread and room:
+            request, before = lane.unread.popleft()
+            tokens = min(room, request.prompt_tokens - before)
+            room -= tokens
+            chunks.append((before, tokens))
+            if before + tokens < request.prompt_tokens:
+                lane.unread.appendleft((request, before + tokens))
+            else:
+                read.append(request)
+        for request in read:
+            self._count += 1
+            heapq.heappush(lane.ends, (lane.steps + request.new_tokens, self._count, request))
+            lane.cached_tokens += request.prompt_tokens
+        lane.first = tuple(read)
+        return [] if is_free else chunks
+
+    def _stage_seconds(self, decoding: int, cached_tokens: int, chunks: list[tuple[int, int]]) -> list[float]:
+        """Seconds of a lane's step on every stage: rows that decode, and chunks of prompts beside them."""
+        reading = [prefill_step(self.server, 1, tokens, before) for before, tokens in chunks]
         stages = self.server.layout.stage
+        if not decoding:
+            return [_together(reading)] * stages
+        context = cached_tokens / decoding
         if self.draws is None:
-            return [self._seconds(decoding, cached, reading)] * stages
-        return [self._seconds(decoding, cached, reading) for _ in range(stages)]
+            return [_together([*reading, decode_step(self.server, decoding, context)])] * stages
+        sampled = self.draws.sample(decoding, stages, self._layers)
+        steps = (decode_step(self.server, decoding, context, distinct=d, imbalance=i) for d, i in sampled)
+        return [_together([*reading, step]) for step in steps]
 
-    def _seconds(self, decoding: int, cached_tokens: int, reading: list[StageTime]) -> float:
-        """One stage's seconds; weights are read once for rows that decode and for prompts."""
-        steps = [*reading, *([self._decode(decoding, cached_tokens)] if decoding else [])]
-        weights = max(step.weights_seconds for step in steps)
-        return weights + sum(step.seconds - step.weights_seconds for step in steps)
 
-    def _decode(self, rows: int, cached_tokens: int) -> StageTime:
-        if self.draws is None:
-            return decode_step(self.server, rows, cached_tokens / rows)
-        distinct, imbalance = self.draws.sample(rows, self._layers)
-        return decode_step(self.server, rows, cached_tokens / rows, distinct=distinct, imbalance=imbalance)
+def _together(steps: list[StageTime]) -> float:
+    """Seconds of a stage for rows that decode and chunks of prompts in one step, for which weights are read once."""
+    weights = max(step.weights_seconds for step in steps)
+    return weights + sum(step.seconds - step.weights_seconds for step in steps)

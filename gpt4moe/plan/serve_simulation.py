@@ -56,9 +56,10 @@ class SimulatedService:
     """What a simulation found. Percentiles are dicts, 50, 90, 99: seconds.
 
     refused: requests longer than the whole cache. waiting_tokens_per_second: of the time in which requests waited,
-    which is full load. mean_wait_seconds: until a request's prompt, or its first step, is begun. utilization: share of the stages' time in which they worked, of replicas not lent. lent_chip_hours: to
-    training, of `elapsed_hours`; in hours of the day that is simulated. dollars_per_1k_tokens: of generated tokens, all
-    chips paid but those lent.
+    which is full load. utilization: share of the stages' time in which they worked, of replicas not lent.
+    mean_wait_seconds: until a request's prompt, or its first step, is begun. lent_chip_hours: to training, of
+    `elapsed_hours`; in hours of the day that is simulated. dollars_per_1k_tokens: of generated tokens, all chips paid
+    but those lent.
     """
 
     completed: int
@@ -191,9 +192,9 @@ class _Simulation:
                     self._start(replica, lane)
 
     def _start(self, replica: Replica, lane: Lane) -> None:
-        replica.admit(lane, self.queue)
+        joined = replica.admit(lane, self.queue)
         if not self._prompt_free:
-            self.record.waits += [self.now - request.arrival_seconds for request in lane.joined]
+            self.record.waits += [self.now - request.arrival_seconds for request in joined]
         back = replica.start(lane, self.now)
         if back is not None:
             self._at(back, BACK, (replica, lane))
