@@ -12,7 +12,10 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.run import RunConfig
 
 # Each module has `answer(args, build) -> (document, to_text)`.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "serve": "serve_answer",
+    "speculate": "speculation_answer",
+}
 
 
 @dataclasses.dataclass(frozen=True)

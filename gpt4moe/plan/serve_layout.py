@@ -97,7 +97,8 @@ class Efficiency:
 
 def check(shape: Shape, chip: Chip, layout: ServeLayout) -> None:
     """Raises `CallerError` where the layout does not divide the shape or asks of the chip what it has not."""
-    for name, width in (("hidden_dim", shape.hidden_dim), ("expert_hidden_dim", shape.expert_hidden_dim)):
+    for name in ("model_dim", "hidden_dim", "expert_hidden_dim"):
+        width = getattr(shape, name)
         most = f"must divide {name} ({width})"
         require(width % layout.tensor == 0, "tensor", layout.tensor, most, "choose a divisor")
     most = f"must be at most num_layers ({shape.num_layers})"
