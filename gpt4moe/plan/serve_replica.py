@@ -98,21 +98,21 @@ class Replica:
         """Moves requests from the head of the queue into a lane that stands, as far as rows and cache have room."""
         joined: list[Request] = []
         may = self.is_open and not lane.is_moving and (self.policy.batching == "continuous" or not lane.rows)
-        while may and waiting and lane.rows + len(joined) < self.policy.rows and self._has_room(waiting[0]):
+        while may and waiting and self._has_room(lane, waiting[0]):
             request = waiting.popleft()
             self.kept_tokens += request.cache_tokens
+            lane.unread.append((request, 0))
             joined.append(request)
-        lane.unread.extend((request, 0) for request in joined)
         return joined
 
     def start(self, lane: Lane, now: float) -> float | None:
         """Sends a lane with rows once round the stages and returns when it is back; None where it has no rows."""
         if not lane.rows:
             return None
-        decoding, cached = len(lane.ends), lane.cached_tokens
         chunks = self._read_prompts(lane)
-        if not chunks:  # rows that join decode at once, their prompts were read elsewhere
-            decoding, cached = len(lane.ends), lane.cached_tokens
+        fresh = lane.first if chunks else ()  # rows whose prompt ends in this step get their token from it
+        decoding = len(lane.ends) - len(fresh)
+        cached = lane.cached_tokens - sum(request.prompt_tokens for request in fresh)
         if self.policy.batching == "static":
             lane.slots = len(lane.first) or lane.slots
             decoding = 0 if chunks else lane.slots
@@ -143,14 +143,20 @@ class Replica:
         """Whether an empty cache has room for the request."""
         return request.cache_tokens <= self.cache_tokens
 
-    def _has_room(self, request: Request) -> bool:
-        return self.kept_tokens + request.cache_tokens <= self.cache_tokens
+    def _has_room(self, lane: Lane, request: Request) -> bool:
+        """Whether the cache and the lane have room for one more, and the next step for the first of its prompt."""
+        unread = sum(item.prompt_tokens - before for item, before in lane.unread)
+        has_cache = self.kept_tokens + request.cache_tokens <= self.cache_tokens
+        return has_cache and lane.rows < self.policy.rows and unread < self._prompt_room()
+
+    def _prompt_room(self) -> float:
+        """Tokens of prompts that one step reads."""
+        at_once = self.policy.prefill == "elsewhere" or self.policy.batching == "static"
+        return math.inf if at_once else self.policy.prompt_tokens_per_step
 
     def _read_prompts(self, lane: Lane) -> list[tuple[int, int]]:
         """Reads of the lane's prompts what this step may; returns the chunks, tokens before each and tokens of each."""
-        is_free, is_static = self.policy.prefill == "elsewhere", self.policy.batching == "static"
-        room = math.inf if is_free or is_static else self.policy.prompt_tokens_per_step
-        chunks, read = [], []
+        room, chunks, read = self._prompt_room(), [], []
         while lane.unread and room:
             request, before = lane.unread.popleft()
             tokens = min(room, request.prompt_tokens - before)
@@ -165,7 +171,7 @@ class Replica:
             heapq.heappush(lane.ends, (lane.steps + request.new_tokens, self._count, request))
             lane.cached_tokens += request.prompt_tokens
         lane.first = tuple(read)
-        return [] if is_free else chunks
+        return [] if self.policy.prefill == "elsewhere" else chunks
 
     def _stage_seconds(self, decoding: int, cached_tokens: int, chunks: list[tuple[int, int]]) -> list[float]:
         """Seconds of a lane's step on every stage: rows that decode, and chunks of prompts beside them."""
