@@ -50,6 +50,11 @@ def test_the_table_says_what_the_document_holds(capsys, tmp_path):
     assert f"no other beats these {len(found['frontier'])}" in text
     assert f"cheapest at 50.00 tok/s a user: ${cheapest['dollars_per_1k_tokens']:.5f} per 1k tokens" in text
     assert cheapest["user_tokens_per_second"] >= 50
+    # A replica's second costs the same, whether it reads prompts or writes answers.
+    seconds = [
+        cheapest[f"{kind}tokens_per_second"] * cheapest[f"{kind}dollars_per_1k_tokens"] for kind in ("", "prompt_")
+    ]
+    assert seconds[0] == pytest.approx(seconds[1])
     dollars = [row["dollars_per_1k_tokens"] for row in found["frontier"] if row["user_tokens_per_second"] >= 50]
     assert cheapest["dollars_per_1k_tokens"] == min(dollars)
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -75,7 +80,15 @@ def test_a_simulation_is_told_with_what_it_assumed(capsys):
 
 
 def test_a_day_is_simulated_and_its_trough_lent(capsys):
-    words = ("--tensor=2", "--stage=1", "--expert=1", "--batch=8", "--simulate", "--expected_routing", "--lengths=fixed")
+    words = (
+        "--tensor=2",
+        "--stage=1",
+        "--expert=1",
+        "--batch=8",
+        "--simulate",
+        "--expected_routing",
+        "--lengths=fixed",
+    )
     short = ("--new_tokens=8", "--prompt_tokens=64", "--hour_seconds=5", "--requests_per_second=30", "--day=cosine")
     found = document(capsys, *MIXTRAL, *words, *short)["simulation"]
     assert found["completed"] == pytest.approx(30 * 24 * 5, rel=0.1)

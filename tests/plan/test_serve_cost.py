@@ -105,6 +105,11 @@ def test_every_layout_of_a_sweep_is_one_of_its_axes():
         if tensor * stage * expert <= 16
     }
     assert sizes == expected
+    assert {item.cache for item in layouts(QUESTION)} == {"heads"}  # eight heads for up to eight chips
+    one_head = dataclasses.replace(QUESTION, shape=dataclasses.replace(MIXTRAL, num_kv_heads=1))
+    assert {item.cache for item in layouts(one_head)} == {"heads", "batch"}
+    torus = dataclasses.replace(QUESTION, chip=chip_named("tpu_v5p"), weights=("int8",))
+    assert {item.feed_forward for item in layouts(torus) if item.tensor == 16} == {"stationary_1d", "stationary_2d"}
     fixed = dataclasses.replace(QUESTION, tensor=2, stage=3, expert=1, cache="batch", rows=8)
     assert [(item.tensor, item.stage, item.cache) for item in layouts(fixed)] == [(2, 3, "batch")] * 2
     assert {service.rows for service in sweep(fixed).services} == {8}

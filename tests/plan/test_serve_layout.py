@@ -13,6 +13,7 @@ from gpt4moe.plan.rooflines import Server
 from gpt4moe.plan.serve_layout import (
     Efficiency,
     ServeLayout,
+    cache_bytes_per_chip,
     cache_share,
     max_context,
     max_sequences,
@@ -46,7 +47,8 @@ def test_shares_of_the_cache():
     """Whole heads on every chip: 8 over 8 share, 8 over 16 are there twice, 48 over 64 take the room of 64."""
     shape = dataclasses.replace(REFERENCE, num_kv_heads=8)
     assert [cache_share(shape, ServeLayout(tensor)) for tensor in (1, 4, 8, 16)] == [1, 1 / 4, 1 / 8, 1 / 8]
-    assert cache_share(dataclasses.replace(shape, num_kv_heads=48), ServeLayout(64)) == 1 / 48
+    some = dataclasses.replace(shape, num_kv_heads=48)
+    assert [cache_share(some, ServeLayout(tensor)) for tensor in (32, 64)] == [2 / 48, 1 / 48]
     assert cache_share(shape, ServeLayout(16, cache="batch")) == 1 / 16
     assert cache_share(shape_named("deepseek_v3"), ServeLayout(8)) == 1
 
@@ -69,6 +71,11 @@ def test_more_memory_and_more_chips_never_hold_fewer_rows(layout):
     assert max_sequences(REFERENCE, large, doubled, 2048) > max_sequences(REFERENCE, large, layout, 2048)
     more = dataclasses.replace(REFERENCE, num_kv_heads=2)
     assert max_sequences(more, large, layout, 2048) < max_sequences(REFERENCE, large, layout, 2048)
+
+
+def test_expert_groups_divide_the_rows():
+    one, four = (cache_bytes_per_chip(REFERENCE, ServeLayout(8, 1, expert), 64, 2048) for expert in (1, 4))
+    assert one == 4 * four == 64 * 2048 * 61_440
 
 
 def test_context_and_rows_share_one_memory():

@@ -56,7 +56,9 @@ def test_the_best_length_is_that_of_a_search():
     assert (none.tokens, one) == (0, 1.0)  # at batch 1 no draft helps
 
 
-@pytest.mark.parametrize(("field", "value"), [("acceptance", 1.2), ("acceptance", -0.1), ("cost", -1.0), ("tokens", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("acceptance", 1.2), ("acceptance", -0.1), ("cost", -1.0), ("tokens", -1)]
+)
 def test_drafts_that_cannot_be(field, value):
     with pytest.raises(CallerError, match=field):
         Draft(**{field: value})
