@@ -17,11 +17,11 @@ HEAD = (
 
 def to_text(document: dict) -> str:
     """Returns the frontier as a table, the cheapest layouts at a reader's speed, the simulation where there is one."""
-    total, active = scaled(document["total_parameters"]), scaled(document["active_parameters"])
+    total, active = (scaled(document[f"{kind}_parameters"]).strip() for kind in ("total", "active"))
     tokens = ", ".join(f"{number:,.0f} in {name}" for name, number in document["critical_tokens"].items())
     rows = _thinned(document["frontier"])
     lines = [
-        f"{document['shape']}: {total}parameters, {active}a token; up to {document['num_chips']} x {document['chip']} "
+        f"{document['shape']}: {total} parameters, {active} a token; up to {document['num_chips']} x {document['chip']} "
         f"at ${document['dollars_per_chip_hour']:.2f} an hour; context {document['context']:,}",
         f"usable memory {scaled(document['usable_bytes'])}B; weights take longer to read than to use below {tokens} "
         "tokens a step",

@@ -31,12 +31,14 @@ POPE_LAYOUTS = {
 }
 POPE_CACHE_FRACTION = 0.3  # of memory, table 1
 
-# DeepSeek, open-infra-index, day 6: tokens a second of one user, share of prompt tokens found in the cache, and its
-# paper (2412.19437, section 3.4): expert groups of 32 chips for prompts, 144 for decoding, four nodes to a token.
+# DeepSeek, open-infra-index, day 6: tokens a second of one user (20 to 22), share of prompt tokens found in the cache,
+# chips of an expert group for prompts, 32, and for decoding, 144: some experts are there twice, 128 divides all 256. Its
+# paper (2412.19437, section 3.4): four nodes to a token. The length of a prompt is ours.
 DEEPSEEK_USER_TOKENS_PER_SECOND = 21.0
 DEEPSEEK_CACHED_FRACTION = 0.563
 DEEPSEEK_EXPERT_GROUPS = {"decode": 128, "prefill": 32}
 DEEPSEEK_NODES_PER_TOKEN = 4
+DEEPSEEK_PROMPT_TOKENS = 4096
 NODE_CHIPS = 8
 
 
@@ -99,7 +101,6 @@ def _deepseek(row: dict[str, str]) -> float:
     return layout.chips * prompt / seconds / (1 - DEEPSEEK_CACHED_FRACTION) / nodes
 
 
-DEEPSEEK_PROMPT_TOKENS = 4096  # computed together on a chip; the source gives no length
 PREDICTORS = {
     "pope-maxctx": _pope_context,
     "pope-": _pope_latency,
