@@ -21,8 +21,8 @@ def to_text(document: dict) -> str:
     tokens = ", ".join(f"{number:,.0f} in {name}" for name, number in document["critical_tokens"].items())
     rows = _thinned(document["frontier"])
     lines = [
-        f"{document['shape']}: {total} parameters, {active} a token; up to {document['num_chips']} x {document['chip']} "
-        f"at ${document['dollars_per_chip_hour']:.2f} an hour; context {document['context']:,}",
+        f"{document['shape']}: {total} parameters, {active} a token; up to {document['num_chips']} x "
+        f"{document['chip']} at ${document['dollars_per_chip_hour']:.2f} an hour; context {document['context']:,}",
         f"usable memory {scaled(document['usable_bytes'])}B; weights take longer to read than to use below {tokens} "
         "tokens a step",
         f"{document['considered']:,} layouts and batches fit, {document['too_large']:,} layouts do not"

@@ -32,8 +32,8 @@ POPE_LAYOUTS = {
 POPE_CACHE_FRACTION = 0.3  # of memory, table 1
 
 # DeepSeek, open-infra-index, day 6: tokens a second of one user (20 to 22), share of prompt tokens found in the cache,
-# chips of an expert group for prompts, 32, and for decoding, 144: some experts are there twice, 128 divides all 256. Its
-# paper (2412.19437, section 3.4): four nodes to a token. The length of a prompt is ours.
+# chips of an expert group for prompts, 32, and for decoding, 144: some experts are there twice, 128 divides all 256.
+# Its paper (2412.19437, section 3.4): four nodes to a token. The length of a prompt is ours.
 DEEPSEEK_USER_TOKENS_PER_SECOND = 21.0
 DEEPSEEK_CACHED_FRACTION = 0.563
 DEEPSEEK_EXPERT_GROUPS = {"decode": 128, "prefill": 32}
