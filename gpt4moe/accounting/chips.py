@@ -28,8 +28,9 @@ class Chip:
     """One accelerator: dense 16-bit peak in FLOP/s, memory in bytes, memory bandwidth in bytes/s.
 
     `device_kinds` are the names JAX reports (`jax.Device.device_kind`), matched as prefixes. clock_hertz: of a TPU, in
-    whose cycles its compiler estimates times. peak_8bit_ops: per second, in fp8 or int8, None where it has neither.
-    dollars_per_hour: rented on demand; watts: of the chip at full load. None where nobody says.
+    whose cycles its compiler estimates times. peak_8bit_ops: per second, in fp8 or int8, None where it has neither;
+    has_fp8: whether fp8 is among them. dollars_per_hour: rented on demand; watts: of the chip at full load. None where
+    nobody says.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Chip:
     peak_8bit_ops: float | None = None
     dollars_per_hour: float | None = None
     watts: float | None = None
+    has_fp8: bool = False
 
 
 NVLINK3, NVLINK3_SLOW, NVLINK4, NVLINK4_H800, NVLINK5 = 300e9, 200e9, 450e9, 200e9, 900e9
@@ -69,31 +71,31 @@ CHIPS = (
     Chip("a800", ("NVIDIA A800",), 312e12, 80e9, 2.039e12, network=_server(NVLINK3_SLOW, HDR), peak_8bit_ops=624e12),
     Chip(
         "h200", ("NVIDIA H200",), 989.5e12, 141e9, 4.8e12,
-        network=_server(NVLINK4, NDR), peak_8bit_ops=1979e12, dollars_per_hour=3.5, watts=700,
+        network=_server(NVLINK4, NDR), peak_8bit_ops=1979e12, dollars_per_hour=3.5, watts=700, has_fp8=True,
     ),
     Chip(
         "h800", ("NVIDIA H800",), 989.4e12, 80e9, 3.35e12,
-        network=_server(NVLINK4_H800, NDR), peak_8bit_ops=1979e12, dollars_per_hour=2.0, watts=700,
+        network=_server(NVLINK4_H800, NDR), peak_8bit_ops=1979e12, dollars_per_hour=2.0, watts=700, has_fp8=True,
     ),
     Chip(
         "h100", ("NVIDIA H100",), 989.4e12, 80e9, 3.35e12,
-        network=_server(NVLINK4, NDR), peak_8bit_ops=1979e12, dollars_per_hour=2.99, watts=700,
+        network=_server(NVLINK4, NDR), peak_8bit_ops=1979e12, dollars_per_hour=2.99, watts=700, has_fp8=True,
     ),
     Chip(
         "gb200", ("NVIDIA GB200",), 2500e12, 186e9, 8.0e12,
-        network=_server(NVLINK5, NDR, 72), peak_8bit_ops=5000e12, watts=1200,
+        network=_server(NVLINK5, NDR, 72), peak_8bit_ops=5000e12, watts=1200, has_fp8=True,
     ),
     Chip(
         "b200", ("NVIDIA B200",), 2250e12, 180e9, 8.0e12,
-        network=_server(NVLINK5, NDR), peak_8bit_ops=4500e12, dollars_per_hour=5.0, watts=1000,
+        network=_server(NVLINK5, NDR), peak_8bit_ops=4500e12, dollars_per_hour=5.0, watts=1000, has_fp8=True,
     ),
     Chip("v100", ("Tesla V100",), 125e12, 32e9, 0.9e12, network=_server(150e9, 12.5e9), watts=300),
     Chip("t4", ("Tesla T4",), 65e12, 16e9, 0.32e12, peak_8bit_ops=130e12, watts=70),
-    Chip("l4", ("NVIDIA L4",), 121e12, 24e9, 0.3e12, peak_8bit_ops=242e12, watts=72),
+    Chip("l4", ("NVIDIA L4",), 121e12, 24e9, 0.3e12, peak_8bit_ops=242e12, watts=72, has_fp8=True),
     Chip("a10", ("NVIDIA A10",), 125e12, 24e9, 0.6e12, peak_8bit_ops=250e12, watts=150),
     Chip("tpu_v3", ("TPU v3",), 123e12, 32e9, 0.9e12, network=_torus(82e9, 2, 1024)),
     Chip(
-        "tpu_v4", ("TPU v4",), 275e12, 32e9, 1.2e12,
+        "tpu_v4", ("TPU v4",), 275e12, 32 * 2**30, 1.2e12,
         network=_torus(45e9, 3, 4096), peak_8bit_ops=275e12, dollars_per_hour=3.22, watts=192,
     ),
     Chip(
@@ -110,7 +112,7 @@ CHIPS = (
     ),
     Chip(
         "tpu_7x", ("TPU7x", "TPU v7"), 2307e12, 192 * 2**30, 7.37e12,
-        network=_torus(100e9, 3, 9216), peak_8bit_ops=4614e12,
+        network=_torus(100e9, 3, 9216), peak_8bit_ops=4614e12, has_fp8=True,
     ),
 )  # fmt: skip
 

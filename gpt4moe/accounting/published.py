@@ -58,6 +58,7 @@ LLAMA3 = {"vocab_size": 128_256}
 SHAPES = (
     gpt("gpt3_175b", 96, 12_288, 96, 50_257),
     gpt("opt_175b", 96, 12_288, 96, 50_272, learned_positions=2050),
+    gpt("gpt_13b", 40, 5120, 40),
     gpt("gopher_280b", 80, 16_384, 128, 32_000),
     gpt("bloom_176b", 70, 14_336, 112, 250_880, learned_positions=0),
     palm("palm_62b", 64, 8192, 32),

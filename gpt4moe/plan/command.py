@@ -20,6 +20,8 @@ MODULES: dict[str, str] = {
     "simulate": "simulate",
     "explain": "explain",
     "what-if": "what_if",
+    "serve": "serve_answer",
+    "speculate": "speculation_answer",
 }
 
 
