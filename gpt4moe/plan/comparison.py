@@ -6,17 +6,14 @@ In: a `Row`. Out: a `Compared`, or a `Skipped` with the reason. Each kind of row
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 from collections.abc import Callable, Hashable, Mapping
 
 from gpt4moe.plan import conventions
 from gpt4moe.plan.calibration import Entry, calibrated
 from gpt4moe.plan.measurements import NotTold, Row
 from gpt4moe.plan.published_setups import Setup, setup_of
+from gpt4moe.plan.serving_rows import predict_row
 
-# Module with `predict_row(row) -> float`, in the unit of the row.
-INFERENCE = "gpt4moe.plan.serve_cost"
 # A stack's rows of hours of whole runs are apart: restarts and stops are in them, which are no matter of a step.
 WHOLE_RUN = ", whole runs"
 PER_SECOND = ("tokens_per_s", "tokens_per_s_per_gpu", "tokens_per_s_per_node", "max_context")
@@ -105,9 +102,7 @@ def _compare_memory(row: Row) -> Compared | Skipped:
 
 
 def _compare_inference(row: Row, calibration: Mapping[str, Entry]) -> Compared | Skipped:
-    if importlib.util.find_spec(INFERENCE) is None:
-        return Skipped(row.name, "inference is not predicted yet")
-    predicted = importlib.import_module(INFERENCE).predict_row(row)
+    predicted = predict_row(dataclasses.asdict(row))
     higher_is_better = row.measured_metric in PER_SECOND and row.measured_metric != "max_context"
     ratio = row.value / predicted if higher_is_better else predicted / row.value
     source = row.source.split("(")[0].strip() if not row.name else _first_words(row)

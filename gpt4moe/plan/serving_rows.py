@@ -7,11 +7,14 @@ columns do not say (formats, layouts, how many prompt tokens were cached) is wha
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
 
 from gpt4moe.accounting.chips import chip_named
 from gpt4moe.accounting.published import shape_named
 from gpt4moe.accounting.shape import Shape
-from gpt4moe.config.check import CallerError, require
+from gpt4moe.config.check import require
+from gpt4moe.plan.measurements import NotTold
 from gpt4moe.plan.rooflines import Server, decode_step, prefill_step
 from gpt4moe.plan.serve_cost import rows_at_speed
 from gpt4moe.plan.serve_layout import Efficiency, ServeLayout, max_context
@@ -22,13 +25,7 @@ HOPPER_MATMUL = 0.61
 
 # Pope et al. 2022, tables 2 and 3: latencies of 64 decoded tokens, or of a whole prompt.
 POPE_DECODED_TOKENS = 64
-POPE_LAYOUTS = {
-    "prefill-b1": {"weights": "int8", "cache": "heads", "feed_forward": "stationary_2d"},
-    "prefill-b512": {"weights": "bfloat16", "cache": "batch", "feed_forward": "gathered"},
-    "decode-b32": {"weights": "int8", "cache": "batch", "feed_forward": "stationary_2d"},
-    "decode-b64": {"weights": "int8", "cache": "batch", "feed_forward": "stationary_2d"},
-    "decode-b512": {"weights": "bfloat16", "cache": "batch", "feed_forward": "stationary_2d"},
-}
+POPE_INT8_MOST_SEQUENCES = 64  # their low-latency settings have int8 weights, those of large batches bfloat16
 POPE_CACHE_FRACTION = 0.3  # of memory, table 1
 
 # DeepSeek, open-infra-index, day 6: tokens a second of one user (20 to 22), share of prompt tokens found in the cache,
@@ -42,17 +39,20 @@ DEEPSEEK_PROMPT_TOKENS = 4096
 NODE_CHIPS = 8
 
 
-def predict_row(row: dict[str, str]) -> float:
-    """Returns what the model predicts of one row, in the row's unit; raises `CallerError` for a row it cannot read."""
+def predict_row(row: dict[str, Any]) -> float:
+    """Returns what the model predicts of one row, in the row's unit.
+
+    Raises `CallerError` for a row it cannot read, `NotTold` for one of a source whose layouts it does not know.
+    """
     name = row["name"]
     for prefix, predict in PREDICTORS.items():
         if name.startswith(prefix):
             return predict(row)
     near = ", ".join(PREDICTORS)
-    raise CallerError(f"name={name!r} of an infer row must begin with one of {near}; add its layout to serving_rows")
+    raise NotTold(f"the layout of a server is known of names that begin with {near}")
 
 
-def _pope_context(row: dict[str, str]) -> float:
+def _pope_context(row: dict[str, Any]) -> float:
     """Table 1: multi-head with heads of 128, multi-query replicated, multi-query with the batch over the chips."""
     shape, tensor = _shape(row), _number(row, "gpus")
     if "-mha-" in row["name"]:
@@ -63,26 +63,38 @@ def _pope_context(row: dict[str, str]) -> float:
     return max_context(shape, ServeLayout(tensor, cache=cache), sequences, memory)
 
 
-def _pope_latency(row: dict[str, str]) -> float:
-    of_row = row["name"].partition("B-")[2]
-    require(of_row in POPE_LAYOUTS, "name", row["name"], f"must end in one of {', '.join(POPE_LAYOUTS)}")
-    layout = ServeLayout(_number(row, "tp"), **POPE_LAYOUTS[of_row])
-    server = Server(_shape(row), chip_named("tpu_v4"), layout, MEASURED)
-    batch, context = int(of_row.rpartition("-b")[2]), _number(row, "seq")
-    if of_row.startswith("prefill"):
+def _pope_latency(row: dict[str, Any]) -> float:
+    found = re.search(r"(prefill|decode)-b(\d+)$", row["name"])
+    require(found is not None, "name", row["name"], "must end in prefill-bN or decode-bN, N sequences")
+    kind, batch, context = found[1], int(found[2]), _number(row, "seq")
+    server = Server(_shape(row), chip_named("tpu_v4"), _pope_layout(row, kind, batch, context), MEASURED)
+    if kind == "prefill":
         return prefill_step(server, batch, context).seconds
     mean_context = context + POPE_DECODED_TOKENS / 2
     return POPE_DECODED_TOKENS * decode_step(server, batch, mean_context).seconds
 
 
-def _kipply(row: dict[str, str]) -> float:
+def _pope_layout(row: dict[str, Any], kind: str, batch: int, context: int) -> ServeLayout:
+    """Their choices (sections 3.2 and 3.3): weights are gathered where a prompt pass has more tokens than hidden units.
+
+    The cache lies over the batch wherever there are sequences enough.
+    """
+    weights = "int8" if batch <= POPE_INT8_MOST_SEQUENCES else "bfloat16"
+    gathers = kind == "prefill" and batch * context > _shape(row).hidden_dim
+    cache = "batch" if batch > 1 else "heads"
+    return ServeLayout(
+        _number(row, "tp"), weights=weights, cache=cache, feed_forward="gathered" if gathers else "stationary_2d"
+    )
+
+
+def _kipply(row: dict[str, Any]) -> float:
     """Milliseconds of a prompt or of one token of a 13B model with GPT's plain blocks."""
     server = Server(_shape(row), chip_named("a100_40"), ServeLayout(_number(row, "tp")), MEASURED)
     step = prefill_step if "prefill" in row["name"] else decode_step
     return 1e3 * step(server, 1, _number(row, "seq")).seconds
 
 
-def _deepseek(row: dict[str, str]) -> float:
+def _deepseek(row: dict[str, Any]) -> float:
     """Tokens a second of a node of eight chips, with two microbatches whose exchange and computing overlap."""
     kind = "decode" if "decode" in row["name"] else "prefill"
     # Decoding sends to every expert's chip at once, prompts to at most four nodes.
@@ -110,11 +122,11 @@ PREDICTORS = {
 _SHAPES = {"kipply": "gpt_13b", "pope-palm62B": "palm_62b", "pope": "palm_540b", "deepseek": "deepseek_v3"}
 
 
-def _shape(row: dict[str, str]) -> Shape:
+def _shape(row: dict[str, Any]) -> Shape:
     return shape_named(next(shape for prefix, shape in _SHAPES.items() if row["name"].startswith(prefix)))
 
 
-def _number(row: dict[str, str], column: str) -> int:
+def _number(row: dict[str, Any], column: str) -> int:
     """A positive whole number of the row; the CSV writes some of them as 540350000000.0."""
     try:
         value = float(row[column])

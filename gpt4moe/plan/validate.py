@@ -28,8 +28,8 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
 def examine(path: str, calibration: str | None = None) -> dict:
     """Returns the JSON document: scores by source, stack and over all, layouts picked, every row, what was skipped.
 
-    moe: scores of the rows with experts. whole_runs: stacks of rows that tell the hours of all chips for a run,
-    restarts and stops among them.
+    moe: scores of the rows with experts. stacks: of training steps. serving: of prompts and decoding. whole_runs:
+    stacks of rows that tell the hours of all chips for a run, restarts and stops among them.
 
     calibration: a file of `plan calibrate`; scored on the rows it was fitted to, errors are no test. Raises
     `CallerError` with file and line for a bad row.
@@ -45,8 +45,10 @@ def examine(path: str, calibration: str | None = None) -> dict:
         "file": str(path),
         "calibration": calibration,
         "sources": {name: _scores(items, left_out, groups) for name, items in by_source.items()},
-        "stacks": {name: _stack_scores(items, left_out) for name, items in by_stack.items() if not _whole(items)},
-        "whole_runs": {name: _stack_scores(items, left_out) for name, items in by_stack.items() if _whole(items)},
+        **{
+            part: {name: _stack_scores(items, left_out) for name, items in by_stack.items() if _part_of(items) == part}
+            for part in ("stacks", "serving", "whole_runs")
+        },
         "overall": _scores(compared, left_out, groups),
         "moe": _scores([item for item in compared if _has_experts(item)], left_out, groups),
         "regret_groups": groups,
@@ -97,8 +99,10 @@ def _stack_scores(items: Sequence[Compared], left_out: dict[str, float]) -> dict
     }
 
 
-def _whole(items: Sequence[Compared]) -> bool:
-    return all(item.is_whole_run for item in items)
+def _part_of(items: Sequence[Compared]) -> str:
+    if all(item.is_whole_run for item in items):
+        return "whole_runs"
+    return "serving" if all(item.row.kind == "infer" for item in items) else "stacks"
 
 
 def _has_experts(item: Compared) -> bool:
@@ -153,7 +157,7 @@ def format_document(document: dict) -> str:
             f"{_percent(found['regret']):>8}{_percent(found['calibrated_mape']):>20}"
         )
     lines += ["", f"{'stack and chip':<40}{'rows':>5}{'scalar':>8}{'left out':>10}"]
-    for name, found in (document["stacks"] | document["whole_runs"]).items():
+    for name, found in (document["stacks"] | document["serving"] | document["whole_runs"]).items():
         scale, error = f"{found['seconds_scale']:.3f}", _percent(found["calibrated_mape"])
         lines.append(f"{name:<40}{found['rows']:>5}{scale:>8}{error:>10}")
     lines += ["", "picked among measured layouts of one model:"] if document["regret_groups"] else []

@@ -62,8 +62,8 @@ def test_tracked_rows_stay_where_they_are():
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"name": "orca-175B"}, "name='orca-175B' of an infer row must begin with one of pope-maxctx, pope-, kipply-"),
-        ({"name": "pope-palm540B-decode-b7"}, "name='pope-palm540B-decode-b7' must end in one of prefill-b1"),
+        ({"name": "orca-175B"}, "the layout of a server is known of names that begin with pope-maxctx, pope-, kipply-"),
+        ({"name": "pope-palm540B-decode-b"}, "name='pope-palm540B-decode-b' must end in prefill-bN or decode-bN"),
         ({"name": "kipply-13B-decode-tp1", "tp": "one"}, "tp='one' must be a positive whole number in kipply-13B"),
         ({"name": "kipply-13B-decode-tp1", "tp": "-1"}, "tp='-1' must be a positive whole number"),
     ],
