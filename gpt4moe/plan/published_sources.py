@@ -1,7 +1,8 @@
 """What the sources of published runs say of their software, and how they count: one entry a source.
 
-In: a row. Out: `Source`. Each entry's comment says where it is from; nothing is fitted. A row of no known source has
-Megatron-Core's habits on GPUs and MaxText's on TPUs.
+In: a row. Out: `Source`. Each entry's comment says where it is from; none is a fit, but ZeRO-3's overlap and MaxText's
+rules were chosen with their rows in view. A row of no known source has Megatron-Core's habits on GPUs and MaxText's on
+TPUs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ _ONE_CHUNK = dict.fromkeys(range(1, 1025), 1)
 # Megatron of 2021: scores in memory, nothing overlaps. Megatron-Core: all does that can.
 _OLD = Stack("megatron-2021", flash=False, data_overlap=0.0)
 _NEW = Stack("megatron-core", data_overlap=0.9, tensor_overlap=0.5, stage_overlap=1.0)
-# XLA prefetches FSDP's gathers behind layers; it waits for the sums of tensor parallelism.
+# XLA prefetches FSDP's gathers behind layers; it waits for the sums of tensor parallelism. These overlaps, the batch of
+# rows that tell none, and waiting in the host's memory: some 27 variants were tried on the rows, and these kept.
 _XLA = Stack("maxtext", tensor_overlap=0.0, data_overlap=1.0)
 _RECOMPUTES = {"remat": "full", "sequence_parallel": False, "counts_recompute": True, "is_gpt": True}
 _LLAMA3_RUNS = {
@@ -74,7 +76,8 @@ def _named(stack: Stack, name: str, **changes: Any) -> Stack:
 SOURCES = {
     # Narayanan et al. 2021, section 5.1: interleaved, scatter-gather, everything computed again, 16-bit gradients.
     "megatron-sc21": _source("megatron-sc21", _OLD, _RECOMPUTES, zero=0),
-    # Its table 2 beside ZeRO-3 of DeepSpeed 0.3: each parameter's gather goes through one NIC a chip.
+    # Its table 2 beside ZeRO-3 of DeepSpeed 0.3: each parameter's gather goes through one NIC a chip. How much of it
+    # hides, 0.6, is told nowhere and was chosen with these six rows in view.
     "megatron-sc21-zero3": _source(
         "megatron-sc21", _named(_OLD, "deepspeed-zero3", hierarchical=False, data_overlap=0.6), _RECOMPUTES,
         zero=3, microbatch_rows=ALL_ROWS,
