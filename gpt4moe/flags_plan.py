@@ -135,7 +135,8 @@ def _what_if_flags(parser: argparse.ArgumentParser) -> None:
     serving = (("serve_tensor", 8, "chips that share a layer"), ("serve_stages", 16, "such groups in a row"))
     for name, default, what in (*serving, ("sequences", 4096, "in flight")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
-    parser.add_argument("--weight_bytes", type=float, default=2, metavar="N", help="of a served weight (default: 2)")
+    formats = "of served weights: bfloat16, int8 or fp8 (default: %(default)s)"
+    parser.add_argument("--weights", default="bfloat16", metavar="FORMAT", help=formats)
     context = "tokens in the cache of a sequence (default: %(default)s)"
     parser.add_argument("--context", type=float, default=2048, metavar="T", help=context)
     experts = "counts of experts to compare (default: 2,4,...,128)"

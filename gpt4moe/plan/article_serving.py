@@ -9,7 +9,10 @@ from gpt4moe.accounting import flops, parameters
 from gpt4moe.accounting.chips import Chip
 from gpt4moe.accounting.published import shape_named
 from gpt4moe.accounting.shape import Shape
+from gpt4moe.plan.expert_load import distinct_experts
 from gpt4moe.plan.facts import Answer, Facts
+from gpt4moe.plan.serve_layout import ServeLayout, token_cache_bytes, weight_bytes_per_chip
+from gpt4moe.plan.speculation import Draft, speed_up, weight_bound_verification
 
 HALF_PRECISION_BYTES = 2
 NODE_CHIPS = 8
@@ -118,7 +121,7 @@ def _cache_over_weights(facts: Facts) -> Answer:
 
 def _least_batch(facts: Facts) -> Answer:
     batch = facts.premises.least_batch
-    touched = distinct_experts(facts.shape, batch)
+    touched = distinct_experts(facts.shape.num_experts, facts.shape.experts_per_token, batch)
     return Answer(_rows_of_an_expert(facts, batch), f"{touched:.1f} experts of a layer are touched")
 
 
@@ -148,11 +151,11 @@ def _parameters_of_a_node(facts: Facts) -> Answer:
 
 
 def _half_precision_of_a_chip(facts: Facts) -> Answer:
-    return Answer(HALF_PRECISION_BYTES * facts.case.total_parameters / _cluster_chips(facts) / 1e9)
+    return Answer(weight_bytes_per_chip(facts.shape, _layout(facts)) / 1e9)
 
 
 def _8bit_of_a_chip(facts: Facts) -> Answer:
-    return Answer(facts.case.total_parameters / _cluster_chips(facts) / 1e9)
+    return Answer(weight_bytes_per_chip(facts.shape, _layout(facts, "int8")) / 1e9)
 
 
 def _layers_of_a_node(facts: Facts) -> Answer:
@@ -189,9 +192,9 @@ def _price(facts: Facts, claim: int, chip: Chip, dollars_per_hour: float, peak: 
 
 def _latency(facts: Facts) -> Answer:
     premises = facts.premises
-    seconds = _serial_seconds(facts, premises.chip, HALF_PRECISION_BYTES)
-    half = 1 / _serial_seconds(facts, premises.chip, 1)
-    others = [1 / _serial_seconds(facts, premises.h100_chip, size) for size in (HALF_PRECISION_BYTES, 1)]
+    seconds = _serial_seconds(facts, premises.chip)
+    half = 1 / _serial_seconds(facts, premises.chip, "int8")
+    others = [1 / _serial_seconds(facts, premises.h100_chip, weights) for weights in ("bfloat16", "int8")]
     note = f"at least {1000 * seconds:.0f} ms a token; {half:.1f} tok/s with 8-bit weights"
     return Answer(1 / seconds, f"{note}; {premises.h100}: {others[0]:.1f} and {others[1]:.1f}")
 
@@ -206,11 +209,12 @@ def _cache_of_a_token(facts: Facts) -> Answer:
 
 
 def _speculation(facts: Facts) -> Answer:
-    tokens = facts.premises.speculative_tokens
-    batches = (1, 8, 32)
-    mixture = [_speculative_gain(facts, _more_weights(facts.shape, batch, tokens + 1)) for batch in batches]
+    premises, batches = facts.premises, (1, 8, 32)
+    acceptance = premises.speculative_acceptance_percent / 100
+    draft = Draft(premises.speculative_tokens, acceptance, premises.speculative_draft_cost)
+    mixture = [speed_up(draft, weight_bound_verification(facts.shape, batch, draft.tokens)) for batch in batches]
     note = ", ".join(f"{gain:.2f}x at {batch}" for gain, batch in zip(mixture, batches, strict=True))
-    return Answer(_speculative_gain(facts, 1.0), f"of a dense model; with experts read from memory {note} sequences")
+    return Answer(speed_up(draft), f"of a dense model; with experts read from memory {note} sequences")
 
 
 def _image_tokens(facts: Facts) -> Answer:
@@ -222,30 +226,14 @@ def _image_bytes(facts: Facts) -> Answer:
     return Answer(facts.premises.vision_bytes_per_patch / facts.premises.text_bytes_per_token)
 
 
-def distinct_experts(shape: Shape, tokens: float) -> float:
-    """Returns how many experts of a layer `tokens` tokens touch on average, each choosing K of E evenly."""
-    return shape.num_experts * (1 - (1 - shape.experts_per_token / shape.num_experts) ** tokens)
+def _layout(facts: Facts, weights: str = "bfloat16") -> ServeLayout:
+    return ServeLayout(facts.premises.inference_tensor, facts.premises.inference_stages, weights=weights)
 
 
-def _more_weights(shape: Shape, batch: int, checked: int) -> float:
-    """Weights read to check so many tokens of each sequence over those read for one."""
-    counted, expert = parameters.count(shape), shape.num_moe_layers * parameters.one_expert(shape)
-    read = [counted.attention + distinct_experts(shape, tokens) * expert for tokens in (batch * checked, batch)]
-    return read[0] / read[1]
-
-
-def _speculative_gain(facts: Facts, checking: float) -> float:
-    """Leviathan et al. 2023, theorem 3.8; `checking`: a step over all drafted tokens over a step over one."""
-    length, acceptance = facts.premises.speculative_tokens, facts.premises.speculative_acceptance_percent / 100
-    expected = (1 - acceptance ** (length + 1)) / (1 - acceptance)
-    return expected / (facts.premises.speculative_draft_cost * length + checking)
-
-
-def _serial_seconds(facts: Facts, chip: Chip, weight_bytes: float) -> float:
-    """A token through all stages, each reading its weights; all chips of a stage read at once."""
-    stages = facts.premises.inference_stages
-    a_chip = weight_bytes * facts.case.total_parameters / _cluster_chips(facts)
-    return stages * a_chip / chip.bandwidth_bytes_per_second
+def _serial_seconds(facts: Facts, chip: Chip, weights: str = "bfloat16") -> float:
+    """A token through all stages, each reading its weights at the data sheet's rate; chips of a stage read at once."""
+    layout = _layout(facts, weights)
+    return layout.stage * weight_bytes_per_chip(facts.shape, layout) / chip.bandwidth_bytes_per_second
 
 
 def _fast_rate(facts: Facts) -> float:
@@ -267,8 +255,7 @@ def _mha_shape(facts: Facts, head_dim: int) -> Shape:
 
 def _mha_cache_bytes(facts: Facts, head_dim: int) -> float:
     shape, premises = _mha_shape(facts, head_dim), facts.premises
-    a_token = HALF_PRECISION_BYTES * shape.num_layers * shape.cache_width
-    return a_token * premises.cache_batch * premises.cache_context_tokens
+    return token_cache_bytes(shape) * premises.cache_batch * premises.cache_context_tokens
 
 
 FORMULAS: dict[int, Callable[[Facts], Answer]] = {

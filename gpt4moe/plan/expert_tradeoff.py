@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from gpt4moe.accounting import flops, parameters
 from gpt4moe.accounting.shape import Shape
 from gpt4moe.config.check import require, require_count
-from gpt4moe.plan import decode_price
-from gpt4moe.plan.decode_price import Cluster
+from gpt4moe.plan.rooflines import Server
+from gpt4moe.plan.serve_cost import Demand, serve_demand
+from gpt4moe.plan.serve_layout import ServeLayout, cache_bytes_per_chip, weight_bytes_per_chip
 
 # Switch-Base with 64 experts needs a seventh of the steps of T5-Base (Fedus et al. 2022, section 3.1): a small model.
 SWITCH_SAVING = 1 - (1 / 7) ** (1 / math.log2(64))
@@ -22,7 +23,10 @@ SWITCH_SAVING = 1 - (1 / 7) ** (1 / math.log2(64))
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One number of experts. tokens_per_second_of_a_user: of one sequence; on_frontier: nothing is cheaper in both."""
+    """One number of experts. tokens_per_second_of_a_user: of one sequence; on_frontier: nothing is cheaper in both.
+
+    fits: whether weights and cache have room on the serving chips.
+    """
 
     num_experts: int
     parameters: int
@@ -30,21 +34,19 @@ class Option:
     train_dollars: float
     serve_dollars_per_1k_tokens: float
     tokens_per_second_of_a_user: float
+    fits: bool = True
     on_frontier: bool = False
 
 
-def options(
-    shape: Shape, counts: Sequence[int], cluster: Cluster, sequences: int, train_dollars: float, saving: float
-) -> list[Option]:
+def options(server: Server, counts: Sequence[int], demand: Demand, train_dollars: float, saving: float) -> list[Option]:
     """Returns an option for each count of experts, in their order.
 
-    cluster: for the model as it is; other counts get stages in proportion to their weights, so that a chip holds the
-    same. sequences: in flight, the demand that there is. train_dollars: of the model as it is; saving: share of the
-    training tokens that each doubling of the experts saves at the same loss.
+    server: for the model as it is; other counts get stages in proportion to their weights and cache, so that a chip
+    holds the same, but no more than layers. train_dollars: of the model as it is; saving: share of the training tokens
+    that each doubling of the experts saves at the same loss.
     """
     require(0 <= saving < 1, "saving", saving, "must be at least 0 and below 1")
-    require_count("sequences", sequences)
-    found = [_option(shape, count, cluster, sequences, train_dollars, saving) for count in counts]
+    found = [_option(server, count, demand, train_dollars, saving) for count in counts]
     best = [not any(_is_better(other, one) for other in found) for one in found]
     return [dataclasses.replace(one, on_frontier=keep) for one, keep in zip(found, best, strict=True)]
 
@@ -61,22 +63,30 @@ def cheapest(found: Sequence[Option], served_tokens: float) -> Option:
     return min(found, key=lambda one: one.train_dollars + served_tokens / 1000 * one.serve_dollars_per_1k_tokens)
 
 
-def _option(shape: Shape, count: int, cluster: Cluster, sequences: int, train_dollars: float, saving: float) -> Option:
+def _option(server: Server, count: int, demand: Demand, train_dollars: float, saving: float) -> Option:
+    shape = server.shape
     require_count("num_experts", count, shape.experts_per_token)
     changed = dataclasses.replace(shape, num_experts=count)
-    size = parameters.count(changed).total
-    stages = max(math.ceil(cluster.stages * size / parameters.count(shape).total), 1)
-    own = dataclasses.replace(cluster, stages=stages)
+    held = [_bytes_per_chip(each, server.layout, demand) for each in (changed, shape)]
+    stages = min(max(math.ceil(server.layout.stage * held[0] / held[1]), 1), shape.num_layers)
+    own = dataclasses.replace(server, shape=changed, layout=dataclasses.replace(server.layout, stage=stages))
+    service = serve_demand(own, demand)
     per_token = flops.train_flops_per_token(changed) / flops.train_flops_per_token(shape)
     tokens = (1 - saving) ** math.log2(count / shape.num_experts)
     return Option(
         num_experts=count,
-        parameters=size,
-        serving_chips=own.num_chips,
+        parameters=parameters.count(changed).total,
+        serving_chips=service.chips,
         train_dollars=train_dollars * per_token * tokens,
-        serve_dollars_per_1k_tokens=decode_price.dollars_per_1k_tokens(changed, own, sequences),
-        tokens_per_second_of_a_user=decode_price.tokens_per_second(changed, own, sequences) / sequences,
+        serve_dollars_per_1k_tokens=service.dollars_per_1k_tokens,
+        tokens_per_second_of_a_user=service.user_tokens_per_second,
+        fits=service.fits,
     )
+
+
+def _bytes_per_chip(shape: Shape, layout: ServeLayout, demand: Demand) -> float:
+    cache = cache_bytes_per_chip(shape, layout, demand.sequences, demand.context_tokens)
+    return weight_bytes_per_chip(shape, layout) + cache
 
 
 def _is_better(one: Option, other: Option) -> bool:

@@ -10,6 +10,7 @@ from gpt4moe.accounting import flops, parameters
 from gpt4moe.accounting.shape import Shape
 from gpt4moe.plan.claims import Claim
 from gpt4moe.plan.premises import Premises
+from gpt4moe.plan.serve_layout import token_cache_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Case:
     @property
     def cache_bytes_per_token(self) -> float:
         """Keys and values of a token over all layers, 16 bits each."""
-        return 2 * self.shape.num_layers * self.shape.cache_width
+        return token_cache_bytes(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,11 @@ import html
 from collections.abc import Sequence
 
 from gpt4moe.accounting.shape import Shape
-from gpt4moe.plan import decode_price, expert_tradeoff, goodput, pictures, tornado, waterfall, what_if
+from gpt4moe.plan import expert_tradeoff, goodput, pictures, tornado, waterfall, what_if
 from gpt4moe.plan.article import Row, short
 from gpt4moe.plan.pictures import Picture
 from gpt4moe.plan.premises import Premises
+from gpt4moe.plan.serve_cost import Demand
 from gpt4moe.plan.step_breakdown import Division, break_down
 from gpt4moe.plan.training_job import TrainingJob
 
@@ -63,16 +64,13 @@ def figures(premises: Premises, shape: Shape) -> list[Picture]:
         shape, chip, premises.gpus, premises.training_tokens, middle, premises.dollars_per_gpu_hour, mtbf_hours,
         SAVE_SECONDS, RESTART_SECONDS,
     )  # fmt: skip
-    cluster = decode_price.Cluster(
-        chip, premises.inference_tensor, premises.inference_stages, premises.dollars_per_gpu_hour, premises.weight_bytes
-    )
-    sequences = premises.inference_batch
-    assumptions = what_if.assumptions_of(job, cluster, sequences)
-    swings = tornado.tornado(what_if.results_of(job, cluster), assumptions, CHANGE)
+    weights = "bfloat16" if premises.weight_bytes > 1 else "int8"
+    server = what_if.server_of(shape, chip, premises.inference_tensor, premises.inference_stages, weights)
+    demand = Demand(premises.inference_batch, premises.cache_context_tokens, premises.dollars_per_gpu_hour)
+    assumptions = what_if.assumptions_of(job, server, demand)
+    swings = tornado.tornado(what_if.results_of(job, server), assumptions, CHANGE)
     counts = [count for count in COUNTS if count >= shape.experts_per_token] if shape.num_moe_layers else []
-    options = {
-        saving: expert_tradeoff.options(shape, counts, cluster, sequences, job.dollars, saving) for saving in SAVINGS
-    }
+    options = {saving: expert_tradeoff.options(server, counts, demand, job.dollars, saving) for saving in SAVINGS}
     found = [
         pictures.waterfall_picture(waterfall.waterfall(step.ideal_seconds, step.lost_seconds, job.goodput)),
         pictures.tornado_picture(swings, CHANGE, "dollars"),

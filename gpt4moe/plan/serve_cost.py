@@ -47,6 +47,26 @@ class Service:
         return self.sequences <= self.max_sequences
 
 
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What is asked of one replica: sequences in flight, tokens in the cache of each, and what a chip's hour costs."""
+
+    sequences: float
+    context_tokens: float
+    dollars_per_chip_hour: float
+
+    def __post_init__(self) -> None:
+        require_positive("sequences", self.sequences)
+        require_positive("context", self.context_tokens)
+        require_not_negative("price", self.dollars_per_chip_hour)
+
+
+def serve_demand(server: Server, demand: Demand) -> Service:
+    """Returns what a replica delivers that has an equal part of the demand in each of its stages."""
+    rows = demand.sequences / server.layout.stage
+    return serve(server, rows, demand.context_tokens, demand.dollars_per_chip_hour)
+
+
 def serve(server: Server, rows: float, context: float, dollars_per_hour: float, utilization: float = 1.0) -> Service:
     """Returns what a replica delivers with `rows` rows a microbatch, each attending to `context` tokens on average.
 

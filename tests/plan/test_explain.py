@@ -11,15 +11,17 @@ from gpt4moe.accounting.chips import chip_named
 from gpt4moe.accounting.published import shape_named
 from gpt4moe.config.check import CallerError
 from gpt4moe.launch import main
-from gpt4moe.plan import decode_price, expert_tradeoff
-from gpt4moe.plan.decode_price import Cluster
+from gpt4moe.plan import expert_tradeoff, what_if
+from gpt4moe.plan.serve_cost import Demand, serve_demand
 from gpt4moe.plan.step_breakdown import Division, break_down
 from gpt4moe.plan.tornado import tornado
+from gpt4moe.plan.training_job import TrainingJob
 from gpt4moe.plan.waterfall import CAUSES, waterfall
 
 GPT4, A100 = shape_named("gpt4_1p8t"), chip_named("a100_40")
 REFERENCE = Division(25_000, tensor=8, stages=15)
-CLUSTER = Cluster(A100, 8, 16, dollars_per_chip_hour=1.0)
+SERVER = what_if.server_of(GPT4, A100, 8, 16)
+DEMAND = Demand(4096, 2048, dollars_per_chip_hour=1.0)
 RUN = ["--shape=gpt4_1p8t", "--chip=a100_40", "--num_chips=25000", "--tokens=13e12", "--price=1"]
 
 
@@ -81,21 +83,37 @@ def test_a_tornado_by_hand():
     assert swings[1].less["area"] == pytest.approx(-0.1) and swings[1].value == 3.0
 
 
-def test_the_price_of_the_reference_within_what_communication_costs():
-    """$0.00444 at $1 and 8,001 tokens/s with 0.9 of 32 ms for collectives, which this leaves out."""
-    assert decode_price.stage_seconds(GPT4, CLUSTER, 256) == pytest.approx(31.1e-3, rel=0.015)
-    assert decode_price.dollars_per_1k_tokens(GPT4, CLUSTER, 4096) == pytest.approx(0.00444, rel=0.05)
-    assert decode_price.tokens_per_second(GPT4, CLUSTER, 4096) == pytest.approx(8001, rel=0.05)
+def test_the_price_of_the_reference():
+    """$0.00444 at $1 and 8,001 tokens/s where each of 8 chips stores all keys, which then do not fit beside weights."""
+    heads = dataclasses.replace(SERVER, layout=dataclasses.replace(SERVER.layout, cache="heads"))
+    stored = serve_demand(heads, DEMAND)
+    assert stored.dollars_per_1k_tokens == pytest.approx(0.00444, rel=0.01) and not stored.fits
+    assert stored.tokens_per_second == pytest.approx(8001, rel=0.01)
+    shared = serve_demand(SERVER, DEMAND)
+    assert shared.fits and 0.0042 < shared.dollars_per_1k_tokens < stored.dollars_per_1k_tokens
+
+
+def test_a_faster_chip_serves_8_bits_faster():
+    h100 = chip_named("h100")
+    server = what_if.server_of(GPT4, h100, 8, 16, "fp8")
+    job = TrainingJob(GPT4, h100, 8192, 13e12, 0.4, 2.0, 50_700, 30, 600)
+    given = what_if.assumptions_of(job, server, DEMAND)
+    results = what_if.results_of(job, server)
+    base, faster = results(given), results(given | {"peak_flops": 2 * h100.peak_flops})
+    computing = serve_demand(server, DEMAND).stage_time
+    saved = 1 - faster["dollars_per_1k_tokens"] / base["dollars_per_1k_tokens"]
+    assert faster["days"] < base["days"] and saved == pytest.approx(computing.flops_seconds / computing.seconds / 2)
 
 
 def test_more_experts_train_cheaper_and_serve_dearer():
     counts = (2, 4, 8, 16, 32, 64, 128)
-    found = expert_tradeoff.options(GPT4, counts, CLUSTER, 4096, 60e6, saving=0.1)
+    found = expert_tradeoff.options(SERVER, counts, DEMAND, 60e6, saving=0.1)
     trained, served = (
         [getattr(one, name) for one in found] for name in ("train_dollars", "serve_dollars_per_1k_tokens")
     )
     assert trained == sorted(trained, reverse=True) and served == sorted(served)
-    assert all(one.on_frontier for one in found) and found[3].train_dollars == 60e6 and found[3].serving_chips == 128
+    assert all(one.on_frontier and one.fits for one in found)
+    assert found[3].train_dollars == 60e6 and found[3].serving_chips == 128
     best = [expert_tradeoff.cheapest(found, tokens).num_experts for tokens in (0, 1e12, 1e14)]
     assert best[0] == 128 and best[1] == 16 and best == sorted(best, reverse=True)
     tokens = expert_tradeoff.break_even_tokens(found[3], found[5])
@@ -104,7 +122,7 @@ def test_more_experts_train_cheaper_and_serve_dearer():
 
 
 def test_experts_that_save_nothing_are_never_worth_it():
-    found = expert_tradeoff.options(GPT4, (2, 16, 64), CLUSTER, 4096, 60e6, saving=0.0)
+    found = expert_tradeoff.options(SERVER, (2, 16, 64), DEMAND, 60e6, saving=0.0)
     assert [one.on_frontier for one in found] == [True, False, False]
     assert expert_tradeoff.break_even_tokens(found[1], found[2]) is None
 
@@ -184,6 +202,9 @@ def test_the_page_of_the_audit_is_whole_and_alone(tmp_path, capsys):
         (["simulate", "--num_chips=8", "--days=-1"], "--days=-1.0 must be a number above 0"),
         (["what-if", *RUN, "--mfu=0.3", "--experts=1"], "num_experts=1 must be an integer of at least 2"),
         (["what-if", *RUN, "--mfu=0.3", "--change=2"], "change=2.0 must lie between 0 and 1"),
+        (["what-if", *RUN, "--mfu=0.3", "--weights=fp8"], "weights='fp8' is not what a100_40 computes in"),
+        (["what-if", *RUN, "--mfu=0.3", "--sequences=0"], "sequences=0 must be a number above 0"),
+        (["what-if", *RUN, "--mfu=0.3", "--serve_tensor=5"], "tensor=5 must divide model_dim (10752)"),
         (["article", "--report=/nowhere/a.html"], "file='/nowhere/a.html' must lie in a folder"),
     ],
 )  # fmt: skip
