@@ -80,19 +80,37 @@ def _failure_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restart_seconds", type=float, default=600, metavar="S", help=restart)
 
 
-def _division_flags(parser: argparse.ArgumentParser) -> None:
-    for axis in ("tensor", "stages", "virtual_stages", "microbatch_rows"):
+def _layout_flags(parser: argparse.ArgumentParser) -> None:
+    """How a training run lies over its chips, and on which software."""
+    axes = ("tensor", "context", "stage", "virtual_stages", "expert", "microbatch_rows")
+    for axis in axes:
         parser.add_argument(f"--{axis}", type=int, default=1, metavar="N", help="of the layout (default: 1)")
+    cut = "chips that share one expert (default: those of --tensor)"
+    parser.add_argument("--expert_tensor", type=int, metavar="N", help=cut)
+    zero = "0 to 3: what replicas shard of optimizer, gradients, weights (default: %(default)s)"
+    parser.add_argument("--zero", type=int, default=1, metavar="N", help=zero)
+    parser.add_argument(
+        "--remat", default="full", metavar="POLICY", help="none, selective, full (default: %(default)s)"
+    )
+    schedule = "of the pipeline, e.g. zb_h1 (default: 1f1b, or interleaved)"
+    parser.add_argument("--schedule", metavar="NAME", help=schedule)
     length = "tokens of a sequence (default: %(default)s)"
     parser.add_argument("--sequence_length", type=int, default=8192, metavar="T", help=length)
+    parser.add_argument("--batch_tokens", type=float, metavar="N", help="tokens of a step")
+    imbalance = "rows of the fullest expert over their mean (default: that of the stack)"
+    parser.add_argument("--imbalance", type=float, metavar="X", help=imbalance)
+    stack = "software, by its name in gpt4moe plan validate (default: megatron-core, maxtext on TPUs)"
+    parser.add_argument("--stack", metavar="NAME", help=stack)
+    parser.add_argument("--calibration", metavar="FILE", help="constants by stack and chip, of gpt4moe plan calibrate")
 
 
 def _cost_flags(parser: argparse.ArgumentParser) -> None:
     _run_flags(parser)
-    _division_flags(parser)
-    parser.add_argument("--mfu", type=float, metavar="U", help="model FLOPs over the peak, e.g. 0.4")
-    parser.add_argument("--step_seconds", type=float, metavar="S", help="of a step, instead of --mfu")
-    parser.add_argument("--batch_tokens", type=float, metavar="N", help="of that step")
+    _layout_flags(parser)
+    mfu = "model FLOPs over the peak, e.g. 0.4 (default: as predicted of the layout and --batch_tokens)"
+    parser.add_argument("--mfu", type=float, metavar="U", help=mfu)
+    measured = "measured, of a step of --batch_tokens, instead of --mfu"
+    parser.add_argument("--step_seconds", type=float, metavar="S", help=measured)
     ramp = "batch of so many tokens from so many tokens on, e.g. 0:4e6,252e6:8e6; the last has the utilisation given"
     parser.add_argument("--ramp", type=_ramp, default=(), metavar="FROM:BATCH,...", help=ramp)
     owned = "what a chip with its server costs, for the value that the run uses up"
@@ -119,12 +137,9 @@ def _simulate_flags(parser: argparse.ArgumentParser) -> None:
 
 def _explain_flags(parser: argparse.ArgumentParser) -> None:
     _run_flags(parser)
-    _division_flags(parser)
-    parser.add_argument("--expert", type=int, default=1, metavar="N", help="replicas that share out the experts")
-    parser.add_argument("--batch_tokens", type=float, required=True, metavar="N", help="tokens of a step")
-    parser.add_argument("--remat", default="full", metavar="POLICY", help="none or full (default: %(default)s)")
-    imbalance = "rows of the fullest expert over their mean (default: %(default)s)"
-    parser.add_argument("--imbalance", type=float, default=1.1, metavar="X", help=imbalance)
+    _layout_flags(parser)
+    numerics = "bytes of a parameter's state, e.g. mixed_adam_16, fp8_adam (default: %(default)s)"
+    parser.add_argument("--numerics", default="mixed_adam", metavar="NAME", help=numerics)
     _plot_flag(parser)
 
 

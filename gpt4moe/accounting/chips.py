@@ -129,5 +129,5 @@ def chip_named(name: str) -> Chip:
         typed = name.lower().replace("-", "_")
         begun = [known for known in by_name if typed and known.startswith(typed)]
         near = begun or difflib.get_close_matches(typed, by_name, n=3, cutoff=0.3)
-        raise CallerError(f"chip={name!r} is not in the table; near: {', '.join(near) or ', '.join(by_name)}")
+        raise CallerError(f"chip={name!r} is not in the table; near: {', '.join(near or by_name)}")
     return by_name[name]

@@ -101,5 +101,5 @@ def shape_named(name: str) -> Shape:
     by_name = {shape.name: shape for shape in SHAPES}
     if name not in by_name:
         near = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.3)
-        raise CallerError(f"shape={name!r} is not among the published ones; near: {', '.join(near) or list(by_name)}")
+        raise CallerError(f"shape={name!r} is not among the published ones; near: {', '.join(near or by_name)}")
     return by_name[name]

@@ -5,24 +5,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from gpt4moe.accounting import flops
-from gpt4moe.accounting.chips import chip_named
+from gpt4moe.accounting.chips import Chip
+from gpt4moe.accounting.shape import Shape
 from gpt4moe.accounting.summary import scaled
 from gpt4moe.config.check import require, require_positive
 from gpt4moe.plan import goodput, train_cost
+from gpt4moe.plan.chosen import chip_from, layout_from, shape_from, stack_from
+from gpt4moe.plan.command import Build
 from gpt4moe.plan.goodput import HOUR_SECONDS
+from gpt4moe.plan.layout import Layout
+from gpt4moe.plan.step_losses import step_losses, whole_batch
 from gpt4moe.plan.train_cost import Power, RampStage
-from gpt4moe.plan.training_job import TrainingJob, job_from, shape_from
+from gpt4moe.plan.training_job import TrainingJob, job_from
 
 DAY_SECONDS = 24 * HOUR_SECONDS
 SPARE_RISK = 0.01
 
 
-def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict], str]]:
+def answer(args: argparse.Namespace, build: Build) -> tuple[dict, Callable[[dict], str]]:
     """Returns the JSON document of `plan cost` and the function that makes text of it."""
-    job = job_from(args, build, _utilization(args, build))
+    shape, chip = shape_from(args, build), chip_from(args)
+    job = job_from(args, shape, chip, _utilization(args, shape, chip))
     slower, stages = _ramp(args, job)
     hours = job.chip_hours * slower
     power = _power(args, job)
@@ -34,6 +39,7 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
         "tokens": job.tokens,
         "train_flops": job.flops,
         "model_flops_utilization": job.utilization,
+        "utilization_is_predicted": args.mfu is None and args.step_seconds is None,
         "days_without_failures": job.work_seconds * slower / DAY_SECONDS,
         "job_mtbf_hours": job.reliability.job_mtbf_seconds / HOUR_SECONDS,
         "save_interval_seconds": best,
@@ -57,10 +63,11 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
 def format_cost(document: dict) -> str:
     """Returns the document of `plan cost` as lines to read."""
     run = document
+    said = ", as predicted of the layout" if run["utilization_is_predicted"] else ""
     lines = [
         f"{run['shape']} on {run['num_chips']:,} x {run['chip']}: {run['tokens']:.4g} tokens, "
         f"{run['train_flops']:.4g} FLOPs",
-        f"time        {run['days']:.1f} days at {run['model_flops_utilization']:.1%} of the peak; "
+        f"time        {run['days']:.1f} days at {run['model_flops_utilization']:.1%} of the peak{said}; "
         f"{run['days_without_failures']:.1f} without failures",
         f"failures    one in {run['job_mtbf_hours']:.2f} h, a save every {run['save_interval_seconds']:,.0f} s: "
         f"goodput {run['goodput']:.3f}; {run['spare_chips']:,} spare chips",
@@ -80,17 +87,24 @@ def format_cost(document: dict) -> str:
     return "\n".join(lines)
 
 
-def _utilization(args: argparse.Namespace, build: Any) -> float:
-    """Of --mfu, or what a step of --step_seconds means."""
-    both = (args.mfu is not None, args.step_seconds is not None)
-    require(sum(both) == 1, "--mfu", args.mfu, "must be given, or --step_seconds with --batch_tokens instead")
+def _utilization(args: argparse.Namespace, shape: Shape, chip: Chip) -> float:
+    """Of --mfu, or what a step of --step_seconds means, or what is predicted of the layout."""
+    given = (args.mfu is not None, args.step_seconds is not None)
+    require(sum(given) < 2, "--mfu", args.mfu, "must be given, or --step_seconds with --batch_tokens, not both")
     if args.mfu is not None:
         return args.mfu
-    require(args.batch_tokens is not None, "--batch_tokens", None, "must be given with --step_seconds")
+    mend = "or give --mfu"
+    require(
+        args.batch_tokens is not None, "--batch_tokens", None, "must be given, with a layout or --step_seconds", mend
+    )
+    if args.step_seconds is None:
+        layout, (stack, _) = layout_from(args, shape), stack_from(args, chip)
+        batch, length = whole_batch(layout, args.batch_tokens, args.sequence_length), args.sequence_length
+        return step_losses(shape, layout, chip, batch, length, stack=stack, num_chips=args.num_chips).utilization
     for name in ("step_seconds", "batch_tokens", "num_chips"):
         require_positive(f"--{name}", getattr(args, name))
-    needed = flops.train_flops_per_token(shape_from(args, build)) * args.batch_tokens
-    least = needed / (args.num_chips * chip_named(args.chip).peak_flops)
+    needed = flops.train_flops_per_token(shape) * args.batch_tokens
+    least = needed / (args.num_chips * chip.peak_flops)
     limit = f"must be at least {least:.4g}, what the chips need at their peak"
     require(args.step_seconds >= least, "--step_seconds", args.step_seconds, limit)
     return least / args.step_seconds
@@ -107,8 +121,9 @@ def _ramp(args: argparse.Namespace, job: TrainingJob) -> tuple[float, list[dict]
     """How many times longer the run takes for its small batches, and its parts; --mfu is that of the last batch."""
     if not args.ramp:
         return 1.0, []
-    replicas = job.num_chips // (args.tensor * args.stages)
-    shares = {batch: _busy(args, batch, replicas) for _, batch in args.ramp}
+    layout = layout_from(args, job.shape)
+    layout.check(job.shape)
+    shares = {batch: _busy(layout, batch, args.sequence_length) for _, batch in args.ramp}
     last = shares[args.ramp[-1][1]]
     full_rate = job.tokens / job.seconds
     parts = _parts(args.ramp, job.tokens)
@@ -124,11 +139,9 @@ def _ramp(args: argparse.Namespace, job: TrainingJob) -> tuple[float, list[dict]
     return train_cost.ramp_seconds(parts, rate) / job.seconds, documents
 
 
-def _busy(args: argparse.Namespace, batch_tokens: float, replicas: int) -> float:
-    layout = f"needs at least tensor * stages ({args.tensor * args.stages}) chips"
-    require(replicas > 0, "num_chips", args.num_chips, layout)
-    rows = round(batch_tokens / args.sequence_length)
-    return train_cost.busy_share(max(rows, 1), replicas, args.microbatch_rows, args.stages, args.virtual_stages)
+def _busy(layout: Layout, batch_tokens: float, sequence_length: int) -> float:
+    rows = max(round(batch_tokens / sequence_length), 1)
+    return train_cost.busy_share(rows, layout.data, layout.microbatch_rows, layout.stage, layout.virtual_stages)
 
 
 def _parts(ramp: Sequence[tuple[float, float]], tokens: float) -> list[RampStage]:

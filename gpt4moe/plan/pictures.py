@@ -30,7 +30,7 @@ class Picture:
 
 def waterfall_picture(bars: Sequence[Bar]) -> Picture:
     """From the peak of the chips down to what is delivered, a bar for each cause that takes a thousandth or more."""
-    shown = [bar for bar in bars if bar.share >= LEAST_SHARE]
+    shown = [bar for bar in bars if abs(bar.share) >= LEAST_SHARE]
 
     def draw(axes) -> None:
         before = [1.0, *(bar.utilization for bar in shown[1:])]

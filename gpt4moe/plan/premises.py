@@ -139,7 +139,7 @@ def move(premises: Premises, shape: Shape, settings: Sequence[str]) -> tuple[Pre
         known = [*(field.name for field in dataclasses.fields(Premises)), *WIDTHS]
         if name not in known:
             near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.3)
-            raise CallerError(f"--set {name}={text} is no premise; near: {', '.join(near) or ', '.join(known)}")
+            raise CallerError(f"--set {name}={text} is no premise; near: {', '.join(near or known)}")
         (widths if name in WIDTHS else changes)[name] = _parsed(name, text)
     for name, width in widths.items():
         require_count(name, width)

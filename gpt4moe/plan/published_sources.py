@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from gpt4moe.config.check import require
 from gpt4moe.plan.measurements import Row
 from gpt4moe.plan.stacks import Stack
 
@@ -150,6 +151,14 @@ SOURCES = {
     "maxtext-moe": _source("maxtext-custom", _named(_XLA, "maxtext-custom"), _MAXTEXT, causal=True),
     "maxtext-dense": _source("maxtext-custom", _named(_XLA, "maxtext-custom"), _MAXTEXT, causal=True),
 }  # fmt: skip
+
+
+def stack_named(name: str) -> Stack:
+    """Returns the software of this name, as `plan validate` prints it, or of a source; raises for an unknown one."""
+    by_name = {source.stack.name: source.stack for source in SOURCES.values()} | {"default": Stack()}
+    sources = {start: source.stack for start, source in SOURCES.items()}
+    require(name in by_name or name in sources, "--stack", name, f"must be in {', '.join(sorted(by_name))}")
+    return by_name[name] if name in by_name else sources[name]
 
 
 def source_of(row: Row) -> Source:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from gpt4moe.accounting.shape import Shape
 from gpt4moe.plan import expert_tradeoff, goodput, pictures, tornado, waterfall, what_if
 from gpt4moe.plan.article import Row, short
+from gpt4moe.plan.layout import Layout
 from gpt4moe.plan.pictures import Picture
 from gpt4moe.plan.premises import Premises
 from gpt4moe.plan.serve_cost import Demand
-from gpt4moe.plan.step_breakdown import Division, break_down
+from gpt4moe.plan.step_losses import step_losses, whole_batch
 from gpt4moe.plan.training_job import TrainingJob
 
 COUNTS = (2, 4, 8, 16, 32, 64, 128)
@@ -56,8 +57,9 @@ def write_report(rows: Sequence[Row], premises: Premises, shape: Shape, path: st
 def figures(premises: Premises, shape: Shape) -> list[Picture]:
     """Returns the waterfall of the article's training run, what moves its days and its price, and its experts."""
     chip = premises.chip
-    division = Division(premises.gpus, premises.tensor, premises.stages)
-    step = break_down(shape, chip, division, premises.batch_tokens, int(premises.context_tokens), "full", 1.1)
+    layout, length = _layout(premises, shape), int(premises.context_tokens)
+    batch = whole_batch(layout, premises.batch_tokens, length)
+    step = step_losses(shape, layout, chip, batch, length, num_chips=premises.gpus)
     mtbf_hours = goodput.observed_chip_mtbf_hours(goodput.LLAMA3_FAILURES, goodput.LLAMA3_CHIPS, goodput.LLAMA3_DAYS)
     middle = (premises.mfu_low_percent + premises.mfu_high_percent) / 200
     job = TrainingJob(
@@ -77,6 +79,19 @@ def figures(premises: Premises, shape: Shape) -> list[Picture]:
         pictures.tornado_picture(swings, CHANGE, "dollars_per_1k_tokens"),
     ]
     return [*found, pictures.experts_picture(options)] if counts else found
+
+
+def _layout(premises: Premises, shape: Shape) -> Layout:
+    """The article's: tensor by stages, replicas fill the chips, all layers computed again."""
+    tensor, stages = premises.tensor, premises.stages
+    return Layout(
+        tensor=tensor,
+        stage=stages,
+        expert_tensor=tensor if shape.num_moe_layers else 1,
+        data=max(premises.gpus // (tensor * stages), 1),
+        remat="full",
+        sequence_parallel=tensor > 1,
+    )
 
 
 def _figure(picture: Picture) -> str:

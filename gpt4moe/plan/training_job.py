@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
 
 from gpt4moe.accounting import flops
-from gpt4moe.accounting.chips import Chip, chip_named
-from gpt4moe.accounting.published import shape_named
-from gpt4moe.accounting.shape import Shape, shape_of
+from gpt4moe.accounting.chips import Chip
+from gpt4moe.accounting.shape import Shape
 from gpt4moe.config.check import require, require_count, require_not_negative, require_positive
 from gpt4moe.plan import goodput, train_cost
+from gpt4moe.plan.chosen import price_from
 from gpt4moe.plan.goodput import HOUR_SECONDS, Reliability
 
 
@@ -74,26 +73,10 @@ class TrainingJob:
         return train_cost.rental_dollars(self.chip_hours, self.dollars_per_chip_hour)
 
 
-def shape_from(args: argparse.Namespace, build: Any) -> Shape:
-    """Returns the model that the flags name: of --shape or of gin files, and of one of the two."""
-    given = (bool(args.shape), bool(args.gin_file))
-    require(sum(given) == 1, "--shape", args.shape, "must be given, or a --gin_file instead", "e.g. --shape=gpt4_1p8t")
-    return shape_named(args.shape) if args.shape else shape_of(build.model())
-
-
-def price_from(args: argparse.Namespace, chip: Chip) -> float:
-    """Returns the dollars of a chip-hour: of --price, else of the chip's table."""
-    price = chip.dollars_per_hour if args.price is None else args.price
-    require(price is not None, "--price", None, f"must be given: the table has no price of {chip.name}")
-    require_not_negative("--price", price)
-    return price
-
-
-def job_from(args: argparse.Namespace, build: Any, utilization: float) -> TrainingJob:
+def job_from(args: argparse.Namespace, shape: Shape, chip: Chip, utilization: float) -> TrainingJob:
     """Returns the run that the flags describe, at this utilisation."""
-    chip = chip_named(args.chip)
     return TrainingJob(
-        shape=shape_from(args, build),
+        shape=shape,
         chip=chip,
         num_chips=args.num_chips,
         tokens=args.tokens,

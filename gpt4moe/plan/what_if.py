@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from gpt4moe.accounting.chips import Chip
 from gpt4moe.accounting.shape import Shape
 from gpt4moe.accounting.summary import scaled
 from gpt4moe.plan import expert_tradeoff, tornado
+from gpt4moe.plan.chosen import chip_from, shape_from
+from gpt4moe.plan.command import Build
 from gpt4moe.plan.goodput import HOUR_SECONDS
 from gpt4moe.plan.rooflines import Server
 from gpt4moe.plan.serve_cost import Demand, serve_demand
@@ -24,9 +25,9 @@ from gpt4moe.plan.training_job import TrainingJob, job_from
 SERVED_TOKENS = (1e11, 1e12, 1e13)
 
 
-def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict], str]]:
+def answer(args: argparse.Namespace, build: Build) -> tuple[dict, Callable[[dict], str]]:
     """Returns the JSON document of `plan what-if` and the function that makes text of it."""
-    job = job_from(args, build, args.mfu)
+    job = job_from(args, shape_from(args, build), chip_from(args), args.mfu)
     server = server_of(job.shape, job.chip, args.serve_tensor, args.serve_stages, args.weights)
     demand = Demand(args.sequences, args.context, job.dollars_per_chip_hour)
     results, assumptions = results_of(job, server), assumptions_of(job, server, demand)

@@ -84,5 +84,8 @@ def test_names_that_are_not_there():
         shape_named("llama3_7b")
     with pytest.raises(CallerError, match=r"chip='H-100' .* near: h100"):
         chips.chip_named("H-100")
+    for find, known in ((shape_named, "near: gpt3_175b, opt_175b, "), (chips.chip_named, "near: a100_40, a100_80, ")):
+        with pytest.raises(CallerError, match=known):  # nothing is near: all are told, as words
+            find("%")
     assert len({shape.name for shape in SHAPES}) == len(SHAPES)
     assert chips.chip_named("tpu_v5p").network.domain_bytes_per_second == 540e9

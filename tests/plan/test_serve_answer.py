@@ -108,11 +108,11 @@ def test_speculation(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "the model=None must be named once, not 0 times; give --gin_file=FILE or --shape=NAME"),
+        ((), "--shape=None must be named once, not 0 times; give --gin_file=FILE or --shape=NAME"),
         (("--shape=mixtral",), "shape='mixtral' is not among the published ones; near: mixtral_8x7b"),
         (("--shape=mixtral_8x7b", "--chip=h101"), "chip='h101' is not in the table; near: h100"),
-        (("--shape=mixtral_8x7b", "--price=-1"), "price=-1.0 must be a number of at least 0"),
-        (("--shape=mixtral_8x7b", "--chip=gb200"), "price=None of gb200 is not in the table; give --price=DOLLARS"),
+        (("--shape=mixtral_8x7b", "--price=-1"), "--price=-1.0 must be a number of at least 0"),
+        (("--shape=mixtral_8x7b", "--chip=gb200"), "--price=None of gb200 is not in the table; give --price=DOLLARS"),
         (("--shape=mixtral_8x7b", "--tensor=7"), "tensor=7 must divide model_dim (4096); choose a divisor"),
         (("--shape=mixtral_8x7b", "--expert=3"), "expert=3 must divide num_experts (8); choose a divisor"),
         (("--shape=mixtral_8x7b", "--weights=int4"), "weights='int4' must be in ('bfloat16', 'int8', 'fp8')"),
