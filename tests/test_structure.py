@@ -11,7 +11,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 RANKS = {
-    **dict.fromkeys(("config", "types", "accounting", "process"), 0),
+    **dict.fromkeys(("config", "types", "accounting", "process", "drawing"), 0),
     **dict.fromkeys(("data", "model"), 1),
     "parallel": 2,
     "checkpoint": 3,

@@ -1,21 +1,20 @@
-"""The planner's figures: bars, swings and options in, a picture out; several make one PNG, each an SVG for a page."""
+"""The planner's figures: bars, swings and options in, a picture out; several make one PNG, each a chart of a page."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpt4moe.config.check import require
+from gpt4moe.drawing.figure import Chart, figure, svg
 from gpt4moe.plan.expert_tradeoff import Option
 from gpt4moe.plan.tornado import Swing
 from gpt4moe.plan.waterfall import PEAK, Bar
 
 GOOD, BAD, LESS, MORE = "#10b981", "#ef4444", "#3b82f6", "#f97316"
-INCHES = (6.4, 3.8)
+INCHES, DOTS_PER_INCH = (6.4, 3.8), 150
 LEAST_SHARE = 1e-3
 
 
@@ -99,21 +98,22 @@ def experts_picture(options: Mapping[float, Sequence[Option]]) -> Picture:
 def write_png(pictures: Sequence[Picture], path: str) -> None:
     """Writes pictures side by side; raises `CallerError` for a file that is no .png or a folder that is not there."""
     file = writable(path, ".png")
-    drawn, panels = _figure(len(pictures))
-    for picture, axes in zip(pictures, panels, strict=True):
+    with figure("pictures", (INCHES[0] * len(pictures), INCHES[1])) as drawn:
+        panels = drawn.subplots(1, len(pictures), squeeze=False)[0]
+        for picture, axes in zip(pictures, panels, strict=True):
+            picture.draw(axes)
+            axes.set_title(picture.title, fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+        drawn.savefig(file, dpi=DOTS_PER_INCH, facecolor="white")
+
+
+def to_chart(picture: Picture) -> Chart:
+    """Returns a picture as a chart of a page."""
+    with figure(picture.title, INCHES) as drawn:
+        axes = drawn.subplots()
         picture.draw(axes)
-        axes.set_title(picture.title, fontsize=10)
-    drawn.savefig(file, dpi=150)
-
-
-def to_svg(picture: Picture) -> str:
-    """Returns a picture as SVG as wide as its place on a page."""
-    drawn, (axes,) = _figure(1)
-    picture.draw(axes)
-    written = io.StringIO()
-    drawn.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
-    text = written.getvalue()[written.getvalue().index("<svg") :]
-    return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+        axes.spines[["top", "right"]].set_visible(False)
+        return Chart(picture.title, picture.caption, svg(drawn))
 
 
 def writable(path: str, suffix: str) -> pathlib.Path:
@@ -122,14 +122,3 @@ def writable(path: str, suffix: str) -> pathlib.Path:
     require(file.suffix == suffix, "file", path, f"must end in {suffix}")
     require(file.parent.is_dir(), "file", path, "must lie in a folder that is there")
     return file
-
-
-def _figure(count: int) -> tuple[Any, list]:
-    """Not through pyplot, whose backend and figures are a notebook's."""
-    import matplotlib.figure
-
-    drawn = matplotlib.figure.Figure(figsize=(INCHES[0] * count, INCHES[1]), layout="constrained")
-    panels = drawn.subplots(1, count, squeeze=False)[0]
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-    return drawn, list(panels)

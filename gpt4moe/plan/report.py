@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 
 from gpt4moe.accounting.shape import Shape
+from gpt4moe.drawing.page import charts, page
 from gpt4moe.plan import expert_tradeoff, goodput, pictures, tornado, waterfall, what_if
 from gpt4moe.plan.article import Row, short
 from gpt4moe.plan.layout import Layout
@@ -21,37 +22,24 @@ CHANGE = 0.2
 # What a save blocks and a restart takes on a job of that size; the failure rate is that of Llama 3.
 SAVE_SECONDS, RESTART_SECONDS = 60, 600
 STYLE = """\
-:root { color-scheme: light; --ink: #1c2430; --quiet: #5d6b7e; --edge: #dde2ea }
-body { margin: 0 auto; max-width: 1080px; padding: 20px 16px 48px; color: var(--ink); background: #f6f7f9;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-p, figcaption, small { color: var(--quiet); font-size: 13px }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 12px }
-figure, table { background: #fff; border: 1px solid var(--edge); border-radius: 8px; margin: 0 }
-figure { padding: 14px } figure svg { width: 100%; height: auto } .scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; margin-top: 16px; font-variant-numeric: tabular-nums }
-th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--edge); vertical-align: top }
-th:nth-child(2), td:nth-child(2) { text-align: left } td:last-child { text-align: left; white-space: nowrap }
-.INCONSISTENT, .UNIT-ERROR { color: #b91c1c } .LOOSE, .ROUNDED { color: #b45309 } .OK { color: #047857 }
+table { margin-top: 16px } td { vertical-align: top }
+th:nth-child(2), td:nth-child(2) { text-align: left; white-space: normal } td:last-child { text-align: left }
+td small { color: var(--quiet) }
+td.INCONSISTENT, td.UNIT-ERROR { color: #ef4444 } td.LOOSE, td.ROUNDED { color: #d97706 }
+td.OK { color: #10b981 }
 """
 
 
 def write_report(rows: Sequence[Row], premises: Premises, shape: Shape, path: str) -> None:
     """Writes the audit with its figures; raises `CallerError` where the file cannot be."""
     file = pictures.writable(path, ".html")
-    drawn = [_figure(picture) for picture in figures(premises, shape)]
-    title = "The reference article, audited"
-    body = "\n".join(
-        [
-            f"<h1>{title}</h1>",
-            f"<p>{len(rows)} claims of GPT-4 Architecture, Infrastructure, Training Dataset, Costs, Vision, MoE "
-            f"(SemiAnalysis, July 2023); {html.escape(_counts(rows))}. "
-            "Made by <code>gpt4moe plan article --report</code>.</p>",
-            f'<div class="charts">{"".join(drawn)}</div>',
-            _table(rows),
-        ]
+    said = (
+        f"<p>{len(rows)} claims of GPT-4 Architecture, Infrastructure, Training Dataset, Costs, Vision, MoE "
+        f"(SemiAnalysis, July 2023); {html.escape(_counts(rows))}. "
+        "Made by <code>gpt4moe plan article --report</code>.</p>"
     )
-    head = f'<meta charset="utf-8"><title>{title}</title><style>\n{STYLE}</style>'
-    file.write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n')
+    drawn = charts([pictures.to_chart(picture) for picture in figures(premises, shape)])
+    file.write_text(page("The reference article, audited", [said, drawn, _table(rows)], style=STYLE), encoding="utf-8")
 
 
 def figures(premises: Premises, shape: Shape) -> list[Picture]:
@@ -92,11 +80,6 @@ def _layout(premises: Premises, shape: Shape) -> Layout:
         remat="full",
         sequence_parallel=tensor > 1,
     )
-
-
-def _figure(picture: Picture) -> str:
-    title, caption = html.escape(picture.title), html.escape(picture.caption)
-    return f"<figure><h3>{title}</h3>{pictures.to_svg(picture)}<figcaption>{caption}</figcaption></figure>"
 
 
 def _table(rows: Sequence[Row]) -> str:
