@@ -124,6 +124,16 @@ def test_the_examples_of_the_laws_run_and_give_what_they_say(capsys):
     assert capsys.readouterr().out.splitlines() == said
 
 
+def test_the_readme_shows_what_the_planner_prints(capsys):
+    text = (ROOT / "README.md").read_text()
+    shown = re.findall(r"```bash\n(gpt4moe plan .*?)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
+    assert len(shown) == 4
+    for command, lines in shown:
+        assert main(shlex.split(command)[1:]) == 0
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert printed[: len(lines.splitlines())] == lines.splitlines(), command
+
+
 def test_every_file_the_readme_names_exists():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"(?:gin_configs|docs|benchmarks|experiments|gpt4moe)/[\w/.]+\.(?:gin|md|py)", text))

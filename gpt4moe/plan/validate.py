@@ -7,6 +7,7 @@ fractions of the measured time; rank correlation is that of utilisation, so that
 from __future__ import annotations
 
 import argparse
+import pathlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -149,7 +150,7 @@ def _row(item: Compared, left_out: float | None) -> dict:
 def format_document(document: dict) -> str:
     """Returns the document of `examine` as a table to read."""
     head = f"{'rows':>5}{'MAPE':>8}{'bias':>8}{'Spearman':>10}{'regret':>8}{'one scalar a stack':>20}"
-    lines = [f"{document['file']}: predicted over measured time", f"{'source':<28}{head}"]
+    lines = [f"{pathlib.Path(document['file']).name}: predicted over measured time", f"{'source':<28}{head}"]
     for name, found in (*document["sources"].items(), ("with experts", document["moe"]), ("all", document["overall"])):
         rank = "-" if found["spearman"] is None else f"{found['spearman']:.2f}"
         lines.append(
