@@ -144,6 +144,15 @@ def test_more_experts_train_cheaper_and_serve_dearer():
     assert total[0] == pytest.approx(total[1])
 
 
+def test_experts_beyond_a_layer_a_stage_do_not_fit(capsys):
+    """1,024 experts would want 900 stages of 120 layers."""
+    (found,) = expert_tradeoff.options(SERVER, (1024,), DEMAND, 60e6, saving=0.1)
+    assert found.serving_chips == 8 * 120 and not found.fits
+    assert main(["plan", "what-if", *RUN, "--mfu=0.3", "--serve_stages=8"]) == 0
+    text = capsys.readouterr().out
+    assert "these chips do not hold the weights and the cache" in text and "(does not fit)" in text
+
+
 def test_experts_that_save_nothing_are_never_worth_it():
     found = expert_tradeoff.options(SERVER, (2, 16, 64), DEMAND, 60e6, saving=0.0)
     assert [one.on_frontier for one in found] == [True, False, False]
@@ -169,6 +178,8 @@ def test_the_words_give_documents_that_agree(capsys, tmp_path):
         capsys, "explain", *RUN, "--tensor=8", "--stage=15", "--batch_tokens=60e6", f"--plot={tmp_path / 'fall.png'}"
     )
     assert (tmp_path / "fall.png").stat().st_size > 10_000
+    layout = explained["layout"]
+    assert (layout["expert_tensor"], layout["data"], layout["remat"]) == (8, 208, "full")
     assert explained["bars"][-1]["utilization"] == pytest.approx(explained["delivered_utilization"])
     measured = [f"--step_seconds={explained['step_seconds']}", f"--batch_tokens={explained['batch_tokens']}"]
     predicted = ["--tensor=8", "--stage=15", "--batch_tokens=60e6"]
