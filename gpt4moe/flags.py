@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from gpt4moe import flags_plan
 from gpt4moe.config.compile import PROGRAMS
 from gpt4moe.config.sampling import SamplingConfig
 
@@ -31,7 +32,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Leaves with exit code 2 and one line on stderr where the words cannot be understood.
     """
     parser = _parser()
-    args = parser.parse_args([word for word in argv if not word.startswith("--gin.")])
+    words = [word for word in argv if not word.startswith("--gin.")]
+    args = parser.parse_args(flags_plan.with_default_word(words))
     args.overrides = [word.removeprefix("--gin.") for word in argv if word.startswith("--gin.")]
     if args.overrides and not hasattr(args, "gin_file"):
         parser.error(f"--gin.{args.overrides[0]}: {args.command} takes its configuration from --workdir")
@@ -164,6 +166,10 @@ def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     _workdir_flag(parser, required=False)
 
 
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    flags_plan.add_words(parser, _gin_flags)
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
@@ -212,6 +218,7 @@ COMMANDS = {
     "report": Flags("write report.html of a run, with text coloured by expert, or of a sweep", _report_flags),
     "sweep": Flags("run a grid of settings and seeds; goes on where it was cut", _sweep_flags),
     "compile": Flags("compile a run for a machine that is not here: bytes, FLOPs, collectives", _compile_flags),
+    "plan": Flags("layouts, step time, memory and dollars of runs that are not there yet; audits", _plan_flags),
     "inspect": Flags("count parameters, FLOPs and bytes of a gin file", _inspect_flags),
     "doctor": Flags("look at devices, versions, memory and disk; say whether a model fits", _doctor_flags),
 }
@@ -235,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         summary = f"gpt4moe {name}: {command.summary}."
         subparser = subparsers.add_parser(name, help=command.summary, description=summary, allow_abbrev=False)
-        subparser.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
+        if name != "plan":  # each of its words has its own
+            help_ = "print one JSON document on stdout and nothing else"
+            subparser.add_argument("--json", action="store_true", help=help_)
         command.add_flags(subparser)
     return parser

@@ -21,7 +21,7 @@ from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.optimizer import OptimizerConfig
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.configure import build_compile, build_parts, build_run, build_sweep, saved_run
+from gpt4moe.configure import build_compile, build_model, build_parts, build_run, build_sweep, saved_run
 
 DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, flags.CALLER_MISTAKE, 3
 MISTAKES = (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -308,6 +308,15 @@ def _compile(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _plan(args: argparse.Namespace) -> int:
+    given = (getattr(args, "gin_file", ()), args.overrides, getattr(args, "gin_search_paths", ()))
+    from gpt4moe.plan import command
+
+    builds = command.Build(lambda: build_model(*given), lambda: build_run(*given)[0], saved_run)
+    _print(args, *command.answer(args, builds))
+    return DONE
+
+
 def _inspect(args: argparse.Namespace) -> int:
     model, optimizer, data = build_parts(args.gin_file, args.overrides, args.gin_search_paths)
     from gpt4moe.accounting import summary
@@ -361,6 +370,7 @@ COMMANDS = {
     "report": _report,
     "sweep": _sweep,
     "compile": _compile,
+    "plan": _plan,
     "inspect": _inspect,
     "doctor": _doctor,
 }

@@ -124,6 +124,16 @@ def test_the_examples_of_the_laws_run_and_give_what_they_say(capsys):
     assert capsys.readouterr().out.splitlines() == said
 
 
+def test_the_readme_shows_what_the_planner_prints(capsys):
+    text = (ROOT / "README.md").read_text()
+    shown = re.findall(r"```bash\n(gpt4moe plan .*?)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
+    assert len(shown) == 4
+    for command, lines in shown:
+        assert main(shlex.split(command)[1:]) == 0
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert printed[: len(lines.splitlines())] == lines.splitlines(), command
+
+
 def test_every_file_the_readme_names_exists():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"(?:gin_configs|docs|benchmarks|experiments|gpt4moe)/[\w/.]+\.(?:gin|md|py)", text))
@@ -135,3 +145,16 @@ def test_continuous_integration_runs_the_second_command_of_the_readme():
     readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
     second = re.findall(r"```bash\n(python3 -m venv.*?)\n```", readme, re.DOTALL)[1]
     assert second in script
+
+
+def test_the_commands_about_planning_answer(tmp_path, monkeypatch, capsys):
+    """Each as it stands, from a folder that has the gin files."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gin_configs").symlink_to(ROOT / "gin_configs")
+    text = (ROOT / "docs/plan.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("gpt4moe plan ")]
+    assert len(commands) >= 12
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+        assert capsys.readouterr().out.strip()
+    assert (tmp_path / "audit.html").exists()

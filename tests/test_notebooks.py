@@ -176,3 +176,18 @@ def test_vision_trains_an_adapter_and_shows_where_it_looks(tmp_path, monkeypatch
     assert found["held_out"] == ["digits"] and all(abs(total - 1) < 1e-4 for total in found["mapped"])
     assert len(shown(notebook, "data")) > 5000 and len(shown(notebook, "maps")) > 5000
     assert "without images" in shown(notebook, "result") and "<svg" in shown(notebook, "result")
+
+
+def test_plan_audits_the_reference_and_prices_its_experts(tmp_path, monkeypatch):
+    asked = {
+        "moved": "[row.id for row in moved]",
+        "verdicts": "[row.verdict for row in rows]",
+        "drawn": "{str(factor): mean for factor, (mean, _) in found.items()}",
+        "cheapest": "list(cheapest.values())",
+    }
+    found, notebook = run("plan", tmp_path, monkeypatch, {"RUNS": 2}, asked)
+    assert found["moved"] == [36, 43, 68] and found["verdicts"].count("UNIT-ERROR") == 4
+    assert max(found["drawn"], key=found["drawn"].get) == "1"
+    assert found["cheapest"] == sorted(found["cheapest"], reverse=True) and 16 in found["cheapest"]
+    assert "bubble" in shown(notebook, "explain")
+    assert all(len(shown(notebook, cell)) > 5000 for cell in ("explain", "experts", "assumptions"))

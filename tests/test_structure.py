@@ -11,13 +11,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 RANKS = {
-    **dict.fromkeys(("config", "types", "accounting", "process"), 0),
+    **dict.fromkeys(("config", "types", "accounting", "process", "drawing"), 0),
     **dict.fromkeys(("data", "model"), 1),
     "parallel": 2,
     "checkpoint": 3,
     **dict.fromkeys(("train", "infer"), 4),
     **dict.fromkeys(("serve", "interop", "plan", "sweep", "analysis"), 5),
-    **dict.fromkeys(("configure", "flags", "launch"), 6),
+    **dict.fromkeys(("configure", "flags", "flags_plan", "launch"), 6),
 }
 STANDARD_LIBRARY_ONLY = ("config", "accounting")
 TOP_LEVEL = {
@@ -25,7 +25,7 @@ TOP_LEVEL = {
     "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".ci", ".git", ".gitignore",
 }  # fmt: skip
 SAYS_NOTHING = {"util", "utils", "helper", "helpers", "common", "manager", "misc"}
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 400, 60, 25_000
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 400, 60, 33_000
 
 
 def _folder(path: pathlib.Path) -> str:
@@ -55,6 +55,7 @@ def test_imports_only_lower_ranks_or_its_own_folder(path):
         counts_configs = (folder, parts[1]) in {
             ("accounting", "config"),
             ("launch", "flags"),
+            ("flags", "flags_plan"),
             ("launch", "configure"),
         }  # one rank, one way
         assert lower or parts[1] == folder or counts_configs, f"{path.relative_to(ROOT)} ({folder}) imports {name}"

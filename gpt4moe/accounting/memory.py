@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpt4moe.accounting import parameters
+from gpt4moe.accounting.shape import shape_of
 from gpt4moe.config.model import ModelConfig
 
 FLOAT32_BYTES = 4
@@ -28,5 +29,4 @@ def weight_bytes(config: ModelConfig) -> int:
 
 def cache_bytes_per_token(config: ModelConfig) -> int:
     """Returns the key/value cache bytes of one token over all layers, in the compute dtype."""
-    width = config.attention.num_kv_heads * config.head_dim
-    return 2 * config.num_layers * width * DTYPE_BYTES[config.compute_dtype]
+    return config.num_layers * shape_of(config).cache_width * DTYPE_BYTES[config.compute_dtype]

@@ -1,10 +1,11 @@
-"""Exact parameter counts of a model configuration, by component."""
+"""Exact parameter counts of a model, by component: of a configuration or of a bare shape."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from gpt4moe.accounting import vision
+from gpt4moe.accounting.shape import NORM_KINDS, Shape, shape_of
 from gpt4moe.config.model import ModelConfig
 
 
@@ -30,64 +31,73 @@ class ParameterCount:
         return sum(dataclasses.astuple(self))
 
 
-def count(config: ModelConfig) -> ParameterCount:
-    """Returns every parameter the model instantiates."""
-    embedding, seeing = config.vocab_size * config.model_dim, config.vision
+def count(model: ModelConfig | Shape) -> ParameterCount:
+    """Returns every parameter of the model; what reads images only a configuration has."""
+    shape, seeing = shape_of(model), getattr(model, "vision", None)
+    embedding = shape.vocab_size * shape.model_dim
     return ParameterCount(
-        embedding=embedding,
-        attention=config.num_layers * attention_per_layer(config),
-        experts=config.num_moe_layers * config.moe.num_experts * one_expert(config),
-        shared_experts=config.num_moe_layers * shared_expert(config),
-        dense=(config.num_layers - config.num_moe_layers) * dense_per_layer(config),
-        router=config.num_moe_layers * config.model_dim * config.moe.num_experts,
-        norms=_norms(config),
-        head=0 if config.tie_embeddings else embedding,
+        embedding=embedding + shape.learned_positions * shape.model_dim,
+        attention=shape.num_layers * attention_per_layer(shape),
+        experts=shape.num_moe_layers * shape.num_experts * one_expert(shape),
+        shared_experts=shape.num_moe_layers * _feed_forward(shape, shape.shared_hidden_dim),
+        dense=shape.num_dense_layers * _feed_forward(shape, shape.hidden_dim),
+        router=shape.num_moe_layers * shape.model_dim * shape.num_experts,
+        norms=_norms(shape),
+        head=0 if shape.tied else embedding,
         vision_encoder=vision.encoder_parameters(seeing.encoder) if seeing else 0,
         resampler=vision.resampler_parameters(seeing.resampler, seeing.encoder.dim) if seeing else 0,
-        cross_attention=vision.cross_attention_parameters(config) if seeing else 0,
+        cross_attention=vision.cross_attention_parameters(model) if seeing else 0,
     )
 
 
-def count_active(config: ModelConfig) -> int:
+def count_active(model: ModelConfig | Shape) -> int:
     """Returns the parameters that one token of text touches: as `count`, with K experts a layer instead of E.
 
     Encoder and resampler, which images pass through, are left out.
     """
-    everything = count(config)
+    everything = count(model)
     of_images = everything.vision_encoder + everything.resampler
-    return everything.total - everything.experts - of_images + experts_active(config)
+    return everything.total - everything.experts - of_images + experts_active(model)
 
 
-def experts_active(config: ModelConfig) -> int:
+def experts_active(model: ModelConfig | Shape) -> int:
     """Returns the expert parameters that one token touches over all layers."""
-    return config.num_moe_layers * config.moe.experts_per_token * one_expert(config)
+    shape = shape_of(model)
+    return shape.num_moe_layers * shape.experts_per_token * one_expert(shape)
 
 
-def attention_per_layer(config: ModelConfig) -> int:
-    """Returns D*H*(N + 2M) for query, key and value, and N*H*D for the output."""
-    heads, kv_heads = config.attention.num_heads, config.attention.num_kv_heads
-    return config.model_dim * config.head_dim * (2 * heads + 2 * kv_heads)
-
-
-def one_expert(config: ModelConfig) -> int:
+def one_expert(model: ModelConfig | Shape) -> int:
     """Returns the parameters of one expert of one layer."""
-    return _feed_forward(config, config.moe.hidden_dim)
+    shape = shape_of(model)
+    return _feed_forward(shape, shape.expert_hidden_dim)
 
 
-def shared_expert(config: ModelConfig) -> int:
-    """Returns the parameters of the shared expert of one layer."""
-    return _feed_forward(config, config.moe.shared_hidden_dim)
+def attention_per_layer(shape: Shape) -> int:
+    """Returns the parameters of query, key, value and output projections: D*H*(N + 2M) + N*H*D and biases."""
+    if shape.latent:
+        return _latent_attention(shape)
+    queries, keys = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
+    biases = (queries + keys) * (shape.biases or shape.qkv_biases) + shape.model_dim * shape.biases
+    return shape.model_dim * (2 * queries + keys) + biases
 
 
-def dense_per_layer(config: ModelConfig) -> int:
-    """Returns the parameters of the feed-forward of a layer without experts."""
-    return _feed_forward(config, config.dense_hidden_dim or 0)
+def _latent_attention(shape: Shape) -> int:
+    """Down and up projections of queries, keys and values, the norms of their latents among them."""
+    dim, heads, latent = shape.model_dim, shape.num_heads, shape.latent
+    query_width = heads * (latent.plain_dim + latent.rotary_dim)
+    rank = latent.query_rank
+    queries = dim * rank + rank + rank * query_width if rank else dim * query_width
+    down = dim * (latent.key_value_rank + latent.rotary_dim) + latent.key_value_rank
+    up = latent.key_value_rank * heads * (latent.plain_dim + latent.value_dim)
+    return queries + down + up + heads * latent.value_dim * dim
 
 
-def _feed_forward(config: ModelConfig, hidden_dim: int) -> int:
-    return (3 if config.moe.gated else 2) * config.model_dim * hidden_dim
+def _feed_forward(shape: Shape, hidden_dim: int) -> int:
+    biases = (shape.matrices - 1) * hidden_dim + shape.model_dim if shape.biases and hidden_dim else 0
+    return shape.matrices * shape.model_dim * hidden_dim + biases
 
 
-def _norms(config: ModelConfig) -> int:
-    qk = 2 * config.head_dim if config.attention.qk_norm else 0
-    return (2 * config.num_layers + 1) * config.model_dim + config.num_layers * qk
+def _norms(shape: Shape) -> int:
+    qk = 2 * shape.head_dim if shape.qk_norm else 0
+    vectors = NORM_KINDS[shape.norms] * (shape.norms_per_layer * shape.num_layers + 1)
+    return vectors * shape.model_dim + shape.num_layers * qk

@@ -9,7 +9,6 @@ import numpy as np
 
 from gpt4moe.analysis import routing
 from gpt4moe.analysis.canvas import (
-    Chart,
     Scale,
     depth_colours,
     heat_maps,
@@ -23,6 +22,7 @@ from gpt4moe.analysis.canvas import (
 from gpt4moe.analysis.experts import Experts
 from gpt4moe.analysis.report import Choices
 from gpt4moe.analysis.specialization import MIN_OCCURRENCES, assignments, over_uniform, top_tokens
+from gpt4moe.drawing.figure import Chart
 
 TOP_TOKENS = 8
 TOGETHER = Scale(

@@ -7,8 +7,6 @@ import math
 import numpy as np
 
 from gpt4moe.analysis.canvas import (
-    PALETTE,
-    Chart,
     colours,
     depth_colours,
     heat_maps,
@@ -23,6 +21,7 @@ from gpt4moe.analysis.canvas import (
 )
 from gpt4moe.analysis.history import History
 from gpt4moe.analysis.routing import DEAD_BELOW, dead_experts
+from gpt4moe.drawing.figure import PALETTE, Chart
 
 MAX_COLUMNS = 200
 

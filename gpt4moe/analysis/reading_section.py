@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from gpt4moe.analysis.canvas import PALETTE
 from gpt4moe.analysis.reading import Reading
+from gpt4moe.drawing.figure import PALETTE
 
 STYLE = """\
 .reading { display: flex; flex-wrap: wrap; gap: 8px; align-items: flex-start; margin: 12px 0 20px }

@@ -15,11 +15,11 @@ import json
 import numpy as np
 from etils import epath
 
-from gpt4moe.analysis.canvas import Chart
 from gpt4moe.analysis.figures import expert_figures, run_figures
 from gpt4moe.analysis.history import History, read_history, read_json, read_text
-from gpt4moe.analysis.page import charts, details, page, tiles
 from gpt4moe.analysis.routing import dead_experts
+from gpt4moe.drawing.figure import Chart
+from gpt4moe.drawing.page import charts, details, page, tiles
 
 # Columns of the table of held-out text: title, dotted key of `evaluation.json`, format.
 HELD_OUT = (

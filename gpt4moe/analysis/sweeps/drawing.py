@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gpt4moe.analysis.canvas import PALETTE, Chart, depth_colours, figure, svg
+from gpt4moe.analysis.canvas import depth_colours
 from gpt4moe.analysis.sweeps.table import Axis, units
+from gpt4moe.drawing.figure import PALETTE, Chart, figure, svg
 
 FIGURES = "figures"
 DOTS_PER_INCH = 150

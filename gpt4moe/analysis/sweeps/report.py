@@ -13,7 +13,6 @@ import json
 import math
 import pathlib
 
-from gpt4moe.analysis.page import charts, page, tiles
 from gpt4moe.analysis.scaling import FitConfig
 from gpt4moe.analysis.sweeps.costs import cost_plots
 from gpt4moe.analysis.sweeps.curves import Curve, curve_plots, read_curves
@@ -27,6 +26,7 @@ from gpt4moe.analysis.sweeps.routing import layer_plots, load_plots, source_plot
 from gpt4moe.analysis.sweeps.sparsity import sparsity_plots
 from gpt4moe.analysis.sweeps.table import Sweep, read_sweep
 from gpt4moe.analysis.sweeps.tables import cell_rows, point_rows, table
+from gpt4moe.drawing.page import charts, page, tiles
 
 PAGE = "report.html"
 # Of the fits, so that a report takes seconds.

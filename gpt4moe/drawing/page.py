@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from gpt4moe.analysis.canvas import Chart
+from gpt4moe.drawing.figure import Chart
 
 STYLE = """\
 :root { color-scheme: light dark; --ink: #1c2430; --quiet: #5d6b7e; --page: #f6f7f9; --card: #fff; --edge: #dde2ea }
