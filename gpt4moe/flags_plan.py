@@ -50,7 +50,127 @@ def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the constants here, for --calibration")
 
 
+def _article_flags(parser: argparse.ArgumentParser) -> None:
+    premise = "move a premise or a width of the model, e.g. gpu_memory_gb=80, num_experts=64; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=premise)
+    page = "also write the audit with its figures as one HTML page"
+    parser.add_argument("--report", metavar="FILE.html", help=page)
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    """A training run: model, chips, tokens, price, failures."""
+    shape = "a published model instead of a gin file, e.g. gpt4_1p8t, llama3_405b"
+    parser.add_argument("--shape", metavar="NAME", help=shape)
+    parser.add_argument("--chip", required=True, metavar="NAME", help="e.g. a100_40, h100, tpu_v5p")
+    parser.add_argument("--tokens", type=float, required=True, metavar="N", help="tokens of the whole run")
+    price = "dollars of a chip-hour (default: the chip's on-demand price)"
+    parser.add_argument("--price", type=float, metavar="D", help=price)
+    _failure_flags(parser)
+
+
+def _failure_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_chips", type=int, required=True, metavar="N", help="chips of the job")
+    mtbf = "hours between failures of one chip (default: %(default)s, Llama 3 on 16,384 H100)"
+    parser.add_argument("--chip_mtbf_hours", type=float, default=50_700, metavar="H", help=mtbf)
+    save = "seconds for which a save stops the steps (default: %(default)s)"
+    parser.add_argument("--save_seconds", type=float, default=30, metavar="S", help=save)
+    write = "seconds after that until an asynchronous save is safe (default: %(default)s)"
+    parser.add_argument("--write_seconds", type=float, default=0, metavar="S", help=write)
+    restart = "seconds from a failure until steps run again (default: %(default)s)"
+    parser.add_argument("--restart_seconds", type=float, default=600, metavar="S", help=restart)
+
+
+def _division_flags(parser: argparse.ArgumentParser) -> None:
+    for axis in ("tensor", "stages", "virtual_stages", "microbatch_rows"):
+        parser.add_argument(f"--{axis}", type=int, default=1, metavar="N", help="of the layout (default: 1)")
+    length = "tokens of a sequence (default: %(default)s)"
+    parser.add_argument("--sequence_length", type=int, default=8192, metavar="T", help=length)
+
+
+def _cost_flags(parser: argparse.ArgumentParser) -> None:
+    _run_flags(parser)
+    _division_flags(parser)
+    parser.add_argument("--mfu", type=float, metavar="U", help="model FLOPs over the peak, e.g. 0.4")
+    parser.add_argument("--step_seconds", type=float, metavar="S", help="of a step, instead of --mfu")
+    parser.add_argument("--batch_tokens", type=float, metavar="N", help="of that step")
+    ramp = "batch of so many tokens from so many tokens on, e.g. 0:4e6,252e6:8e6; the last has the utilisation given"
+    parser.add_argument("--ramp", type=_ramp, default=(), metavar="FROM:BATCH,...", help=ramp)
+    owned = "what a chip with its server costs, for the value that the run uses up"
+    parser.add_argument("--chip_dollars", type=float, metavar="D", help=owned)
+    parser.add_argument("--kwh_price", type=float, default=0.08, metavar="D", help="(default: %(default)s)")
+    free = "share of the electricity without emissions (default: %(default)s)"
+    parser.add_argument("--carbon_free", type=float, default=0.0, metavar="X", help=free)
+    repair = "hours until a failed chip is back (default: %(default)s)"
+    parser.add_argument("--repair_hours", type=float, default=24, metavar="H", help=repair)
+
+
+def _simulate_flags(parser: argparse.ArgumentParser) -> None:
+    _failure_flags(parser)
+    parser.add_argument("--days", type=float, required=True, metavar="N", help="of work, without failures")
+    interval = "seconds of work between saves (default: Young's)"
+    parser.add_argument("--interval_seconds", type=float, metavar="S", help=interval)
+    spares = "chips that stand by (default: as many as fail)"
+    parser.add_argument("--spares", type=int, metavar="N", help=spares)
+    repair = "hours until a failed chip stands by again (default: %(default)s)"
+    parser.add_argument("--repair_hours", type=float, default=24, metavar="H", help=repair)
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first run (default: %(default)s)")
+
+
+def _explain_flags(parser: argparse.ArgumentParser) -> None:
+    _run_flags(parser)
+    _division_flags(parser)
+    parser.add_argument("--expert", type=int, default=1, metavar="N", help="replicas that share out the experts")
+    parser.add_argument("--batch_tokens", type=float, required=True, metavar="N", help="tokens of a step")
+    parser.add_argument("--remat", default="full", metavar="POLICY", help="none or full (default: %(default)s)")
+    imbalance = "rows of the fullest expert over their mean (default: %(default)s)"
+    parser.add_argument("--imbalance", type=float, default=1.1, metavar="X", help=imbalance)
+    _plot_flag(parser)
+
+
+def _what_if_flags(parser: argparse.ArgumentParser) -> None:
+    _run_flags(parser)
+    parser.add_argument("--mfu", type=float, required=True, metavar="U", help="model FLOPs over the peak, e.g. 0.4")
+    parser.add_argument("--change", type=float, default=0.2, metavar="X", help="of each assumption (default: 0.2)")
+    serving = (("serve_tensor", 8, "chips that share a layer"), ("serve_stages", 16, "such groups in a row"))
+    for name, default, what in (*serving, ("sequences", 4096, "in flight")):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+    parser.add_argument("--weight_bytes", type=float, default=2, metavar="N", help="of a served weight (default: 2)")
+    context = "tokens in the cache of a sequence (default: %(default)s)"
+    parser.add_argument("--context", type=float, default=2048, metavar="T", help=context)
+    experts = "counts of experts to compare (default: 2,4,...,128)"
+    parser.add_argument("--experts", type=_counts, default=(2, 4, 8, 16, 32, 64, 128), metavar="N,...", help=experts)
+    saving = "share of the training tokens that each doubling of the experts saves (default: %(default)s)"
+    parser.add_argument("--saving", type=float, default=0.1, metavar="X", help=saving)
+    _plot_flag(parser)
+
+
+def _plot_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw it")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    if not all(item.isdigit() for item in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form N,N")
+    return tuple(int(item) for item in text.split(","))
+
+
+def _ramp(text: str) -> tuple[tuple[float, float], ...]:
+    try:
+        pairs = [tuple(map(float, item.split(":"))) for item in text.split(",")]
+    except ValueError:
+        pairs = [()]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form FROM:BATCH,FROM:BATCH")
+    return tuple(pairs)
+
+
 WORDS: dict[str, Word] = {
     "validate": Word("predictions beside published measurements, per source", _validate_flags),
     "calibrate": Word("constants of a stack and chip from measured steps, with left-out error", _calibrate_flags),
+    "article": Word("audit the reference article, claim by claim", _article_flags, reads_gin=True),
+    "cost": Word("days, dollars, energy and goodput of a training run", _cost_flags, reads_gin=True),
+    "simulate": Word("draw the failures of a run at random, beside the formula", _simulate_flags),
+    "explain": Word("from the chips' peak to delivered tokens, cause by cause", _explain_flags, reads_gin=True),
+    "what-if": Word("which assumption moves days, dollars and prices most", _what_if_flags, reads_gin=True),
 }

@@ -124,6 +124,8 @@ def chip_named(name: str) -> Chip:
     """Returns the chip of this name in the table; raises `CallerError` with the names nearest to an unknown one."""
     by_name = {chip.name: chip for chip in CHIPS}
     if name not in by_name:
-        near = difflib.get_close_matches(name.lower().replace("-", "_"), by_name, n=3, cutoff=0.3)
+        typed = name.lower().replace("-", "_")
+        begun = [known for known in by_name if typed and known.startswith(typed)]
+        near = begun or difflib.get_close_matches(typed, by_name, n=3, cutoff=0.3)
         raise CallerError(f"chip={name!r} is not in the table; near: {', '.join(near) or ', '.join(by_name)}")
     return by_name[name]

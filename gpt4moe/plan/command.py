@@ -12,7 +12,15 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.run import RunConfig
 
 # Each module has `answer(args, build) -> (document, to_text)`.
-MODULES: dict[str, str] = {"validate": "validate", "calibrate": "calibrate"}
+MODULES: dict[str, str] = {
+    "validate": "validate",
+    "calibrate": "calibrate",
+    "article": "article",
+    "cost": "cost",
+    "simulate": "simulate",
+    "explain": "explain",
+    "what-if": "what_if",
+}
 
 
 @dataclasses.dataclass(frozen=True)
