@@ -7,6 +7,7 @@ unless the stack says so. Sources: Korthikanti et al. 2022 (2205.05198), section
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 from gpt4moe.accounting.chips import Chip
 from gpt4moe.accounting.shape import Shape
@@ -39,12 +40,14 @@ class Pass:
     @property
     def seconds(self) -> float:
         """All of it."""
-        return sum(dataclasses.astuple(self))
+        return sum(_SECONDS(self))
 
     def plus(self, other: Pass, times: float = 1.0) -> Pass:
         """Returns this and `times` the other."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Pass(*(mine + times * theirs for mine, theirs in pairs))
+        return Pass(*(mine + times * theirs for mine, theirs in zip(_SECONDS(self), _SECONDS(other), strict=True)))
+
+
+_SECONDS = operator.attrgetter(*(field.name for field in dataclasses.fields(Pass)))
 
 
 @dataclasses.dataclass(frozen=True)

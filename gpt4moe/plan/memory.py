@@ -149,7 +149,7 @@ def _stage(
     dense_layers, moe_layers = layers_of_stage(shape, layout, stage)
     dense, routed, layer = stage_parameters(shape, layout, stage)
     schedule = SCHEDULES[layout.schedule]
-    degree, expert_degree = layout.zero_degree, max(layout.expert_data * layout.zero_degree // layout.data, 1)
+    degree, expert_degree = layout.zero_degree, layout.expert_zero_degree
     shards = [(dense, degree), (routed, expert_degree)]
     kept = {level: sum(count / (over if layout.zero >= level else 1) for count, over in shards) for level in (1, 2, 3)}
     in_flight = schedule.in_flight(layout.stage, microbatches, layout.virtual_stages, stage)
