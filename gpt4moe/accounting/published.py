@@ -1,8 +1,9 @@
 """Shapes of published models, to count and cost what others have trained and served.
 
-Sources: the papers (GPT-3 2005.14165, PaLM 2204.02311, BLOOM 2211.05100, Llama 2302.13971, 2307.09288, 2407.21783, OPT
-2205.01068, Skywork-MoE 2406.06563, DeepSeek 2405.04434, 2412.19437) and the config.json of the released checkpoints.
-gpt4_1p8t is gin_configs/model/gpt4_1p8t.gin: the shape that gives the counts reported of GPT-4 (SemiAnalysis, July 2023).
+Sources: the papers (GPT-3 2005.14165, PaLM 2204.02311, BLOOM 2211.05100, Llama 2302.13971, 2307.09288, 2407.21783,
+OPT 2205.01068, Skywork-MoE 2406.06563, DeepSeek 2405.04434, 2412.19437) and the config.json of the released
+checkpoints. gpt4_1p8t is gin_configs/model/gpt4_1p8t.gin: the shape that gives the counts reported of GPT-4
+(SemiAnalysis, July 2023).
 """
 
 from __future__ import annotations
@@ -69,9 +70,7 @@ SHAPES = (
     llama("llama3_8b", 32, 4096, 32, 8, 14_336, **LLAMA3),
     llama("llama3_70b", 80, 8192, 64, 8, 28_672, **LLAMA3),
     llama("llama3_405b", 126, 16_384, 128, 8, 53_248, **LLAMA3),
-    mixture(
-        "gpt4_1p8t", 120, 10_752, 168, 1, 100_352, (16, 2, 43_008), gated=False, tied=True,
-    ),
+    mixture("gpt4_1p8t", 120, 10_752, 168, 1, 100_352, (16, 2, 43_008), gated=False, tied=True),
     mixture("mixtral_8x7b", 32, 4096, 32, 8, 32_000, (8, 2, 14_336)),
     mixture("mixtral_8x22b", 56, 6144, 48, 8, 32_000, (8, 2, 16_384)),
     mixture("skywork_moe", 52, 4608, 36, 36, 65_536, (16, 2, 12_288)),

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from gpt4moe.config.check import CallerError, require
@@ -24,8 +24,8 @@ from gpt4moe.plan.step_time import KINDS
 ROWS_PER_CONSTANT = 4
 # A further constant must take this share off the error of left-out rows, or it describes their noise.
 LEAST_GAIN = 0.05
-# Constants are drawn to one as if this many further rows said so.
-PRIOR_ROWS = 0.1
+# Constants are drawn to the one scalar as if a further row of this weight said so: what no row tells apart stays equal.
+PRIOR_WEIGHT = 0.001
 MODELS = {
     1: (tuple(KINDS),),
     2: (("compute", "memory", "idle"), ("communication",)),
@@ -36,12 +36,16 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One measured step: predicted seconds by kind (`step_time.KINDS`), measured seconds."""
+    """One measured step: predicted seconds by kind (`step_time.KINDS`), measured seconds.
+
+    job: the same for rows that tell one measurement in two ways.
+    """
 
     name: str
     stack: str
     predicted_seconds: dict[str, float]
     measured_seconds: float
+    job: Hashable
 
     @property
     def error(self) -> float:
@@ -72,7 +76,10 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
 def samples_of(found: Sequence[Any]) -> list[Sample]:
     """Returns the training steps among comparisons; hours of whole runs are none, for stops are in them."""
     steps = [item for item in found if isinstance(item, Compared) and item.measured_seconds and not item.is_whole_run]
-    return [Sample(item.row.name, item.stack, _by_kind(item.setup.step.parts), item.measured_seconds) for item in steps]
+    return [
+        Sample(item.row.name, item.stack, _by_kind(item.setup.step.parts), item.measured_seconds, item.job)
+        for item in steps
+    ]
 
 
 def _by_kind(parts: dict[str, float]) -> dict[str, float]:
@@ -113,8 +120,16 @@ def _fit_stack(name: str, samples: list[Sample], constants: int | None) -> dict:
         mend = "take fewer, or more measurements"
         raise CallerError(f"--constants={constants} is refused for {name}: {refused[constants]}; {mend}")
     kept = [number for number, fit in fits.items() if fit and number not in refused]
-    chosen = constants or min(kept, key=lambda number: math.inf if number > 1 and fits[number][1] is None else
-                              fits[number][1] if fits[number][1] is not None else 0.0)
+    chosen = constants or min(
+        kept,
+        key=lambda number: (
+            math.inf
+            if number > 1 and fits[number][1] is None
+            else fits[number][1]
+            if fits[number][1] is not None
+            else 0.0
+        ),
+    )
     entry = _entry(fits[chosen], len(samples))
     errors = [sample.error for sample in samples]
     return dataclasses.asdict(entry) | {
@@ -127,15 +142,16 @@ def _fit_stack(name: str, samples: list[Sample], constants: int | None) -> dict:
 
 
 def _judged(samples: list[Sample], constants: int) -> tuple[dict[str, float], float | None]:
-    """The factors by kind fitted to all rows, and the mean error of each row after a fit to the others."""
+    """The factors by kind fitted to all rows, and the mean error of each row after a fit to other jobs."""
     fitted = _fit(samples, constants)
-    if len(samples) < 2:
+    if len({sample.job for sample in samples}) < 2:
         return fitted, None
-    left = [
-        abs(_error(sample, _fit([*samples[:index], *samples[index + 1 :]], constants)))
-        for index, sample in enumerate(samples)
-    ]
+    left = [abs(_error(sample, _fit(_others(samples, sample), constants))) for sample in samples]
     return fitted, sum(left) / len(left)
+
+
+def _others(samples: list[Sample], left_out: Sample) -> list[Sample]:
+    return [sample for sample in samples if sample.job != left_out.job]
 
 
 def _reason(fits: dict, number: int) -> dict[int, str]:
@@ -164,7 +180,7 @@ def _fit(samples: Sequence[Sample], constants: int) -> dict[str, float]:
         for sample in samples
     ])  # fmt: skip
     scalar = scores.best_scale([sample.error for sample in samples])
-    prior = math.sqrt(PRIOR_ROWS) * np.eye(len(groups))
+    prior = math.sqrt(PRIOR_WEIGHT) * np.eye(len(groups))
     matrix, wanted = np.vstack([shares, prior]), np.concatenate([np.ones(len(samples)), scalar * prior.sum(axis=1)])
     factors, _ = nnls(matrix, wanted)
     return {kind: float(factor) for group, factor in zip(groups, factors, strict=True) for kind in group}

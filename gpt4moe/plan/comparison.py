@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 from gpt4moe.plan import conventions
 from gpt4moe.plan.calibration import Entry, calibrated
@@ -17,6 +17,8 @@ from gpt4moe.plan.published_setups import Setup, setup_of
 
 # Module with `predict_row(row) -> float`, in the unit of the row.
 INFERENCE = "gpt4moe.plan.serve_cost"
+# A stack's rows of hours of whole runs are apart: restarts and stops are in them, which are no matter of a step.
+WHOLE_RUN = ", whole runs"
 PER_SECOND = ("tokens_per_s", "tokens_per_s_per_gpu", "tokens_per_s_per_node", "max_context")
 
 
@@ -39,6 +41,12 @@ class Compared:
     utilization: tuple[float, float] | None = None
     setup: Setup | None = None
     is_whole_run: bool = False
+
+    @property
+    def job(self) -> Hashable:
+        """The same for rows that tell one measurement in two ways."""
+        setup = self.setup
+        return (setup.shape, setup.layout, setup.batch_tokens, setup.sequence_length) if setup else self.row.name
 
     @property
     def fits(self) -> bool | None:
@@ -78,7 +86,7 @@ def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared | 
     work = conventions.model_flops_per_token(setup, causal=False) * setup.batch_tokens
     peak = setup.chips * setup.chip.peak_flops
     return Compared(
-        row, source.name, f"{stack.name}/{chip_name}",
+        row, source.name, f"{stack.name}/{chip_name}{WHOLE_RUN if metric == 'gpu_hours' else ''}",
         row.value * ratio if is_time else row.value / ratio, ratio - 1, predicted, measured,
         (work / predicted / peak, work / measured / peak), setup, metric == "gpu_hours",
     )  # fmt: skip

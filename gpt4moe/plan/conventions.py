@@ -55,7 +55,7 @@ def _tokens_per_chip(setup: Setup, value: float) -> float:
 def _chip_hours(setup: Setup, value: float) -> float:
     """Hours of all chips for the tokens of the run, restarts among them."""
     row = setup.row
-    known = [start for start in setup.source.tokens if row.name.startswith(start)]
+    known = [start for start in setup.source.tokens if row.name.lower().startswith(start)]
     if not known:
         raise CallerError(f"{row.where}, column measured_metric: 'gpu_hours' needs the tokens of the run, unknown here")
     steps = setup.source.tokens[max(known, key=len)] / setup.batch_tokens

@@ -7,7 +7,7 @@ unless the stack says so. Sources: Korthikanti et al. 2022 (2205.05198), section
 from __future__ import annotations
 
 import dataclasses
-import operator
+from typing import NamedTuple
 
 from gpt4moe.accounting.chips import Chip
 from gpt4moe.accounting.shape import Shape
@@ -24,8 +24,7 @@ FLASH_BACKWARD = 2.5  # five products for two: the scores are computed again
 BACKWARD = 2.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """Seconds of one pass through one layer. expert_products: the part of `products` that routed experts take."""
 
     products: float = 0.0
@@ -40,14 +39,11 @@ class Pass:
     @property
     def seconds(self) -> float:
         """All of it."""
-        return sum(_SECONDS(self))
+        return sum(self)
 
     def plus(self, other: Pass, times: float = 1.0) -> Pass:
         """Returns this and `times` the other."""
-        return Pass(*(mine + times * theirs for mine, theirs in zip(_SECONDS(self), _SECONDS(other), strict=True)))
-
-
-_SECONDS = operator.attrgetter(*(field.name for field in dataclasses.fields(Pass)))
+        return Pass(*(mine + times * theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)

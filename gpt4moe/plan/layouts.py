@@ -112,7 +112,7 @@ def our_layouts(job: Job, left_out: Counter) -> Iterator[Candidate]:
     """
     shape = job.shape
     for tensor, context, stage, data in _grids(job, left_out):
-        if shape.vocab_size % tensor or shape.num_moe_layers and shape.expert_hidden_dim % tensor:
+        if shape.vocab_size % tensor or (shape.num_moe_layers and shape.expert_hidden_dim % tensor):
             left_out["tensor does not divide vocabulary or hidden dims"] += 1
             continue
         parted = tensor > 1 and job.sequence_length % (context * tensor) == 0

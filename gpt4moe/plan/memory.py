@@ -8,6 +8,7 @@ Korthikanti et al. 2022 (2205.05198), equations 1 to 5; Rajbhandari et al. 2020 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from gpt4moe.accounting import memory as exact
 from gpt4moe.accounting import parameters
@@ -70,14 +71,18 @@ MIXED_ADAM = NUMERICS["mixed_adam"]
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one chip of `most_loaded_stage`, counted from 0. fits and spare_bytes: against the chip's memory."""
+    """Bytes on one chip of `most_loaded_stage`, counted from 0. fits and spare_bytes: against the chip's memory.
+
+    gathered: two layers whole, under ZeRO-3. working: the layer that is being computed again.
+    """
 
     weight_bytes: float
     gradient_bytes: float
     optimizer_bytes: float
     activation_bytes: float
     logit_bytes: float
-    transient_bytes: float
+    gathered_bytes: float
+    working_bytes: float
     reserved_bytes: float
     most_loaded_stage: int
     chip_bytes: float
@@ -86,13 +91,18 @@ class MemoryEstimate:
     @property
     def parts(self) -> dict[str, float]:
         """Bytes by what they are for."""
-        names = ("weight", "gradient", "optimizer", "activation", "logit", "transient", "reserved")
+        names = ("weight", "gradient", "optimizer", "activation", "logit", "gathered", "working", "reserved")
         return {name: getattr(self, f"{name}_bytes") for name in names}
 
     @property
     def total_bytes(self) -> float:
         """Everything that is there at once."""
         return sum(self.parts.values())
+
+    @property
+    def state_bytes(self) -> float:
+        """What no smaller batch makes smaller: weights, gradients, optimizer, gathered layers, what is reserved."""
+        return self.total_bytes - self.activation_bytes - self.logit_bytes - self.working_bytes
 
     @property
     def spare_bytes(self) -> float:
@@ -165,8 +175,15 @@ def _stage(
         "optimizer_bytes": kept[1] * numerics.optimizer_bytes,
         "activation_bytes": in_flight * tokens * per_token,
         "logit_bytes": tokens * shape.vocab_size / layout.tensor * numerics.logit_bytes if last else 0.0,
-        "transient_bytes": gathered + of_one,
+        "gathered_bytes": gathered,
+        "working_bytes": of_one,
     }
+
+
+@functools.lru_cache(maxsize=1024)
+def counted_parameters(shape: Shape) -> parameters.ParameterCount:
+    """Returns `parameters.count`, once for each shape: a search asks thousands of times."""
+    return parameters.count(shape)
 
 
 def layers_of_stage(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
@@ -182,7 +199,7 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[float, f
 
     A table that head and embedding share is on the first stage and on the last.
     """
-    counted = parameters.count(shape)
+    counted = counted_parameters(shape)
     dense_layers, moe_layers = layers_of_stage(shape, layout, stage)
     attention = (counted.attention + counted.norms) / shape.num_layers
     plain = attention + counted.dense / max(shape.num_dense_layers, 1)
@@ -234,9 +251,7 @@ def _hidden(shape: Shape, hidden_dim: int) -> int:
     return shape.matrices * hidden_dim
 
 
-def _working_set(
-    shape: Shape, layout: Layout, numerics: Numerics, sequence_length: int, *, experts: bool
-) -> float:
+def _working_set(shape: Shape, layout: Layout, numerics: Numerics, sequence_length: int, *, experts: bool) -> float:
     """Bytes a token of the layer that is computed again: there at one moment, once."""
     if layout.remat != "full":
         return 0.0

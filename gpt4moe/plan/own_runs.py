@@ -44,7 +44,7 @@ def read_sample(workdir: str | os.PathLike, run: RunConfig) -> Sample:
     layout = layout_of(run, len(devices), batch_tokens)
     step = step_time.estimate(run.model, layout, chip, batch_tokens, run.data.sequence_length, STACK)
     kinds = {kind: sum(step.parts[name] for name in names) for kind, names in step_time.KINDS.items()}
-    return Sample(str(folder), f"{STACK.name}/{chip.name}", kinds, seconds)
+    return Sample(str(folder), f"{STACK.name}/{chip.name}", kinds, seconds, str(folder))
 
 
 def layout_of(run: RunConfig, num_devices: int, batch_tokens: int) -> Layout:

@@ -22,7 +22,7 @@ from gpt4moe.plan.published_shapes import shape_of_row
 from gpt4moe.plan.published_sources import ALL_ROWS, Source, source_of
 
 USUAL_SEQUENCE_LENGTH = 4096
-USUAL_TOKENS_PER_CHIP = (8192, 4096)
+USUAL_TOKENS_PER_CHIP = 8192
 MICROBATCH_ROWS = (1, 2, 4, 8)
 _MICROBATCH = re.compile(r"(?<![a-z])(?:mbs|mb|micro)[-_=]?(\d+)")
 _ZERO = re.compile(r"zero[-_]?(\d)")
@@ -75,14 +75,11 @@ def setup_of(row: Row) -> Setup:
         raise CallerError(f"{row.where}, column global_batch_tokens: {told} must be at least seq ({length})")
     if not told and source.zero == 3:  # no accumulation: FSDP's habit
         source = dataclasses.replace(source, microbatch_rows=ALL_ROWS)
-    batches = (told,) if told else [max(gpus * each, length) for each in USUAL_TOKENS_PER_CHIP]
+    rows = (told or gpus * max(USUAL_TOKENS_PER_CHIP, length)) // length
     given = row.tp is not None and row.pp is not None
-    candidates = []
-    for rows in sorted({tokens // length for tokens in batches}):
-        layouts = _given(row, source, shape, gpus, rows) if given else _open(chip, source, shape, gpus, rows)
-        candidates += [(layout, rows) for layout in layouts]
+    layouts = _given(row, source, shape, gpus, rows) if given else _open(chip, source, shape, gpus, rows)
     try:
-        layout, rows = _best(candidates, shape, chip, length, source)
+        layout, rows = _best(layouts, shape, chip, rows, length, source)
     except CallerError as error:
         raise CallerError(f"{row.where}, columns tp, pp, dp: {error}") from None
     return Setup(row, source, shape, chip, layout, rows * length, length, tuple(guessed))
@@ -103,7 +100,9 @@ def _given(row: Row, source: Source, shape: Shape, gpus: int, batch_rows: int) -
     data = row.dp or max(gpus // (tensor * stage), 1)
     context = max(gpus // (tensor * stage * data), 1)
     if tensor * stage * data * context != gpus:
-        raise CallerError(f"{row.where}, column dp: {data} times tp ({tensor}) and pp ({stage}) must divide gpus ({gpus})")
+        raise CallerError(
+            f"{row.where}, column dp: {data} times tp ({tensor}) and pp ({stage}) must divide gpus ({gpus})"
+        )
     zero = _ZERO.search(row.name)
     level = int(zero[1]) if zero and zero[1] in "0123" else source.zero
     chunks = _chunks(source, shape, stage)
@@ -161,7 +160,8 @@ def _open(chip: Chip, source: Source, shape: Shape, gpus: int, batch_rows: int) 
     stages = (1,) if on_tpu or source.zero == 3 else (1, 2, 4, 8, 16)
     remats = (source.remat,) if source.remat else ("none", "selective", "full")
     found = []
-    for tensor, stage, remat in itertools.product((1, 2, 4, 8), stages, remats):
+    tensors = (1, 2, 4, 8, 16) if on_tpu else (1, 2, 4, 8)
+    for tensor, stage, remat in itertools.product(tensors, stages, remats):
         if gpus % (tensor * stage) or shape.num_layers < stage:
             continue
         zero, per_stage = (3 if source.zero == 3 or stage == 1 else source.zero), gpus // stage
@@ -176,14 +176,15 @@ def _open(chip: Chip, source: Source, shape: Shape, gpus: int, batch_rows: int) 
 
 
 def _best(
-    candidates: list[tuple[Layout, int]], shape: Shape, chip: Chip, length: int, source: Source
+    layouts: list[Layout], shape: Shape, chip: Chip, batch_rows: int, length: int, source: Source
 ) -> tuple[Layout, int]:
-    """The fastest of layouts and batch rows that fits, where none does of those that compute most again.
+    """The fastest layout that fits, and the rows of its step; where none fits, of those whose state at least does.
 
-    Rows become a whole number of microbatches: published batches are rounded.
+    Batches of such rows are guessed too large, or activations lie elsewhere; state cannot. Rows are made a whole number
+    of microbatches: published batches are rounded.
     """
     found, refused = [], None
-    for layout, batch_rows in candidates:
+    for layout in layouts:
         span = layout.data * layout.microbatch_rows
         rows = max(batch_rows // span, 1) * span
         if layout.microbatch_rows > 1 and rows > 1.1 * batch_rows:
@@ -193,11 +194,15 @@ def _best(
         except CallerError as error:
             refused = error
             continue
-        fits = _memory(shape, layout, chip, length, source).fits
-        found.append((fits, 0 if fits else REMAT.index(layout.remat), -step.seconds / rows, layout, rows))
+        needed = _memory(shape, layout, chip, length, source)
+        elsewhere = needed.activation_bytes if source.offloads and layout.remat == "full" else 0.0
+        order = (0.0, 0)
+        if needed.spare_bytes + elsewhere < 0:
+            order = (max(needed.state_bytes - chip.memory_bytes, 1.0), -REMAT.index(layout.remat))
+        found.append((order, step.seconds / rows, layout, rows))
     if not found:
         raise refused or CallerError("the batch is less than one microbatch of every replica; raise it")
-    *_, layout, rows = max(found, key=lambda item: item[:3])
+    _, _, layout, rows = min(found, key=lambda item: item[:2])
     return layout, rows
 
 

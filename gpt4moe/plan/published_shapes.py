@@ -29,7 +29,7 @@ def shape_of_row(row: Row, vocab_size: int = 51_200, *, is_gpt: bool = False) ->
     widths = (row.layers, row.d_model, row.n_heads)
     alike = [shape for shape in SHAPES if (shape.num_layers, shape.model_dim, shape.num_heads) == widths]
     nearest = min(alike, key=lambda shape: _off(shape, row), default=None)
-    if nearest and _off(nearest, row) < NEAR and not is_gpt:
+    if nearest and _off(nearest, row) < NEAR and _active_is_near(nearest, row) and not is_gpt:
         return nearest
     if row.params_active < 0.95 * row.params_total:
         return _with_experts(row)
@@ -37,6 +37,11 @@ def shape_of_row(row: Row, vocab_size: int = 51_200, *, is_gpt: bool = False) ->
     in_layers = parameters.count(plain).total - vocab_size * row.d_model
     is_near = _off(plain, row) < NEAR or abs(in_layers / row.params_total - 1) < NEAR
     return plain if is_near or is_gpt else _gated(row)
+
+
+def _active_is_near(shape: Shape, row: Row) -> bool:
+    """Papers round active parameters to a digit or two, with embeddings or without."""
+    return abs(parameters.count_active(shape) / row.params_active - 1) < 3 * NEAR
 
 
 def _off(shape: Shape, row: Row) -> float:

@@ -49,7 +49,10 @@ SCHEDULES = {
     "zb_h2": Schedule(lambda p, m, v: 0.0, lambda p, m, v, stage: min(m, 2 * p - 1)),
     "zb_v": Schedule(lambda p, m, v: 0.0, lambda p, m, v, stage: min(m, p), messages=2, is_folded=True),
     "dualpipe": Schedule(
-        lambda p, m, v: max(p / 2 - 1, 0) * 2 / (3 * m), lambda p, m, v, stage: min(m, p + 1), weight_copies=2, messages=2,
+        lambda p, m, v: max(p / 2 - 1, 0) * 2 / (3 * m),
+        lambda p, m, v, stage: min(m, p + 1),
+        weight_copies=2,
+        messages=2,
         is_folded=True,
     ),
 }

@@ -1,12 +1,12 @@
 """How good predictions are: mean error, bias, rank correlation, regret. In: numbers. Out: fractions, None for too few.
 
-Errors are predicted over measured seconds, minus one: above zero is predicted too slow. All are fractions, not per cent.
+Errors are predicted over measured seconds, minus one: above zero is predicted too slow. All are fractions, no per cent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 FEWEST_TO_RANK = 3
 
@@ -33,13 +33,16 @@ def best_scale(errors: Sequence[float]) -> float:
     return math.exp(-sum(math.log1p(error) for error in errors) / len(errors))
 
 
-def left_out_errors(errors: Sequence[float]) -> list[float] | None:
-    """Returns each row's error after one scalar fitted to the others; None where there are no others."""
-    if len(errors) < 2:
-        return None
-    return [
-        (1 + error) * best_scale([*errors[:index], *errors[index + 1 :]]) - 1 for index, error in enumerate(errors)
-    ]
+def left_out_errors(errors: Sequence[float], jobs: Sequence[Hashable]) -> list[float | None]:
+    """Returns each row's error after one scalar fitted to the rows of other jobs; None where there are none.
+
+    Two rows of one job are one measurement told twice: neither may fit the other.
+    """
+    found = []
+    for error, job in zip(errors, jobs, strict=True):
+        others = [other for other, its in zip(errors, jobs, strict=True) if its != job]
+        found.append((1 + error) * best_scale(others) - 1 if others else None)
+    return found
 
 
 def regret(predicted_seconds: Mapping[str, float], measured_seconds: Mapping[str, float]) -> float:
@@ -49,7 +52,9 @@ def regret(predicted_seconds: Mapping[str, float], measured_seconds: Mapping[str
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    return [sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values]
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values
+    ]
 
 
 def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:

@@ -1,7 +1,7 @@
 """The best layouts of a job: each is given its bytes and seconds, those that fit are ranked.
 
-In: a `Job` and what its trainer can run. Out: `Found`, ranked by seconds or dollars a token, with the nearest misses. Of what is
-computed again, and how often a pipeline is filled, each layout has the least that fits.
+In: a `Job` and what its trainer can run. Out: `Found`, ranked by seconds or dollars a token, with the nearest misses.
+Of what is computed again, and how often a pipeline is filled, each layout has the least that fits.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _ways(job: Job, candidate: Candidate, several_passes: bool, known: dict) -> 
 
 
 def _passes(candidate: Candidate) -> Iterator[int]:
-    """Times that a step may fill the pipeline, each with as many microbatches as it has stages where chunks are several."""
+    """Times that a step may fill the pipeline; where chunks are several, with as many microbatches as stages."""
     layout = candidate.layout
     least = layout.stage if layout.virtual_stages > 1 else 1
     for passes in range(1, candidate.microbatches // least + 1 if layout.stage > 1 else 2):

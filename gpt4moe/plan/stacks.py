@@ -7,6 +7,7 @@ In: names of chips and of stacks. Out: `Stack`, which `step_time` reads. No cons
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 # Share of the 16-bit data-sheet peak that large products reach inside a training step. A100 and H100: what Megatron's
 # large products show (the best alone reach 0.87 and 0.80: ml-engineering, MAMF); H100 and later throttle at full power.
@@ -28,10 +29,12 @@ class Stack:
     """Software as the planner sees it.
 
     flash: attention in one fused kernel that skips masked blocks; else scores go through memory. scatter_gather: a
-    stage sends a tensor-th of its activations. *_overlap: share of the communication's time that computation can hide.
+    stage sends a tensor-th of its activations. *_overlap: share of a communication's time that computation can hide.
     hierarchical: collectives over many servers use every NIC of a server. matmul_bits: 8 or 16, of the large products.
-    gradient_bytes: of one gradient on the wire. domain_limit: servers that a token's experts lie on at most, its row sent
-    once to each, 0 for no such routing. network_share: of a chip's processors that only move data. *_scale: measured over predicted time, of all and of parts, from `plan calibrate`.
+    gradient_bytes: of one gradient on the wire. domain_limit: servers that a token's experts lie on at most, its row
+    sent once to each, 0 for no such routing. network_share: of a chip's processors that only move data.
+    scale_out_bytes_per_second: of a chip, where its servers have another network than usual. *_scale: measured over
+    predicted time, of all and of parts, from `plan calibrate`.
     """
 
     name: str = "default"
@@ -57,6 +60,7 @@ class Stack:
     scale_out_bytes_per_second: float | None = None
 
 
+@functools.cache
 def matmul_efficiency(chip_name: str) -> float:
     """Returns the share of its 16-bit peak that large products reach on a chip."""
     for prefix, share in sorted(MATMUL_EFFICIENCY.items(), key=lambda item: -len(item[0])):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gpt4moe.accounting import flops, parameters
+from gpt4moe.accounting import flops
 from gpt4moe.accounting.chips import Chip
 from gpt4moe.accounting.shape import Shape, shape_of
 from gpt4moe.config.check import require_count
@@ -17,6 +17,7 @@ from gpt4moe.plan import layer_time
 from gpt4moe.plan.communication import Group, all_gather_seconds, message_seconds
 from gpt4moe.plan.layer_time import ACTIVATION_BYTES, Pass, Place
 from gpt4moe.plan.layout import Layout
+from gpt4moe.plan.memory import stage_parameters
 from gpt4moe.plan.schedules import SCHEDULES
 from gpt4moe.plan.stacks import MEMORY_EFFICIENCY, Stack
 
@@ -58,8 +59,8 @@ def estimate(
 ) -> StepTime:  # fmt: skip
     """Returns the time of one step of `batch_tokens` tokens in rows of `sequence_length`.
 
-    known: an empty dict, kept between calls for layouts of one shape, chip, stack and sequence length: what layers of
-    layouts that differ in stages or ZeRO alone have in common is reckoned once. Raises `CallerError` where shape or batch do not divide over the layout.
+    known: an empty dict, kept between calls for layouts of one shape, chip, stack and sequence length: layers that are
+    alike in them are reckoned once. Raises `CallerError` where shape or batch do not divide over the layout.
     """
     shape, stack = shape_of(shape), stack or Stack()
     layout.check(shape)
@@ -81,9 +82,9 @@ def scale_of(part: str, stack: Stack) -> float:
 
 
 def _parts(place: Place, microbatches: int, known: dict) -> dict[str, float]:
-    layout, stack = place.layout, place.stack
+    layout = place.layout
     stages = _stages(place, known)
-    if SCHEDULES[layout.schedule].is_folded:  # a chip holds a stage and its mirror image, and half the microbatches of each
+    if SCHEDULES[layout.schedule].is_folded:  # a chip holds a stage and its mirror, and half the microbatches of each
         stages = [_half_and_half(*pair) for pair in zip(stages, reversed(stages), strict=True)]
     distinct = {id(stage): stage for stage in stages}
     seconds = {key: sum(stage.values()) for key, stage in distinct.items()}  # most stages are one and the same
@@ -126,7 +127,7 @@ def _stages(place: Place, layers: dict) -> list[dict[str, float]]:
 
 
 def _key_of_layer(layout: Layout, *, on_torus: bool) -> tuple:
-    """Everything of a layout that one layer's time depends on; on a torus the links of a group depend on the rest too."""
+    """What one layer's time depends on; on a torus the links of a group depend on the number of chips too."""
     rest = layout.chips // layout.stage if on_torus else 0
     degrees = (layout.tensor, layout.context, layout.expert, layout.expert_tensor, layout.microbatch_rows)
     return (*degrees, layout.remat, layout.sequence_parallel, rest)
@@ -141,14 +142,16 @@ def _exposed_expert(stage: dict[str, float], stack: Stack) -> float:
 
 def _layer(place: Place, *, experts: bool) -> tuple[Pass, Pass]:
     """Forward and backward of one layer, and what is computed again."""
-    if experts and not place.shape.num_moe_layers or not experts and not place.shape.num_dense_layers:
+    if not (place.shape.num_moe_layers if experts else place.shape.num_dense_layers):
         return Pass(), Pass()
     done = layer_time.forward(place, experts=experts)
     return done.plus(layer_time.backward(place, done)), layer_time.recomputed(place, done)
 
 
 def _sum_of(dense: tuple[Pass, Pass], num_dense: int, moe: tuple[Pass, Pass], num_moe: int) -> dict[str, float]:
-    work, again = (Pass().plus(plain, num_dense).plus(routed, num_moe) for plain, routed in zip(dense, moe, strict=True))
+    work, again = (
+        Pass().plus(plain, num_dense).plus(routed, num_moe) for plain, routed in zip(dense, moe, strict=True)
+    )
     communicated = again.tensor + again.context + again.expert
     return {
         "matmul": work.products,
@@ -183,20 +186,10 @@ def _between_stages(place: Place, microbatches: int) -> float:
     return (1 - stack.stage_overlap) * times * one + 2 * (layout.stage - 1) * one * stack.stage_overlap
 
 
-def local_parameters(shape: Shape, layout: Layout) -> tuple[float, float]:
-    """Returns parameters of the fullest stage's layers on one chip: those held by all replicas, those of experts."""
-    counted = parameters.count(shape)
-    most = max(layout.stage_layers(shape.num_layers)) / shape.num_layers
-    in_layers = counted.total - counted.experts - counted.embedding - counted.head
-    ends = max(counted.embedding, counted.head) if layout.stage > 1 else counted.embedding + counted.head
-    dense = (in_layers * most + ends) / layout.tensor
-    return dense, counted.experts * most / (layout.expert * layout.expert_tensor)
-
-
 def _data_communication(place: Place, microbatches: int, compute_seconds: float) -> float:
     """Gradients summed and, under ZeRO, weights gathered, what computation does not hide."""
     shape, layout, stack = place.shape, place.layout, place.stack
-    dense, routed = local_parameters(shape, layout)
+    dense, routed = _fullest(shape, layout)
     outer = Group(layout.data // layout.zero_degree, layout.tensor * layout.context * layout.zero_degree)
     sharding = place.group(layout.zero_degree * layout.context, layout.tensor)
     expert_sharding = place.group(layout.expert_zero_degree, layout.expert * layout.expert_tensor)
@@ -204,13 +197,19 @@ def _data_communication(place: Place, microbatches: int, compute_seconds: float)
     if layout.expert_zero_group:
         expert_outer = Group(layout.expert_data // layout.expert_zero_degree, outer.stride)
     total = 0.0
-    for count, group, outer in ((dense, sharding, outer), (routed, expert_sharding, expert_outer)):
+    for count, group, others in ((dense, sharding, outer), (routed, expert_sharding, expert_outer)):
         total += _sharded_seconds(place, count, group, microbatches)
-        if outer.size > 1:
+        if others.size > 1:
             left = count / (group.size if layout.zero else 1)
-            total += 2 * all_gather_seconds(left * stack.gradient_bytes, place.chip, outer, stack)
+            total += 2 * all_gather_seconds(left * stack.gradient_bytes, place.chip, others, stack)
     beside = compute_seconds if layout.zero == 3 else compute_seconds / microbatches
     return total - min(stack.data_overlap * total, beside)
+
+
+def _fullest(shape: Shape, layout: Layout) -> tuple[float, float]:
+    """Parameters on a chip of the fullest of three stages, first, middle and last: of all but experts, of experts."""
+    ends = {0, layout.stage - 1, layout.stage // 2}
+    return max((stage_parameters(shape, layout, stage)[:2] for stage in ends), key=sum)
 
 
 def _sharded_seconds(place: Place, count: float, group: Group, microbatches: int) -> float:
@@ -224,7 +223,7 @@ def _sharded_seconds(place: Place, count: float, group: Group, microbatches: int
 
 def _optimizer(place: Place) -> float:
     shape, layout = place.shape, place.layout
-    dense, routed = local_parameters(shape, layout)
+    dense, routed = _fullest(shape, layout)
     if layout.zero:
         dense, routed = dense / layout.zero_degree, routed / layout.expert_zero_degree
     return (dense + routed) * OPTIMIZER_TRAFFIC_BYTES / (place.chip.bandwidth_bytes_per_second * MEMORY_EFFICIENCY)

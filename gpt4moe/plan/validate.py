@@ -26,10 +26,13 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
 
 
 def examine(path: str, calibration: str | None = None) -> dict:
-    """Returns the JSON document: `sources`, `stacks`, `overall`, `moe`, `regret_groups`, `rows`, `skipped`.
+    """Returns the JSON document: scores by source, stack and over all, layouts picked, every row, what was skipped.
 
-    calibration: a file of `plan calibrate`; scored on the rows it was fitted to, errors are no test. Raises `CallerError` with file and
-    line for a bad row.
+    moe: scores of the rows with experts. whole_runs: stacks of rows that tell the hours of all chips for a run,
+    restarts and stops among them.
+
+    calibration: a file of `plan calibrate`; scored on the rows it was fitted to, errors are no test. Raises
+    `CallerError` with file and line for a bad row.
     """
     constants = read_calibration(calibration) if calibration else None
     found = [compare(row, constants) for row in read_rows(path)]
@@ -42,7 +45,8 @@ def examine(path: str, calibration: str | None = None) -> dict:
         "file": str(path),
         "calibration": calibration,
         "sources": {name: _scores(items, left_out, groups) for name, items in by_source.items()},
-        "stacks": {name: _stack_scores(items, left_out) for name, items in by_stack.items()},
+        "stacks": {name: _stack_scores(items, left_out) for name, items in by_stack.items() if not _whole(items)},
+        "whole_runs": {name: _stack_scores(items, left_out) for name, items in by_stack.items() if _whole(items)},
         "overall": _scores(compared, left_out, groups),
         "moe": _scores([item for item in compared if _has_experts(item)], left_out, groups),
         "regret_groups": groups,
@@ -59,12 +63,11 @@ def _by(items: Sequence[Compared], key: str) -> dict[str, list[Compared]]:
 
 
 def _left_out(items: Sequence[Compared]) -> dict[str, float]:
-    """Error of each row after one scalar for its stack, fitted to the stack's other rows."""
+    """Error of each row after one scalar for its stack, fitted to the stack's rows of other jobs."""
     found = {}
     for members in _by(items, "stack").values():
-        errors = scores.left_out_errors([item.error for item in members])
-        if errors:
-            found |= {item.row.name: error for item, error in zip(members, errors, strict=True)}
+        errors = scores.left_out_errors([item.error for item in members], [item.job for item in members])
+        found |= {item.row.name: error for item, error in zip(members, errors, strict=True) if error is not None}
     return found
 
 
@@ -91,8 +94,11 @@ def _stack_scores(items: Sequence[Compared], left_out: dict[str, float]) -> dict
         "bias": scores.bias(errors),
         "seconds_scale": scores.best_scale(errors),
         "calibrated_mape": scores.mape([left_out[item.row.name] for item in items if item.row.name in left_out]),
-        "is_whole_run": all(item.is_whole_run for item in items),
     }
+
+
+def _whole(items: Sequence[Compared]) -> bool:
+    return all(item.is_whole_run for item in items)
 
 
 def _has_experts(item: Compared) -> bool:
@@ -147,10 +153,9 @@ def format_document(document: dict) -> str:
             f"{_percent(found['regret']):>8}{_percent(found['calibrated_mape']):>20}"
         )
     lines += ["", f"{'stack and chip':<40}{'rows':>5}{'scalar':>8}{'left out':>10}"]
-    for name, found in document["stacks"].items():
-        note = "  hours of whole runs, stops among them" if found["is_whole_run"] else ""
+    for name, found in (document["stacks"] | document["whole_runs"]).items():
         scale, error = f"{found['seconds_scale']:.3f}", _percent(found["calibrated_mape"])
-        lines.append(f"{name:<40}{found['rows']:>5}{scale:>8}{error:>10}{note}")
+        lines.append(f"{name:<40}{found['rows']:>5}{scale:>8}{error:>10}")
     lines += ["", "picked among measured layouts of one model:"] if document["regret_groups"] else []
     for group in document["regret_groups"]:
         lines.append(f"  {group['picked']} of {len(group['rows'])}, best {group['best']}: {_percent(group['regret'])}")
