@@ -26,9 +26,10 @@ class Layout:
     of them has every expert once (Megatron's folding; our mesh's `expert` axis is a part of `data` here).
     virtual_stages: chunks of layers a stage. zero: 0 replicates all, 1 shards optimizer state, 2 gradients too, 3
     weights too (FSDP), over `zero_group` replicas (0: all of data); of experts over `expert_zero_group` chips (0: the
-    copies of an expert among those replicas). microbatch_rows: sequences of one microbatch of one replica. passes: times
-    a step fills and empties the pipeline, with as many microbatches each. remat: what is computed again in the backward pass: nothing, the attention core, whole layers.
-    sequence_parallel: norms and residuals are sharded over tensor.
+    copies of an expert among those replicas). microbatch_rows: sequences of one microbatch of one replica. passes: how
+    often a step fills and empties the pipeline, with as many microbatches each. remat: what is computed again in the
+    backward pass: nothing, the attention core, whole layers. sequence_parallel: norms and residuals are sharded over
+    tensor.
     """
 
     tensor: int = 1

@@ -75,7 +75,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """What a trainer can run. layouts: yields candidates; several_passes: a step may fill its pipeline several times."""
+    """What a trainer can run. several_passes: a step may fill its pipeline several times."""
 
     name: str
     layouts: Callable[[Job, Counter], Iterator[Candidate]]
@@ -86,8 +86,8 @@ class Space:
 def megatron_layouts(job: Job, left_out: Counter) -> Iterator[Candidate]:
     """Yields layouts as Megatron-Core and FSDP stacks have them: interleaved 1F1B, experts over any chips of a stage.
 
-    Left out: ZeRO-0, which ZeRO-1 beats in memory at the same traffic, and ZeRO-2 where a step has several microbatches,
-    for each of which gradients would be summed.
+    Left out: ZeRO-0, which ZeRO-1 beats in memory at the same traffic, and ZeRO-2 where a step has several
+    microbatches, for each of which gradients would be summed.
     """
     for tensor, context, stage, data in _grids(job, left_out):
         experts = list(_expert_degrees(job.shape, tensor, tensor * context * data, left_out))

@@ -130,7 +130,7 @@ def _ways(job: Job, candidate: Candidate, several_passes: bool, known: dict) -> 
     """The least recomputation that fits in one pass; more of it where that needs several; the last where none fits."""
     for remat in ("selective", "full") if job.stack.flash else ("none", "selective", "full"):
         found = None
-        for passes in _passes(candidate) if several_passes else (1,):
+        for passes in _passes(job, candidate) if several_passes else (1,):
             layout = candidate.layout
             if (remat, passes) != (layout.remat, layout.passes):
                 layout = dataclasses.replace(layout, remat=remat, passes=passes)
@@ -145,12 +145,13 @@ def _ways(job: Job, candidate: Candidate, several_passes: bool, known: dict) -> 
         yield found
 
 
-def _passes(candidate: Candidate) -> Iterator[int]:
+def _passes(job: Job, candidate: Candidate) -> Iterator[int]:
     """Times that a step may fill the pipeline; where chunks are several, with as many microbatches as stages."""
     layout = candidate.layout
     least = layout.stage if layout.virtual_stages > 1 else 1
     for passes in range(1, candidate.microbatches // least + 1 if layout.stage > 1 else 2):
-        if candidate.microbatches % passes == 0:
+        whole = candidate.microbatches % passes == 0
+        if whole and all(rows % (candidate.batch_rows // passes) == 0 for rows in job.ramp_rows):
             yield passes
 
 
