@@ -16,12 +16,13 @@ from gpt4moe.config.check import CallerError, require
 from gpt4moe.plan import memory, step_time
 from gpt4moe.plan.layout import Layout
 from gpt4moe.plan.layouts import SPACES, Candidate, Job, Space
-from gpt4moe.plan.memory import MemoryEstimate
+from gpt4moe.plan.memory import MemoryEstimate, Numerics
 from gpt4moe.plan.step_time import StepTime
 
 OBJECTIVES = ("time", "dollars")
 # With a price, half the chips may be the cheaper way to the same tokens, and so on.
 FEWER_CHIPS = (1, 2, 4, 8)
+GRADIENT_COPIES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +116,18 @@ def cost_one(job: Job, layout: Layout, batch_rows: int, known: dict | None = Non
     microbatches = layout.microbatches(batch_rows) // layout.passes
     there = memory.estimate(
         job.shape, layout, job.chip, sequence_length=job.sequence_length, microbatches=microbatches,
-        numerics=job.numerics,
+        numerics=_numerics(job, layout, microbatches),
     )  # fmt: skip
     return Costed(job, layout, batch_rows, there, {} if known is None else known)
+
+
+def _numerics(job: Job, layout: Layout, microbatches: int) -> Numerics:
+    """Our trainer holds the gradients of a pass beside the sum of those before it (`train.step`)."""
+    is_ours = layout.schedule == "circular"
+    several = layout.passes > 1 if layout.stage > 1 else microbatches > 1
+    if not (is_ours and several):
+        return job.numerics
+    return dataclasses.replace(job.numerics, gradient_bytes=GRADIENT_COPIES * job.numerics.gradient_bytes)
 
 
 def rank(costed: Iterable[Costed], objective: str = "time") -> tuple[Costed, ...]:
@@ -137,6 +147,8 @@ def _ways(job: Job, candidate: Candidate, several_passes: bool, known: dict) -> 
             found = cost_one(job, layout, candidate.batch_rows, known)
             if found.memory.fits:
                 break
+        if found is None:  # no number of passes goes with the smaller batches of a ramp
+            return
         if found.memory.fits:
             yield found
             if found.layout.passes == 1:

@@ -153,7 +153,7 @@ def _rest(run: dict) -> list[str]:
 
 
 def _table(title: str, rows: Sequence[dict]) -> list[str]:
-    """A line for each layout; t, c, p, v, e: tensor, context, stage, virtual stages, expert; experts' tensor after x."""
+    """A line for each layout; t, c, p, v, e: tensor, context, stage, virtual stages, expert."""
     columns = f"{'t':>4}{'c':>3}{'p x v':>8}{'e x t':>8}{'data':>6}{'ZeRO':>8}{'rows':>10} {'remat':<10}"
     numbers = f"{'Mtok':>7}{'s/step':>9}{'MFU':>7}{'GB':>7}{'$/Gtok':>9}"
     head = f"{title:<{FAMILY_WIDTH}}{columns}{numbers}  why not first"
