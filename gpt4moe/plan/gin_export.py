@@ -17,6 +17,7 @@ from gpt4moe.config.check import CallerError
 from gpt4moe.config.mesh import MESH_AXES, MeshConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.plan.layout import Layout
+from gpt4moe.plan.layouts import OUR_SCHEDULE
 from gpt4moe.plan.search import Costed
 
 # What `Layout.remat` is called in `ModelConfig.remat`: with a fused attention core, "selective" computes only what is
@@ -103,7 +104,7 @@ def layout_of(run: RunConfig, num_chips: int) -> Layout:
         run.microbatch_rows // (data * pieces),
         {name: ours for ours, name in REMAT.items()}[run.model.remat],
         run.mesh.sequence_parallel,
-        "circular",
+        OUR_SCHEDULE,
         batch_rows // run.microbatch_rows if several else 1,
         group,
     )

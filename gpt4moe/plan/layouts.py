@@ -20,6 +20,7 @@ from gpt4moe.plan.stacks import Stack
 
 MICROBATCH_ROWS = (1, 2, 4, 8)
 MOST_TENSOR = 64  # on a torus, whose fast domain is thousands of chips
+OUR_SCHEDULE = "circular"  # in `schedules`: that of `accounting.pipeline`
 LEAST_ROW_TOKENS = 1024  # of a row on one chip of a context group
 
 
@@ -128,7 +129,7 @@ def our_layouts(job: Job, left_out: Counter) -> Iterator[Candidate]:
                         zero, group = (3, fsdp) if fsdp > 1 else (int(replicas > 1), replicas)
                         layout = Layout(
                             tensor, context, stage, virtual, expert, tensor if shape.num_moe_layers else 1, data, zero,
-                            group, rows, sequence_parallel=parted, schedule="circular", expert_zero_group=group,
+                            group, rows, sequence_parallel=parted, schedule=OUR_SCHEDULE, expert_zero_group=group,
                         )  # fmt: skip
                         yield Candidate(layout, batch_rows)
 

@@ -128,7 +128,7 @@ def estimate(
     layout.check(shape)
     require_count("sequence_length", sequence_length)
     if reserved_bytes is None:
-        reserved_bytes = TPU_RESERVED_BYTES if chip.name.startswith("tpu") else RESERVED_BYTES
+        reserved_bytes = reserved_bytes_of(chip)
     most = microbatches or 4 * layout.stage * layout.virtual_stages
     found = {}
     for stage in _stages_to_look_at(shape, layout):
@@ -139,6 +139,11 @@ def estimate(
         **found[fullest], reserved_bytes=reserved_bytes, most_loaded_stage=fullest,
         chip_bytes=chip.memory_bytes, stage_bytes=totals,
     )  # fmt: skip
+
+
+def reserved_bytes_of(chip: Chip) -> float:
+    """Returns what runtime and libraries usually take of a chip."""
+    return TPU_RESERVED_BYTES if chip.name.startswith("tpu") else RESERVED_BYTES
 
 
 def _stages_to_look_at(shape: Shape, layout: Layout) -> list[int]:

@@ -13,16 +13,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from gpt4moe.config.check import CallerError, require
-from gpt4moe.plan import memory, step_time
+from gpt4moe.plan import memory, own_memory, step_time
 from gpt4moe.plan.layout import Layout
-from gpt4moe.plan.layouts import SPACES, Candidate, Job, Space
-from gpt4moe.plan.memory import MemoryEstimate, Numerics
+from gpt4moe.plan.layouts import OUR_SCHEDULE, SPACES, Candidate, Job, Space
+from gpt4moe.plan.memory import MemoryEstimate
 from gpt4moe.plan.step_time import StepTime
 
 OBJECTIVES = ("time", "dollars")
 # With a price, half the chips may be the cheaper way to the same tokens, and so on.
 FEWER_CHIPS = (1, 2, 4, 8)
-GRADIENT_COPIES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +112,16 @@ def cost_all(job: Job, candidates: Iterable[Candidate], *, several_passes: bool 
 
 def cost_one(job: Job, layout: Layout, batch_rows: int, known: dict | None = None) -> Costed:
     """Returns one layout with its bytes and seconds, as it is."""
-    microbatches = layout.microbatches(batch_rows) // layout.passes
+    microbatches, length = layout.microbatches(batch_rows), job.sequence_length
+    reserved = None
+    if layout.schedule == OUR_SCHEDULE:
+        reserved = own_memory.kept_free_bytes(job.chip)
+        reserved += own_memory.beside_bytes(job.shape, layout, job.numerics, length, microbatches)
     there = memory.estimate(
-        job.shape, layout, job.chip, sequence_length=job.sequence_length, microbatches=microbatches,
-        numerics=_numerics(job, layout, microbatches),
+        job.shape, layout, job.chip, sequence_length=length, microbatches=microbatches // layout.passes,
+        numerics=job.numerics, reserved_bytes=reserved,
     )  # fmt: skip
     return Costed(job, layout, batch_rows, there, {} if known is None else known)
-
-
-def _numerics(job: Job, layout: Layout, microbatches: int) -> Numerics:
-    """Our trainer holds the gradients of a pass beside the sum of those before it (`train.step`)."""
-    is_ours = layout.schedule == "circular"
-    several = layout.passes > 1 if layout.stage > 1 else microbatches > 1
-    if not (is_ours and several):
-        return job.numerics
-    return dataclasses.replace(job.numerics, gradient_bytes=GRADIENT_COPIES * job.numerics.gradient_bytes)
 
 
 def rank(costed: Iterable[Costed], objective: str = "time") -> tuple[Costed, ...]:

@@ -19,7 +19,7 @@ from gpt4moe.plan import gin_export, goodput, own_runs, search_table
 from gpt4moe.plan.calibration import calibrated, read_calibration
 from gpt4moe.plan.goodput import Reliability
 from gpt4moe.plan.layout import DEGREES, Layout
-from gpt4moe.plan.layouts import SPACES, Candidate, Job, Space
+from gpt4moe.plan.layouts import OUR_SCHEDULE, SPACES, Candidate, Job, Space
 from gpt4moe.plan.memory import NUMERICS
 from gpt4moe.plan.published_sources import SOURCES
 from gpt4moe.plan.search import Costed, cost_all, cost_one, rank, search
@@ -141,6 +141,7 @@ def _asked(args: argparse.Namespace, job: Job, run: RunConfig | None, space: Spa
         same = own and run.train.ramp[-1][1] == job.batch_tokens
         return cost_one(job, gin_export.layout_of(run, job.num_chips), job.batch_rows) if same else None
     layout, has_remat = _layout(args.layout, job, space)
+    layout.check(job.shape)
     batch_rows = job.rows_near(layout.data, layout.microbatch_rows)
     if batch_rows is None:
         layout.microbatches(job.batch_rows)  # says why, if it does not divide
@@ -169,7 +170,7 @@ def _layout(text: str, job: Job, space: Space) -> tuple[Layout, bool]:
         "data": job.num_chips // own,
         "expert_tensor": tensor if job.shape.num_moe_layers else 1,
         "sequence_parallel": tensor > 1,
-        "schedule": "circular" if space.name == "ours" else "interleaved" if several else "1f1b",
+        "schedule": OUR_SCHEDULE if space.name == "ours" else "interleaved" if several else "1f1b",
     }
     return Layout(**(usual | given)), "remat" in given
 

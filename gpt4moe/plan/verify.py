@@ -10,11 +10,14 @@ import importlib.util
 from collections.abc import Sequence
 
 from gpt4moe.accounting.chips import Chip
+from gpt4moe.accounting.memory import DTYPE_BYTES
+from gpt4moe.accounting.pipeline import idle_fraction
 from gpt4moe.config.compile import CompileConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.plan import gin_export
 from gpt4moe.plan.layer_time import ACTIVATION_BYTES
 from gpt4moe.plan.memory import stage_parameters
+from gpt4moe.plan.own_memory import kept_free_bytes
 from gpt4moe.plan.search import Costed
 
 MOST_EMULATED = 64
@@ -37,19 +40,20 @@ def verify(run: RunConfig, item: Costed) -> dict:
         "topology": topology,
         "mesh": compiled["mesh"],
         "fits": compiled["fits"],
-        "rows": compared(item, compiled),
+        "rows": compared(item, compiled, DTYPE_BYTES[run.model.compute_dtype], _exchange_room(run, item, topology)),
         "compile_seconds": compiled["compile_seconds"],
     }
 
 
-def compared(item: Costed, compiled: dict) -> list[dict]:
+def compared(item: Costed, compiled: dict, value_bytes: int = ACTIVATION_BYTES, room: float = 1.0) -> list[dict]:
     """Returns rows of name, predicted, compiled, ratio for a document of `gpt4moe compile`.
 
-    Memory is compared without what runtime and libraries take, of which a compiler does not know.
+    Memory is compared without what is kept free, for the runtime and for what is missed. value_bytes, room: as
+    `sent_bytes` has them.
     """
-    there, sent = item.memory, sent_bytes(item)
+    there, sent = item.memory, sent_bytes(item, value_bytes, room)
     state = there.weight_bytes + there.optimizer_bytes
-    beside = there.total_bytes - there.reserved_bytes - state
+    beside = there.total_bytes - kept_free_bytes(item.job.chip) - state
     found = dict.fromkeys(PURPOSES, 0.0)
     for collective in compiled["collectives"]:
         found[purpose(collective["kind"], collective["axes"])] += collective["bytes_sent"]
@@ -77,48 +81,60 @@ def purpose(kind: str, axes: Sequence[str]) -> str:
     return "context" if "context" in axes else "tensor"
 
 
-def sent_bytes(item: Costed) -> dict[str, float]:
+def sent_bytes(item: Costed, value_bytes: int = ACTIVATION_BYTES, room: float = 1.0) -> dict[str, float]:
     """Returns the bytes that a chip sends in a step by purpose, rings all: what `step_time` reckons seconds from.
 
-    Korthikanti et al. 2022 (2205.05198), section 4.2, for tensor; Rajbhandari et al. 2020 (1910.02054), section 7, for
-    replicas.
+    value_bytes: of an activation or a weight on the wire; room: places of an exchange of experts over the choices in
+    them. Ticks of our pipeline without work send too. Korthikanti et al. 2022 (2205.05198), section 4.2, for tensor;
+    Rajbhandari et al. 2020 (1910.02054), section 7, for replicas.
     """
     shape, layout = item.job.shape, item.layout
     microbatches = layout.microbatches(item.batch_rows)
+    idle = idle_fraction(layout.stage, microbatches // layout.passes, layout.virtual_stages)
+    sending = float(microbatches / (1 - idle))
     layers, moe_layers = shape.num_layers / layout.stage, shape.num_moe_layers / layout.stage
     tokens = layout.microbatch_rows * item.job.sequence_length / layout.context
-    activation = tokens * shape.model_dim * ACTIVATION_BYTES
+    activation = tokens * shape.model_dim * value_bytes
     passes = 3 if layout.remat == "full" else 2
     routed = shape.experts_per_token * (shape.capacity_factor or 1)
     sums = layers + (layers - moe_layers) + moe_layers * (routed + bool(shape.shared_hidden_dim))
     keys = max(shape.cache_width / layout.tensor, min(shape.cache_width, 2 * shape.head_dim))
-    row = layout.microbatch_rows * item.job.sequence_length * keys * ACTIVATION_BYTES
+    row = layout.microbatch_rows * item.job.sequence_length * keys * value_bytes
     parted = layout.tensor if layout.sequence_parallel else 1
-    crossings = 2 * microbatches * layout.virtual_stages * (layout.stage > 1)
+    crossings = 2 * sending * layout.virtual_stages * (layout.stage > 1)
     return {
-        "tensor": microbatches * passes * sums * 2 * _left(layout.tensor) * activation,
-        "context": microbatches * (passes + 1) * layers * _left(layout.context) * row,
-        "expert": microbatches * passes * moe_layers * 2 * _left(layout.expert) * routed * activation / layout.tensor,
+        "tensor": sending * passes * sums * 2 * _left(layout.tensor) * activation,
+        "context": sending * (passes + 1) * layers * _left(layout.context) * row,
+        "expert": sending * passes * moe_layers * 2 * _left(layout.expert) * routed * room * activation / layout.tensor,
         "stage": crossings * activation / parted,
-        "replicas": _between_replicas(item, microbatches),
+        "replicas": _between_replicas(item, microbatches, value_bytes),
     }
 
 
-def _between_replicas(item: Costed, microbatches: int) -> float:
+def _between_replicas(item: Costed, microbatches: int, value_bytes: int) -> float:
     """Gradients and weights: gathered twice and reduced for every microbatch under ZeRO-3, else summed once."""
-    layout, stack = item.layout, item.job.stack
+    layout = item.layout
+    gradient_bytes = max(item.job.stack.gradient_bytes, value_bytes)
     dense, routed, _ = stage_parameters(item.job.shape, layout, layout.stage // 2)
     total = 0.0
     groups = ((dense, layout.zero_degree, layout.data), (routed, layout.expert_zero_degree, layout.expert_data))
     for count, group, copies in groups:
         gathered = _left(group) * count
         if layout.zero == 3:
-            total += microbatches * gathered * (stack.gradient_bytes + 2 * ACTIVATION_BYTES)
+            total += microbatches * gathered * (gradient_bytes + 2 * value_bytes)
         else:
-            total += gathered * (stack.gradient_bytes + (ACTIVATION_BYTES if layout.zero else stack.gradient_bytes))
+            total += gathered * (gradient_bytes + (value_bytes if layout.zero else gradient_bytes))
         shard = count / (group if layout.zero else 1)
-        total += 2 * _left(copies // group) * shard * stack.gradient_bytes
+        total += 2 * _left(copies // group) * shard * gradient_bytes
     return total
+
+
+def _exchange_room(run: RunConfig, item: Costed, topology: str) -> float:
+    """Without a capacity, and where sizes cannot differ, each chip has room for all choices of every other."""
+    is_bucket = topology.startswith("cpu") or run.mesh.expert_exchange == "bucket"
+    if run.model.moe.capacity_factor is not None or not is_bucket:
+        return 1.0
+    return min(run.mesh.expert_bucket_factor or item.layout.expert, item.layout.expert)
 
 
 def _left(size: int) -> float:

@@ -44,7 +44,7 @@ def built(path, text):
     ids=["tiny_8", "tiny_32", "medium_ramp", "reference"],
 )
 def test_every_exported_file_builds_as_applied(tmp_path, gin_file, overrides, chip, num_chips):
-    """The best, the best of each family and some others; what is read back from the run is the layout that was found."""
+    """The best of each family and some others; what is read back from the run is the layout that was found."""
     run, _ = build_run([gin_file], overrides)
     found = found_for(run, num_chips, chip)
     chosen = {item.layout: item for item in (*found.ranked[:: len(found.ranked) // 12 + 1], *found.families.values())}
@@ -98,7 +98,7 @@ def test_an_override_that_names_what_no_file_imports():
     run, _ = build_run(TINY, OVERRIDES)
     item = found_for(run, 8).ranked[0]
     with pytest.raises(
-        CallerError, match="--gin.mine.thing.width=3 names 'mine', which an exported file does not import"
+        CallerError, match=r"--gin\.mine\.thing\.width=3 names 'mine', which an exported file does not import"
     ):
         gin_export.export_text(item, run, 2, TINY, ("mine.thing.width=3",))
 

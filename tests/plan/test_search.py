@@ -1,4 +1,4 @@
-"""The search: every layout divides, what fits is ranked, and what is better for a machine never makes the answer worse."""
+"""The search: every layout divides, what fits is ranked, and a better machine never makes the answer worse."""
 
 import dataclasses
 from collections import Counter
