@@ -20,9 +20,10 @@ from gpt4moe.plan.layout import Layout
 from gpt4moe.plan.layouts import OUR_SCHEDULE
 from gpt4moe.plan.search import Costed
 
-# What `Layout.remat` is called in `ModelConfig.remat`: with a fused attention core, "selective" computes only what is
-# no matrix product again.
-REMAT = {"none": "none", "selective": "dots", "full": "full"}
+# What `Layout.remat` is called in `ModelConfig.remat`, and the nearest the other way: our attention core computes its
+# scores again by itself, and "dots" computes experts again, which is most of a layer.
+REMAT = {"none": "none", "selective": "none", "full": "full"}
+REMAT_OF_RUN = {"none": "selective", "dots": "full", "full": "full"}
 
 
 def applied(run: RunConfig, item: Costed) -> RunConfig:
@@ -102,7 +103,7 @@ def layout_of(run: RunConfig, num_chips: int) -> Layout:
         3 if sharded else int(run.mesh.zero1),
         group,
         run.microbatch_rows // (data * pieces),
-        {name: ours for ours, name in REMAT.items()}[run.model.remat],
+        REMAT_OF_RUN[run.model.remat],
         run.mesh.sequence_parallel,
         OUR_SCHEDULE,
         batch_rows // run.microbatch_rows if several else 1,
