@@ -70,6 +70,10 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
 
 def _failure_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_chips", type=int, required=True, metavar="N", help="chips of the job")
+    _reliability_flags(parser)
+
+
+def _reliability_flags(parser: argparse.ArgumentParser) -> None:
     mtbf = "hours between failures of one chip (default: %(default)s, Llama 3 on 16,384 H100)"
     parser.add_argument("--chip_mtbf_hours", type=float, default=50_700, metavar="H", help=mtbf)
     save = "seconds for which a save stops the steps (default: %(default)s)"
@@ -236,7 +240,38 @@ def _speculate_flags(parser: argparse.ArgumentParser) -> None:
     add("--weights", default="bfloat16", metavar="FORMAT", help="bfloat16, int8 or fp8; default %(default)s")
 
 
+def _search_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", metavar="NAME", help="a published model instead of a gin file, e.g. gpt4_1p8t")
+    parser.add_argument("--chip", required=True, metavar="NAME", help="e.g. a100_40, h100, tpu_v5p")
+    parser.add_argument("--num_chips", type=int, metavar="N", help="chips of the job (default: the run file's MESH)")
+    parser.add_argument("--memory_gb", type=float, metavar="GB", help="of a chip (default: its data sheet's)")
+    parser.add_argument("--batch_tokens", type=float, metavar="N", help="of a step (default: the run file's)")
+    parser.add_argument("--sequence_length", type=int, metavar="T", help="tokens of a row (default: the run file's)")
+    ramp = "batch of so many tokens from so many tokens on, e.g. 0:4194304,252e6:8388608; the last is searched for"
+    parser.add_argument("--ramp", type=_ramp, default=(), metavar="FROM:BATCH,...", help=ramp)
+    near = "share by which a layout's batch may differ (default: 0 of a run file, 0.05 of --shape)"
+    parser.add_argument("--batch_tolerance", type=float, metavar="X", help=near)
+    objective = "what to rank by; dollars also tries 1/2, 1/4 and 1/8 of the chips (default: time)"
+    parser.add_argument("--objective", choices=("time", "dollars"), default="time", help=objective)
+    parser.add_argument("--price", type=float, metavar="D", help="dollars of a chip-hour (default: the chip's)")
+    space = "what a trainer can run: ours (default of a gin file), or megatron (default of --shape)"
+    parser.add_argument("--space", choices=("ours", "megatron"), help=space)
+    parser.add_argument("--ours", action="store_const", const="ours", dest="space", help="the same as --space=ours")
+    numerics = "bytes of a parameter's state, e.g. mixed_adam, mixed_adam_16, fp8_adam (default: the space's)"
+    parser.add_argument("--numerics", metavar="NAME", help=numerics)
+    parser.add_argument("--stack", metavar="NAME", help="software of a known source, e.g. megatron, deepseek-v3")
+    asked = "also say how this one does and why, e.g. tensor=8,stage=15,zero=1"
+    parser.add_argument("--layout", metavar="NAME=N,...", help=asked)
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default: %(default)s)")
+    parser.add_argument("--calibration", metavar="FILE", help="constants by stack and chip, of gpt4moe plan calibrate")
+    parser.add_argument("--export", metavar="FILE.gin", help="write the best as a run file of our trainer")
+    verify = "compile the N best and set what was predicted beside it (default: 1)"
+    parser.add_argument("--verify", type=int, nargs="?", const=1, default=0, metavar="N", help=verify)
+    _reliability_flags(parser)
+
+
 WORDS: dict[str, Word] = {
+    "search": Word("rank all layouts of a model on a cluster, say why the others lose", _search_flags, reads_gin=True),
     "validate": Word("predictions beside published measurements, per source", _validate_flags),
     "calibrate": Word("constants of a stack and chip from measured steps, with left-out error", _calibrate_flags),
     "article": Word("audit the reference article, claim by claim", _article_flags, reads_gin=True),

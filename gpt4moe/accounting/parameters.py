@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from gpt4moe.accounting import vision
 from gpt4moe.accounting.shape import NORM_KINDS, Shape, shape_of
@@ -25,12 +26,13 @@ class ParameterCount:
     resampler: int = 0
     cross_attention: int = 0
 
-    @property
+    @functools.cached_property
     def total(self) -> int:
         """All parameters."""
         return sum(dataclasses.astuple(self))
 
 
+@functools.lru_cache(maxsize=256)
 def count(model: ModelConfig | Shape) -> ParameterCount:
     """Returns every parameter of the model; what reads images only a configuration has."""
     shape, seeing = shape_of(model), getattr(model, "vision", None)

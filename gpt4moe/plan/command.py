@@ -13,6 +13,7 @@ from gpt4moe.config.run import RunConfig
 
 # Each module has `answer(args, build) -> (document, to_text)`.
 MODULES: dict[str, str] = {
+    "search": "search_command",
     "validate": "validate",
     "calibrate": "calibrate",
     "article": "article",

@@ -6,6 +6,7 @@ In: degrees, and the shape they are for. Out: a `Layout`, or a `CallerError` tha
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from gpt4moe.accounting.shape import Shape
 from gpt4moe.config.check import require, require_count, require_flag
@@ -13,7 +14,7 @@ from gpt4moe.plan.schedules import SCHEDULES
 
 REMAT = ("none", "selective", "full")
 DEGREES = (
-    "tensor", "context", "stage", "virtual_stages", "expert", "expert_tensor", "data", "microbatch_rows",
+    "tensor", "context", "stage", "virtual_stages", "expert", "expert_tensor", "data", "microbatch_rows", "passes",
 )  # fmt: skip
 
 
@@ -24,9 +25,11 @@ class Layout:
     expert and expert_tensor say how those same chips of one stage hold the experts: a group of expert * expert_tensor
     of them has every expert once (Megatron's folding; our mesh's `expert` axis is a part of `data` here).
     virtual_stages: chunks of layers a stage. zero: 0 replicates all, 1 shards optimizer state, 2 gradients too, 3
-    weights too (FSDP), over `zero_group` replicas (0: all of data). microbatch_rows: sequences of one microbatch of one
-    replica. remat: what is computed again in the backward pass: nothing, the attention core, whole layers.
-    sequence_parallel: norms and residuals are sharded over tensor.
+    weights too (FSDP), over `zero_group` replicas (0: all of data); of experts over `expert_zero_group` chips (0: the
+    copies of an expert among those replicas). microbatch_rows: sequences of one microbatch of one replica. passes: how
+    often a step fills and empties the pipeline, with as many microbatches each. remat: what is computed again in the
+    backward pass: nothing, the attention core, whole layers. sequence_parallel: norms and residuals are sharded over
+    tensor.
     """
 
     tensor: int = 1
@@ -42,6 +45,8 @@ class Layout:
     remat: str = "selective"
     sequence_parallel: bool = True
     schedule: str = "1f1b"
+    passes: int = 1
+    expert_zero_group: int = 0
 
     def __post_init__(self) -> None:
         for name in DEGREES:
@@ -53,6 +58,7 @@ class Layout:
         require_count("Layout.zero_group", self.zero_group, least=0)
         whole = self.data % self.zero_degree == 0
         require(whole, "Layout.zero_group", self.zero_group, f"must divide data ({self.data})")
+        require_count("Layout.expert_zero_group", self.expert_zero_group, least=0)
         several = self.virtual_stages == 1 or SCHEDULES[self.schedule].has_virtual_stages
         mend = "take schedule interleaved"
         require(several, "Layout.virtual_stages", self.virtual_stages, f"must be 1 under {self.schedule}", mend)
@@ -75,6 +81,11 @@ class Layout:
         """Copies of every expert: chips of a stage over those that hold all experts once."""
         return self.tensor * self.context * self.data // (self.expert * self.expert_tensor)
 
+    @property
+    def expert_zero_degree(self) -> int:
+        """Copies of an expert over which ZeRO shards."""
+        return self.expert_zero_group or max(self.expert_data * self.zero_degree // self.data, 1)
+
     def microbatches(self, batch_rows: int) -> int:
         """Returns the microbatches of one replica in a step of `batch_rows` sequences; raises where it is no whole."""
         span = self.data * self.microbatch_rows
@@ -88,10 +99,7 @@ class Layout:
 
         Those two also hold head and embedding (so do Llama 3, section 3.3.2, and Skywork-MoE).
         """
-        least, more = divmod(num_layers, self.stage)
-        order = sorted(range(self.stage), key=lambda index: (index == self.stage - 1, index == 0))
-        longer = set(order[:more])
-        return tuple(least + (index in longer) for index in range(self.stage))
+        return _stage_layers(num_layers, self.stage)
 
     def check(self, shape: Shape) -> None:
         """Raises `CallerError` where the shape does not divide over the layout."""
@@ -113,3 +121,11 @@ class Layout:
 
 def _divides(setting: str, value: int, axis: str, degree: int) -> None:
     require(value % degree == 0, setting, value, f"must be divisible by the {axis} degree ({degree})")
+
+
+@functools.lru_cache(maxsize=4096)
+def _stage_layers(num_layers: int, stages: int) -> tuple[int, ...]:
+    least, more = divmod(num_layers, stages)
+    order = sorted(range(stages), key=lambda index: (index == stages - 1, index == 0))
+    longer = set(order[:more])
+    return tuple(least + (index in longer) for index in range(stages))

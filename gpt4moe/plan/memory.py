@@ -128,7 +128,7 @@ def estimate(
     layout.check(shape)
     require_count("sequence_length", sequence_length)
     if reserved_bytes is None:
-        reserved_bytes = TPU_RESERVED_BYTES if chip.name.startswith("tpu") else RESERVED_BYTES
+        reserved_bytes = reserved_bytes_of(chip)
     most = microbatches or 4 * layout.stage * layout.virtual_stages
     found = {}
     for stage in _stages_to_look_at(shape, layout):
@@ -139,6 +139,11 @@ def estimate(
         **found[fullest], reserved_bytes=reserved_bytes, most_loaded_stage=fullest,
         chip_bytes=chip.memory_bytes, stage_bytes=totals,
     )  # fmt: skip
+
+
+def reserved_bytes_of(chip: Chip) -> float:
+    """Returns what runtime and libraries usually take of a chip."""
+    return TPU_RESERVED_BYTES if chip.name.startswith("tpu") else RESERVED_BYTES
 
 
 def _stages_to_look_at(shape: Shape, layout: Layout) -> list[int]:
@@ -159,7 +164,7 @@ def _stage(
     dense_layers, moe_layers = layers_of_stage(shape, layout, stage)
     dense, routed, layer = stage_parameters(shape, layout, stage)
     schedule = SCHEDULES[layout.schedule]
-    degree, expert_degree = layout.zero_degree, max(layout.expert_data * layout.zero_degree // layout.data, 1)
+    degree, expert_degree = layout.zero_degree, layout.expert_zero_degree
     shards = [(dense, degree), (routed, expert_degree)]
     kept = {level: sum(count / (over if layout.zero >= level else 1) for count, over in shards) for level in (1, 2, 3)}
     in_flight = schedule.in_flight(layout.stage, microbatches, layout.virtual_stages, stage)

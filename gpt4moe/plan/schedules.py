@@ -42,6 +42,9 @@ def _interleaved_in_flight(stages: int, microbatches: int, virtual: int, stage: 
 # 2, with its overlapped forward and backward as long as the two: (p/2 - 1) (F&B + B - 3W) = (p/2 - 1) 2/3 (F + B).
 SCHEDULES = {
     "gpipe": Schedule(_ours, lambda p, m, v, stage: m),
+    "circular": Schedule(
+        _ours, lambda p, m, v, stage: m if p > 1 else 1, has_virtual_stages=True
+    ),  # `accounting.pipeline`
     "1f1b": Schedule(_ours, lambda p, m, v, stage: min(m, p - stage)),
     "interleaved": Schedule(_ours, _interleaved_in_flight, has_virtual_stages=True),
     "zb_h1": Schedule(lambda p, m, v: (p - 1) / (3 * m), lambda p, m, v, stage: min(m, p)),

@@ -55,11 +55,12 @@ class StepTime:
 
 def estimate(
     shape: Shape | ModelConfig, layout: Layout, chip: Chip, batch_tokens: int, sequence_length: int,
-    stack: Stack | None = None,
+    stack: Stack | None = None, known: dict | None = None,
 ) -> StepTime:  # fmt: skip
     """Returns the time of one step of `batch_tokens` tokens in rows of `sequence_length`.
 
-    Raises `CallerError` where shape or batch do not divide over the layout.
+    known: an empty dict, kept between calls for layouts of one shape, chip, stack and sequence length: layers that are
+    alike in them are reckoned once. Raises `CallerError` where shape or batch do not divide over the layout.
     """
     shape, stack = shape_of(shape), stack or Stack()
     layout.check(shape)
@@ -67,7 +68,7 @@ def estimate(
     require_count("batch_tokens", batch_tokens, least=sequence_length)
     microbatches = layout.microbatches(batch_tokens // sequence_length)
     place = Place(shape, layout, chip, stack, sequence_length)
-    parts = _parts(place, microbatches)
+    parts = _parts(place, microbatches, {} if known is None else known)
     parts = {name: seconds * stack.seconds_scale * scale_of(name, stack) for name, seconds in parts.items()}
     total = sum(parts.values())
     rate = batch_tokens / total
@@ -80,16 +81,18 @@ def scale_of(part: str, stack: Stack) -> float:
     return getattr(stack, f"{KIND_OF[part]}_scale")
 
 
-def _parts(place: Place, microbatches: int) -> dict[str, float]:
+def _parts(place: Place, microbatches: int, known: dict) -> dict[str, float]:
     layout = place.layout
-    schedule, stages = SCHEDULES[layout.schedule], _stages(place)
+    schedule, stages = SCHEDULES[layout.schedule], _stages(place, known)
     if schedule.is_folded:
         stages = [_half_and_half(*pair) for pair in zip(stages, reversed(stages), strict=True)]
-    slowest = max(stages, key=lambda stage: sum(stage.values()))
+    distinct = {id(stage): stage for stage in stages}
+    seconds = {key: sum(stage.values()) for key, stage in distinct.items()}  # most stages are one and the same
+    slowest = max(stages, key=lambda stage: seconds[id(stage)])
     busy = {name: microbatches * seconds for name, seconds in slowest.items()}
     busy_seconds = sum(busy.values())
-    mean = microbatches * sum(sum(stage.values()) for stage in stages) / len(stages)
-    ratio = schedule.bubble_ratio(layout.stage, microbatches, layout.virtual_stages)
+    mean = microbatches * sum(seconds[id(stage)] for stage in stages) / len(stages)
+    ratio = schedule.bubble_ratio(layout.stage, microbatches // layout.passes, layout.virtual_stages)
     compute = busy_seconds - busy["tensor_communication"] - busy["expert_communication"]
     return busy | {
         "bubble": ratio * mean,
@@ -104,10 +107,13 @@ def _half_and_half(one: dict[str, float], other: dict[str, float]) -> dict[str, 
     return {name: (seconds + other[name]) / 2 for name, seconds in one.items()}
 
 
-def _stages(place: Place) -> list[dict[str, float]]:
+def _stages(place: Place, layers: dict) -> list[dict[str, float]]:
     """Seconds of one microbatch, forward and backward, on every stage by cause."""
     shape, layout = place.shape, place.layout
-    plain, routed = (_layer(place, experts=experts) for experts in (False, True))
+    key = _key_of_layer(layout, on_torus=bool(place.chip.network and place.chip.network.torus_axes))
+    if key not in layers:
+        layers[key] = (*(_layer(place, experts=experts) for experts in (False, True)), _head(place))
+    plain, routed, head = layers[key]
     known: dict[tuple[int, int, bool], dict[str, float]] = {}
     found, start = [], 0
     for index, count in enumerate(layout.stage_layers(shape.num_layers)):
@@ -115,10 +121,17 @@ def _stages(place: Place) -> list[dict[str, float]]:
         start += count
         kind = (dense, count - dense, index == layout.stage - 1)
         if kind not in known:
-            known[kind] = _sum_of(plain, dense, routed, count - dense) | {"head": _head(place) if kind[2] else 0.0}
+            known[kind] = _sum_of(plain, dense, routed, count - dense) | {"head": head if kind[2] else 0.0}
             known[kind]["expert_communication"] = _exposed_expert(known[kind], place.stack)
         found.append(known[kind])
     return found
+
+
+def _key_of_layer(layout: Layout, *, on_torus: bool) -> tuple:
+    """What one layer's time depends on; on a torus the links of a group depend on the number of chips too."""
+    rest = layout.chips // layout.stage if on_torus else 0
+    degrees = (layout.tensor, layout.context, layout.expert, layout.expert_tensor, layout.microbatch_rows)
+    return (*degrees, layout.remat, layout.sequence_parallel, rest)
 
 
 def _exposed_expert(stage: dict[str, float], stack: Stack) -> float:
@@ -178,17 +191,18 @@ def _data_communication(place: Place, microbatches: int, compute_seconds: float)
     """Gradients summed and, under ZeRO, weights gathered, what computation does not hide."""
     shape, layout, stack = place.shape, place.layout, place.stack
     dense, routed = _fullest(shape, layout)
-    whole = layout.zero_degree == layout.data
     outer = Group(layout.data // layout.zero_degree, layout.tensor * layout.context * layout.zero_degree)
     sharding = place.group(layout.zero_degree * layout.context, layout.tensor)
-    copies = layout.expert_data if whole else max(layout.expert_data * layout.zero_degree // layout.data, 1)
-    expert_sharding = place.group(copies, layout.expert * layout.expert_tensor)
+    expert_sharding = place.group(layout.expert_zero_degree, layout.expert * layout.expert_tensor)
+    expert_outer = outer
+    if layout.expert_zero_group:
+        expert_outer = Group(layout.expert_data // layout.expert_zero_degree, outer.stride)
     total = 0.0
-    for count, group in ((dense, sharding), (routed, expert_sharding)):
+    for count, group, others in ((dense, sharding, outer), (routed, expert_sharding, expert_outer)):
         total += _sharded_seconds(place, count, group, microbatches)
-        if outer.size > 1:
+        if others.size > 1:
             left = count / (group.size if layout.zero else 1)
-            total += 2 * all_gather_seconds(left * stack.gradient_bytes, place.chip, outer, stack)
+            total += 2 * all_gather_seconds(left * stack.gradient_bytes, place.chip, others, stack)
     beside = compute_seconds if layout.zero == 3 else compute_seconds / microbatches
     return total - min(stack.data_overlap * total, beside)
 
@@ -212,5 +226,5 @@ def _optimizer(place: Place) -> float:
     shape, layout = place.shape, place.layout
     dense, routed = _fullest(shape, layout)
     if layout.zero:
-        dense, routed = dense / layout.zero_degree, routed / layout.expert_data
+        dense, routed = dense / layout.zero_degree, routed / layout.expert_zero_degree
     return (dense + routed) * OPTIMIZER_TRAFFIC_BYTES / (place.chip.bandwidth_bytes_per_second * MEMORY_EFFICIENCY)
