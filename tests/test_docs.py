@@ -1,17 +1,23 @@
 """Examples in the documents are run as they stand."""
 
+import dataclasses
 import json
 import pathlib
 import re
 import shlex
+import subprocess
+
+import pytest
 
 import gpt4moe
 from gpt4moe import flags
 from gpt4moe.analysis.scaling import REFIT_S_BASE, Routed
 from gpt4moe.configure import build_model, build_run, build_sweep
+from gpt4moe.data.prepare import prepare
 from gpt4moe.launch import main
 from gpt4moe.sweep.cells import make_cells
 from gpt4moe.train import trainable
+from tests.data.image_documents import picture
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -68,6 +74,55 @@ def test_the_commands_about_freezing_build():
         run, _ = build_run(arguments.gin_file, arguments.overrides)
         assert run.optimizer.frozen or run.optimizer.rate_scales
         trainable.table(run.model, run.optimizer)
+
+
+# Documents and images that each example of docs/vision.md has.
+OWN_PICTURES = {"text": (2, 2), "json": (6, 6), "bash": (2, 2), "python": (2, 2)}
+
+
+@pytest.mark.parametrize("block", OWN_PICTURES)
+def test_the_pictures_of_the_docs_are_read(block, tmp_path, monkeypatch):
+    """Every way of keeping them, as it stands: prepared with the commands of the page, from byte tokens."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures/clip").mkdir(parents=True)
+    for name, red, kind in (("a.png", 10, "PNG"), ("b.JPG", 20, "JPEG"), ("clip/0.png", 30, "PNG")):
+        (tmp_path / "pictures" / name).write_bytes(picture(red, kind=kind))
+    text = (ROOT / "docs/vision.md").read_text().partition("## Your own pictures")[2].partition("\n## ")[0]
+    commands, *examples = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
+    example, beside = dict(examples)[block], dict(examples)["text"]
+    if block in ("text", "bash"):
+        for line in beside.splitlines():
+            name, _, content = line.partition("  ")
+            if content:
+                (tmp_path / name).write_text(content.strip())
+    path = "pictures/"
+    if block == "json":
+        (tmp_path / "pictures/captions.jsonl").write_text(example)
+    elif block == "text":
+        (tmp_path / "pictures/clip/0.png").unlink()
+    elif block == "bash":
+        subprocess.run(shlex.split(example), check=True)
+        path = "pictures/000.tar"
+    else:
+        exec(example, {})
+        path = "pictures/*.parquet"
+    (command,) = [line for line in commands[1].splitlines() if line.startswith("gpt4moe prepare")]
+    arguments = flags.parse(shlex.split(command)[1:])
+    changes = [f"IMAGE_PATHS = {[path]}", "INIT_FROM = None", "IMAGE_FRAMES = 2"]
+    changes += ["tokenizer.TokenizerConfig.byte_level_only = True"]
+    run, _ = build_run(arguments.gin_file, [*arguments.overrides, *changes])
+    report = prepare(dataclasses.replace(run.data, held_out_fraction=0.0), tmp_path / "store")
+    (source,) = report.sources
+    assert (source.documents, source.images, source.bad_records) == (*OWN_PICTURES[block], 0)
+
+
+def test_every_command_about_vision_is_one_that_there_is():
+    commands = [line for line in (ROOT / "docs/vision.md").read_text().splitlines() if line.startswith("gpt4moe ")]
+    assert len(commands) >= 8
+    for command in commands:
+        arguments = flags.parse(shlex.split(command)[1:])
+        if arguments.command in ("train", "prepare"):
+            build_run(arguments.gin_file, arguments.overrides)
 
 
 def test_the_sweeps_of_the_docs_have_the_cells_they_say(tmp_path):

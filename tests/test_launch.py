@@ -22,8 +22,10 @@ TINY = "gin_configs/run/tiny.gin"
 
 
 def overrides_for(path: pathlib.Path) -> list[str]:
-    """Run files over the user's own text need to be told where it is."""
-    return ['DATA_PATHS = ["somewhere"]'] if "data/files.gin" in path.read_text() else []
+    """Run files over the user's own files need to be told where they are."""
+    text = path.read_text()
+    paths = {"DATA_PATHS": "data/files.gin", "IMAGE_PATHS": "data/pictures.gin"}
+    return [f'{macro} = ["somewhere"]' for macro, file in paths.items() if file in text]
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)

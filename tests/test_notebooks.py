@@ -8,6 +8,8 @@ import nbclient
 import nbformat
 import pytest
 
+from gpt4moe.configure import build_run
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Seconds for one cell, on a machine that runs the other tests beside it.
@@ -152,6 +154,13 @@ digits/data.SourceConfig.name = "digits"
 digits/data.SourceConfig.documents = @rendered.digits
 rendered.digits.count = 400
 """
+
+
+def test_vision_takes_the_steps_of_its_gin_file():
+    settings = {}
+    (cell,) = [cell for cell in code(read("vision")) if "parameters" in cell.metadata.get("tags", ())]
+    exec(cell.source, settings)
+    assert build_run([str(ROOT / settings["GIN_FILE"])])[0].train.steps == settings["STEPS"]
 
 
 def test_vision_trains_an_adapter_and_shows_where_it_looks(tmp_path, monkeypatch):
