@@ -77,8 +77,8 @@ def test_frames_are_encoded_each_and_read_together():
     resampler, dim, features = config.vision.resampler, ENCODER.dim, ENCODER.num_features
     width = dim  # of all heads
     # A frame more: itself, its keys and values, and a score and a weighted value with each latent.
-    frame = vision.flops_per_image(dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision)))
     cross = config.vision.cross_attention
+    frame = vision.flops_per_image(TINY)
     frame -= config.num_cross_attention_layers * 2 * features * dim * 2 * cross.kv_heads * cross.head_dim
     read = resampler.num_layers * (2 * features * dim * 2 * width + 4 * resampler.num_latents * features * width)
     assert vision.flops_per_image(config, 4) - vision.flops_per_image(config, 3) == frame + read

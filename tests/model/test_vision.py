@@ -133,6 +133,16 @@ def test_where_a_patch_stands_matters(axis):
     assert changed(placeless) < 1e-5
 
 
+def test_the_row_turns_the_first_quarter_of_a_head_and_the_column_the_second():
+    """By one radian a patch in the fastest pair of each; leading tokens are not turned."""
+    turn, (rows, columns) = vision.patch_rotation(ROTARY), ROTARY.grid
+    angles = np.arctan2(np.asarray(turn.sin), np.asarray(turn.cos))[0]
+    assert not angles[: ROTARY.num_leading].any()
+    of_patches = angles[ROTARY.num_leading :].reshape(rows, columns, -1)
+    fastest = of_patches[..., [0, of_patches.shape[-1] // 2]]
+    np.testing.assert_allclose(fastest, np.stack(np.mgrid[:rows, :columns], axis=-1), atol=1e-6)
+
+
 def test_rotary_positions_are_relative():
     """A query meets equal keys by their distance alone, in rows and in columns, and tells the two apart."""
     turn = vision.patch_rotation(dataclasses.replace(LEARNED, positions="rotary", height=16, width=12))
