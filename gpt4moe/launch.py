@@ -333,9 +333,7 @@ def _plan(args: argparse.Namespace) -> int:
     given = (getattr(args, "gin_file", ()), args.overrides, getattr(args, "gin_search_paths", ()))
     from gpt4moe.plan import command
 
-    builds = command.Build(
-        lambda: build_model(*given), lambda: build_run(*given)[0], lambda workdir: saved_run(workdir)[0]
-    )
+    builds = command.Build(lambda: build_model(*given), lambda: build_run(*given)[0], saved_run)
     _print(args, *command.answer(args, builds))
     return DONE
 

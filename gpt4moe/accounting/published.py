@@ -8,6 +8,7 @@ checkpoints. gpt4_1p8t is gin_configs/model/gpt4_1p8t.gin: the shape that gives 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 
 from gpt4moe.accounting.shape import LatentAttention, Shape
@@ -88,6 +89,7 @@ SHAPES = (
         "llama4_maverick", 48, 5120, 40, 8, 202_048, (128, 1, 8192), num_moe_layers=24, hidden_dim=16_384,
         shared_hidden_dim=8192,
     ),
+    dataclasses.replace(mixture("gpt_oss_120b", 36, 2880, 64, 8, 201_088, (128, 4, 2880)), head_dim=64),
     mixture("qwen3_30b_a3b", 48, 2048, 32, 4, 151_936, (128, 8, 768), qk_norm=True),
     mixture("qwen3_235b_a22b", 94, 4096, 64, 4, 151_936, (128, 8, 1536), qk_norm=True),
 )  # fmt: skip

@@ -59,7 +59,7 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
     if args.workdir:
         from gpt4moe.plan import own_runs
 
-        samples = [own_runs.read_sample(folder, build.saved(folder)) for folder in args.workdir]
+        samples = [own_runs.read_sample(folder, build.saved(folder)[0]) for folder in args.workdir]
         source = ", ".join(args.workdir)
     else:
         source = args.csv or str(PUBLISHED_RUNS)

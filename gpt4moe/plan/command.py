@@ -28,12 +28,12 @@ MODULES: dict[str, str] = {
 class Build:
     """Makes what the gin files and overrides of the command line bind: a model, or a whole run with a model.
 
-    saved: the run of a work directory.
+    saved: the run of a work directory, and its gin text.
     """
 
     model: Callable[[], ModelConfig]
     run: Callable[[], RunConfig]
-    saved: Callable[[str], RunConfig]
+    saved: Callable[[str], tuple[RunConfig, str]]
 
 
 def answer(args: argparse.Namespace, build: Build) -> tuple[Any, Callable[[Any], str]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Mapping
 
 from gpt4moe.plan import conventions
 from gpt4moe.plan.calibration import Entry, calibrated
-from gpt4moe.plan.measurements import Row
+from gpt4moe.plan.measurements import NotTold, Row
 from gpt4moe.plan.published_setups import Setup, setup_of
 
 # Module with `predict_row(row) -> float`, in the unit of the row.
@@ -67,7 +67,10 @@ def compare(row: Row, calibration: Mapping[str, Entry] | None = None) -> Compare
 
     calibration: constants by stack and chip (`calibration`), None for the uncalibrated model.
     """
-    return PREDICTORS[row.kind](row, calibration or {})
+    try:
+        return PREDICTORS[row.kind](row, calibration or {})
+    except NotTold as reason:
+        return Skipped(row.name, str(reason))
 
 
 def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared | Skipped:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gpt4moe.accounting import flops
-from gpt4moe.config.check import CallerError
+from gpt4moe.plan.measurements import NotTold
 from gpt4moe.plan.published_setups import Setup
 
 HOUR_SECONDS = 3600
@@ -57,7 +57,7 @@ def _chip_hours(setup: Setup, value: float) -> float:
     row = setup.row
     known = [start for start in setup.source.tokens if row.name.lower().startswith(start)]
     if not known:
-        raise CallerError(f"{row.where}, column measured_metric: 'gpu_hours' needs the tokens of the run, unknown here")
+        raise NotTold(f"gpu_hours need the tokens of the run, which are not known here ({row.where})")
     steps = setup.source.tokens[max(known, key=len)] / setup.batch_tokens
     return value * HOUR_SECONDS / setup.chips / steps
 

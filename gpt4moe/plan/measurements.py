@@ -25,6 +25,10 @@ KINDS = ("train", "infer")
 NEEDED = ("params_total", "layers", "d_model", "n_heads", "value")
 
 
+class NotTold(CallerError):
+    """A row that is well formed and leaves out what a prediction needs: it is passed over, and said so."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One measurement; None where the file leaves a cell empty. gpus are chips of any kind; tokens of one step."""

@@ -11,7 +11,7 @@ from gpt4moe.accounting import parameters
 from gpt4moe.accounting.published import SHAPES, gpt
 from gpt4moe.accounting.shape import Shape
 from gpt4moe.config.check import CallerError
-from gpt4moe.plan.measurements import Row
+from gpt4moe.plan.measurements import NotTold, Row
 
 # A published shape is the row's where widths agree and parameters are this near.
 NEAR = 0.04
@@ -68,9 +68,7 @@ def _with_experts(row: Row) -> Shape:
     """Experts in every layer; their width from total minus active, the head's from what is left of active."""
     found = EXPERTS_IN_NAME.search(row.name)
     if not found:
-        raise CallerError(
-            f"{row.where}, column name: {row.name!r} is no model we know, and must say its experts, as in moe-16e2"
-        )
+        raise NotTold(f"no model we know, and the name does not say its experts, as in moe-16e2 ({row.where})")
     experts, taken = int(found[1]), int(found[2])
     if not 0 < taken < experts:
         raise CallerError(f"{row.where}, column name: {found[0]!r} must have more experts than a token takes")

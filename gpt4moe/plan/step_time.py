@@ -83,8 +83,8 @@ def scale_of(part: str, stack: Stack) -> float:
 
 def _parts(place: Place, microbatches: int, known: dict) -> dict[str, float]:
     layout = place.layout
-    stages = _stages(place, known)
-    if SCHEDULES[layout.schedule].is_folded:  # a chip holds a stage and its mirror, and half the microbatches of each
+    schedule, stages = SCHEDULES[layout.schedule], _stages(place, known)
+    if schedule.is_folded:
         stages = [_half_and_half(*pair) for pair in zip(stages, reversed(stages), strict=True)]
     distinct = {id(stage): stage for stage in stages}
     seconds = {key: sum(stage.values()) for key, stage in distinct.items()}  # most stages are one and the same
@@ -92,7 +92,7 @@ def _parts(place: Place, microbatches: int, known: dict) -> dict[str, float]:
     busy = {name: microbatches * seconds for name, seconds in slowest.items()}
     busy_seconds = sum(busy.values())
     mean = microbatches * sum(seconds[id(stage)] for stage in stages) / len(stages)
-    ratio = SCHEDULES[layout.schedule].bubble_ratio(layout.stage, microbatches // layout.passes, layout.virtual_stages)
+    ratio = schedule.bubble_ratio(layout.stage, microbatches // layout.passes, layout.virtual_stages)
     compute = busy_seconds - busy["tensor_communication"] - busy["expert_communication"]
     return busy | {
         "bubble": ratio * mean,
@@ -103,6 +103,7 @@ def _parts(place: Place, microbatches: int, known: dict) -> dict[str, float]:
 
 
 def _half_and_half(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """A chip with a stage and its mirror image passes half of the microbatches through each."""
     return {name: (seconds + other[name]) / 2 for name, seconds in one.items()}
 
 

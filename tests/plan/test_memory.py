@@ -103,6 +103,19 @@ def test_experts_are_sharded_over_their_own_replicas():
     assert found.weight_bytes == pytest.approx(2 * (64 * dense + counted.experts / 8), rel=1e-9)
 
 
+def test_activations_of_experts_by_hand():
+    """Mixtral 8x7B, two experts a token: 8 d for norms, 4 d and keys of attention, experts 4 d + 6 f, the router."""
+    shape, dim, hidden = shape_named("mixtral_8x7b"), 4096, 14_336
+    attention = 8 * dim + 2 * dim + 2 * dim + 2 * 2 * 8 * 128
+    wanted = attention + 2 * (4 * dim + 6 * hidden) + 4 * 8
+    given = {"shape": shape, "numerics": memory.MIXED_ADAM, "sequence_length": LENGTH, "experts": True}
+    assert memory.activation_bytes_per_token(layout=Layout(), **given) == wanted
+    spread = Layout(tensor=4, expert=4, data=1)
+    assert memory.activation_bytes_per_token(layout=spread, **given) == pytest.approx(wanted / 4)
+    given["shape"] = dataclasses.replace(shape, capacity_factor=1.5)
+    assert memory.activation_bytes_per_token(layout=Layout(), **given) == wanted + 4 * dim + 6 * hidden
+
+
 def test_a_slice_of_replicas_shards_for_itself():
     shape = shape_named("llama2_7b")
     alone, sliced = (_estimate(shape, Layout(data=16, zero=3, zero_group=size)) for size in (0, 4))

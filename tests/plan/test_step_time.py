@@ -58,6 +58,16 @@ def test_parts_add_up(job):
     assert 0.1 < step.model_flops_utilization < 0.61
 
 
+def test_the_head_is_three_products():
+    """Twice the vocabulary adds three products of it and 16 bytes a logit through memory; the layers stay."""
+    once, twice = (dataclasses.replace(GPT, vocab_size=size) for size in (2**17, 2**18))
+    step, wide = (_estimate(shape, Layout(), tokens=2048) for shape in (once, twice))
+    product = product_seconds(A100, Stack(), 2048, 12_288, 2**17)
+    traffic = 2048 * 2**17 * 16 / (A100.bandwidth_bytes_per_second * 0.8)
+    assert wide.parts["head"] - step.parts["head"] == pytest.approx(3 * product + traffic)
+    assert wide.parts["matmul"] == step.parts["matmul"]
+
+
 def _better(field, factor):
     network = dataclasses.replace(H100.network, **{field: factor * getattr(H100.network, field)})
     return dataclasses.replace(H100, network=network)

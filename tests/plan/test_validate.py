@@ -93,6 +93,8 @@ def test_rows_of_others(tmp_path, capsys):
         {"name": "bloom-b", "tp": 8, "dp": 8, "value": 10},
         {"name": "bloom-c", "measured_metric": "memory_gb", "unit": "GB", "value": 30},
         {"name": "other-a", "measured_metric": "loss", "value": 2},
+        {"name": "other-b", "params_active": "2e9"},
+        {"name": "other-c", "measured_metric": "gpu_hours"},
     ]
     path = write(tmp_path / "rows.csv", *rows)
     assert main(["plan", "validate", "--csv", str(path), "--json"]) == 0
@@ -101,7 +103,8 @@ def test_rows_of_others(tmp_path, capsys):
     (group,) = document["regret_groups"]
     assert group["rows"] == ["bloom-a", "bloom-b"] and group["best"] == "bloom-b"
     assert group["regret"] == pytest.approx(0 if group["picked"] == "bloom-b" else 0.2)
-    assert [item["name"] for item in document["skipped"]] == ["other-a"]
+    assert [item["name"] for item in document["skipped"]] == ["other-a", "other-b", "other-c"]
+    assert all(item["reason"] for item in document["skipped"])
     for scored in (*document["sources"].values(), document["overall"]):
         assert {"mape", "bias", "spearman", "regret"} <= set(scored)
     assert main(["plan", "validate", "--csv", str(path)]) == 0
