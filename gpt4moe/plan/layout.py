@@ -50,7 +50,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in DEGREES:
-            require_count(f"Layout.{name}", getattr(self, name))
+            degree = getattr(self, name)
+            if type(degree) is not int or degree < 1:  # a search makes ten thousands of layouts
+                require_count(f"Layout.{name}", degree)
         require(self.zero in range(4), "Layout.zero", self.zero, "must be 0, 1, 2 or 3")
         require(self.remat in REMAT, "Layout.remat", self.remat, f"must be in {REMAT}")
         require(self.schedule in SCHEDULES, "Layout.schedule", self.schedule, f"must be in {tuple(SCHEDULES)}")

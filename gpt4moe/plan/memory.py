@@ -171,7 +171,9 @@ def _stage(
     tokens = layout.microbatch_rows * sequence_length / layout.context
     per_token = dense_layers * activation_bytes_per_token(shape, layout, numerics, sequence_length)
     per_token += moe_layers * activation_bytes_per_token(shape, layout, numerics, sequence_length, experts=True)
-    of_one = _working_set(shape, layout, numerics, sequence_length, experts=moe_layers > 0) * tokens
+    of_one = 0.0
+    if layout.remat == "full":  # the layer that is computed again, once
+        of_one = _whole_layer(shape, layout, numerics, 0, experts=moe_layers > 0) * tokens
     gathered = 2 * layer * numerics.weight_bytes if layout.zero == 3 and degree > 1 else 0.0
     last = stage == layout.stage - 1
     return {
@@ -226,16 +228,21 @@ def activation_bytes_per_token(
     A GPT layer without SwiGLU keeps s b h (34 + 5 a s / h) in 16 bits with dropout (Korthikanti et al., equation 1);
     over t chips 10 + 24 / t + 5 a s / (h t), with sequence parallelism all over t; selective drops the score term.
     """
+    if layout.remat == "full":
+        return numerics.activation_bytes * shape.model_dim / (layout.tensor if layout.sequence_parallel else 1)
+    scores = sequence_length if layout.remat == "none" and not numerics.flash else 0
+    return _whole_layer(shape, layout, numerics, scores, experts=experts)
+
+
+def _whole_layer(shape: Shape, layout: Layout, numerics: Numerics, scores: int, *, experts: bool) -> float:
+    """Bytes a token of a layer of which nothing is computed again, but the scores with so many keys."""
     a, dim, tensor = numerics.activation_bytes, shape.model_dim, layout.tensor
     spread = tensor if layout.sequence_parallel else 1
-    if layout.remat == "full":
-        return a * dim / spread
     masks = 1 if numerics.dropout else 0
     whole = 4 * a * dim + 2 * masks * dim  # inputs of two norms, of query-key-value and of the feed-forward; two masks
     width = shape.core_width
     inside = a * width + a * width + a * kept_keys(shape)  # queries, input of the output projection, keys and values
-    if layout.remat == "none" and not numerics.flash:
-        inside += (2 * a + masks) * shape.num_heads * sequence_length
+    inside += (2 * a + masks) * shape.num_heads * scores
     if not experts:
         return whole / spread + (inside + _hidden(shape, shape.hidden_dim) * a) / tensor
     factor = shape.experts_per_token * (shape.capacity_factor or 1)
@@ -254,14 +261,6 @@ def kept_keys(shape: Shape) -> float:
 def _hidden(shape: Shape, hidden_dim: int) -> int:
     """Values kept of a feed-forward: input and output of its nonlinearity, the gate where there is one."""
     return shape.matrices * hidden_dim
-
-
-def _working_set(shape: Shape, layout: Layout, numerics: Numerics, sequence_length: int, *, experts: bool) -> float:
-    """Bytes a token of the layer that is computed again: there at one moment, once."""
-    if layout.remat != "full":
-        return 0.0
-    whole = dataclasses.replace(layout, remat="selective")
-    return activation_bytes_per_token(shape, whole, numerics, sequence_length, experts=experts)
 
 
 def cache_bytes_per_token(shape: Shape, tensor: int = 1, *, batch_sharded: bool = False, value_bytes: int = 2) -> float:
