@@ -181,7 +181,7 @@ def test_the_examples_of_the_laws_run_and_give_what_they_say(capsys):
 
 def test_the_readme_shows_what_the_planner_prints(capsys):
     text = (ROOT / "README.md").read_text()
-    shown = re.findall(r"```bash\n(gpt4moe plan .*?)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
+    shown = re.findall(r"```bash\n(gpt4moe plan [^`]*?)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
     assert len(shown) == 4
     for command, lines in shown:
         assert main(shlex.split(command)[1:]) == 0
