@@ -273,7 +273,10 @@ def nothing():
     [
         (SourceConfig("a", paths="nowhere/*.txt"), "names no file of a known kind"),
         (SourceConfig("a", paths="empty.jsonl"), r"source='a' has no documents \(0 bad records\)"),
-        (SourceConfig("a", paths="wrong.jsonl"), r"source='a' has no documents \(2 bad records, first wrong.jsonl:1 has no text"),
+        (
+            SourceConfig("a", paths="wrong.jsonl"),
+            r"source='a' has no documents \(2 bad records, first wrong.jsonl:1 has",
+        ),
         (SourceConfig("a", paths="damaged.jsonl.gz"), "cannot be read"),
         (SourceConfig("a", documents=nothing), "source='a' has no documents"),
     ],
