@@ -161,7 +161,9 @@ def _tokenise(
     for name, done in by_source.items():
         if not any(sum(unit_counts.documents.values()) for _, unit_counts in done):
             bad = sum(unit_counts.bad_records for _, unit_counts in done)
-            raise CallerError(f"source={name!r} has no documents ({bad} bad records); check its paths or text_field")
+            first = next((f", first {example}" for _, counts in done for example in counts.bad_examples), "")
+            said = f"source={name!r} has no documents ({bad} bad records{first})"
+            raise CallerError(f"{said}; check its paths or text_field")
     reports = [assemble(name, done, building, tokenizer, fractions[name]) for name, done in by_source.items()]
     for report in reports:
         if report.bad_records:

@@ -161,13 +161,16 @@ def test_a_tokenizer_without_a_token_for_images_is_a_one_line_error(tmp_path):
 
 
 def test_merges_are_learned_from_the_text_around_images_and_from_plain_markers(tmp_path):
+    """Plain are those of a function, whose documents have a group, and not those of a file."""
     lines = [
         {"text": "a<image>b", "images": [url(picture(1))]},
         {"text": "plain <image>"},
         {"text": "<image>", "images": []},
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    unit = Unit("pictures", tmp_path, (FilePart(f"{tmp_path}/a.jsonl", 0),), "text", None, 0.0, "images", 100)
+    files = (FilePart(f"{tmp_path}/a.jsonl", 0),)
     source = SourceConfig("pictures", paths="unread", image_field="images")
     config = DataConfig((source,), 16, TokenizerConfig(train_bytes=4000), held_out_fraction=0.0, images=IMAGES)
-    assert list(training_texts(config, [unit])) == ["ab", "plain <image>"]
+    for group, texts in (("group", ["ab", "plain <image>"]), (None, ["ab"])):
+        unit = Unit("pictures", tmp_path, files, "text", group, 0.0, "images", 100)
+        assert list(training_texts(config, [unit])) == texts

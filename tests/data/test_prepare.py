@@ -85,6 +85,17 @@ def test_documents_come_back_from_the_store_and_are_counted(tmp_path):
     assert any("a: 2 bad records" in line and "a.jsonl:4 is not JSON" in line for line in lines)
 
 
+def test_a_source_of_bad_records_alone_names_the_first(tmp_path):
+    write_documents(tmp_path / "a.jsonl", 2, broken=(0, 1))
+    with pytest.raises(
+        ValueError, match=rf"no documents \(2 bad records, first {tmp_path}/a.jsonl:1 is not JSON [^\n]*$"
+    ):
+        prepare(config_of(tmp_path), tmp_path / "store")
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match=r"no documents \(0 bad records\); check"):
+        prepare(config_of(tmp_path), tmp_path / "store")
+
+
 @pytest.mark.parametrize(("count", "named"), [(3, 3), (16, 16), (120, 100)])
 def test_bad_records_are_named_up_to_a_number_and_counted(tmp_path, small_units, count, named):
     write_documents(tmp_path / "a.jsonl", 150, broken=range(count))
@@ -262,7 +273,10 @@ def nothing():
     [
         (SourceConfig("a", paths="nowhere/*.txt"), "names no file of a known kind"),
         (SourceConfig("a", paths="empty.jsonl"), r"source='a' has no documents \(0 bad records\)"),
-        (SourceConfig("a", paths="wrong.jsonl"), r"source='a' has no documents \(2 bad records\)"),
+        (
+            SourceConfig("a", paths="wrong.jsonl"),
+            r"source='a' has no documents \(2 bad records, first wrong.jsonl:1 has",
+        ),
         (SourceConfig("a", paths="damaged.jsonl.gz"), "cannot be read"),
         (SourceConfig("a", documents=nothing), "source='a' has no documents"),
     ],
