@@ -100,6 +100,7 @@ def test_our_pipeline_is_filled_no_more_often_than_memory_asks():
     several = [item for item in search(job, SPACES["ours"]).ranked if item.layout.passes > 1]
     assert several
     for item in several[:20]:
+        assert item.step.microbatches % item.layout.passes == 0
         least = [passes for passes in range(1, item.layout.passes) if item.step.microbatches % passes == 0]
         fewer = dataclasses.replace(item.layout, passes=least[-1])
         assert not cost_one(job, fewer, item.batch_rows).memory.fits
@@ -128,6 +129,7 @@ def test_dollars_take_fewer_chips_where_time_takes_all():
 def test_the_fit_of_the_nearest_miss_is_in_its_family():
     found = search(a_job("mixtral_8x22b", "a100_40", 32, 64))
     assert len(found.families) > 6
+    assert all(item.memory.fits for item in found.ranked) and len(found.ranked) < found.examined
     for name, item in found.families.items():
         same = [other for other in found.ranked if other.family == name]
         assert item.family == name and (item is same[0] if same else not item.memory.fits)
