@@ -78,7 +78,16 @@ def test_schedules_beside_each_other():
     assert ratio["zb_h1"] == pytest.approx(ratio["1f1b"] / 3)
     assert ratio["dualpipe"] == pytest.approx((8 / 2 - 1) * 2 / 3 / 32)
     held = {name: schedule.in_flight(8, 32, 1, 0) for name, schedule in SCHEDULES.items()}
-    assert held == {"gpipe": 32, "1f1b": 8, "interleaved": 8, "zb_h1": 8, "zb_h2": 15, "zb_v": 8, "dualpipe": 9}
+    assert held == {
+        "gpipe": 32,
+        "1f1b": 8,
+        "interleaved": 8,
+        "zb_h1": 8,
+        "zb_h2": 15,
+        "zb_v": 8,
+        "dualpipe": 9,
+        "circular": 32,
+    }
     assert SCHEDULES["1f1b"].in_flight(8, 32, 1, 7) == 1
 
 
