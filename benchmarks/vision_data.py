@@ -56,7 +56,7 @@ class Kind:
     warm_up: int
     images: ImageConfig
     sequence_length: int
-    patch_size: int
+    patch: tuple[int, int]
 
 
 def main() -> None:
@@ -76,8 +76,8 @@ def main() -> None:
     # Drawn in this process, whose CPU time is measured, and not by as many as there are cores.
     digits, pages = map(inspect.unwrap, (rendered.digits, rendered.pages))
     kinds = {
-        "digits": Kind(functools.partial(digits, count=arguments.digits), 3000, small, 128, 8),
-        "pages": Kind(functools.partial(pages, count=arguments.pages), 1, large, 2048, 14),
+        "digits": Kind(functools.partial(digits, count=arguments.digits), 3000, small, 128, (8, 8)),
+        "pages": Kind(functools.partial(pages, count=arguments.pages), 1, large, 2048, (14, 14)),
     }
     results: dict = {"cores": len(os.sched_getaffinity(0)), "free_cores": free_cores()}
     for name, kind in kinds.items():
@@ -120,7 +120,7 @@ def stored(kind: Kind, documents: list[Document], folder: pathlib.Path) -> tuple
 def counted(kind: Kind, store: TokenStore, config: DataConfig) -> dict:
     """Bytes a patch and a token, and how many times as many a patch is."""
     rows = TrainRows(store, config, microbatch_rows=MICROBATCH_ROWS)
-    counts = rows.image_bytes((kind.patch_size, kind.patch_size))["images"]
+    counts = rows.image_bytes(kind.patch)["images"]
     return {
         "stored_bytes_per_image": round(counts.stored_per_image),
         "stored_bytes_per_patch": round(counts.stored_per_patch, 1),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
-from gpt4moe.config.check import CallerError
+from gpt4moe.config.check import CallerError, near
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +125,5 @@ def chip_named(name: str) -> Chip:
     """Returns the chip of this name in the table; raises `CallerError` with the names nearest to an unknown one."""
     by_name = {chip.name: chip for chip in CHIPS}
     if name not in by_name:
-        typed = name.lower().replace("-", "_")
-        begun = [known for known in by_name if typed and known.startswith(typed)]
-        near = begun or difflib.get_close_matches(typed, by_name, n=3, cutoff=0.3)
-        raise CallerError(f"chip={name!r} is not in the table; near: {', '.join(near or by_name)}")
+        raise CallerError(f"chip={name!r} is not in the table; near: {near(name, by_name)}")
     return by_name[name]

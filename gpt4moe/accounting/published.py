@@ -9,10 +9,9 @@ checkpoints. gpt4_1p8t is gin_configs/model/gpt4_1p8t.gin: the shape that gives 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 from gpt4moe.accounting.shape import LatentAttention, Shape
-from gpt4moe.config.check import CallerError
+from gpt4moe.config.check import CallerError, near
 
 DEEPSEEK_ATTENTION = LatentAttention(query_rank=1536, key_value_rank=512, plain_dim=128, rotary_dim=64, value_dim=128)
 
@@ -100,6 +99,5 @@ def shape_named(name: str) -> Shape:
     """Returns a published shape; raises `CallerError` with the names nearest to an unknown one."""
     by_name = {shape.name: shape for shape in SHAPES}
     if name not in by_name:
-        near = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.3)
-        raise CallerError(f"shape={name!r} is not among the published ones; near: {', '.join(near or by_name)}")
+        raise CallerError(f"shape={name!r} is not among the published ones; near: {near(name, by_name)}")
     return by_name[name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 
 
 class CallerError(ValueError):
@@ -38,6 +40,13 @@ def require_instance(setting: str, value: object, kind: type, *, optional: bool 
 def require_number(setting: str, value: int | float) -> None:
     """Raises unless `value` is a finite number."""
     require(_is_number(value), setting, value, "must be a finite number")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Returns, for a message, the known names that begin as `name` does, else the most alike, else all of them."""
+    known, typed = list(known), name.lower().replace("-", "_")
+    begun = [item for item in known if typed and item.startswith(typed)]
+    return ", ".join(begun or difflib.get_close_matches(typed, known, n=3, cutoff=0.3) or known)
 
 
 def require_positive(setting: str, value: int | float | None) -> None:

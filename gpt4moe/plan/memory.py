@@ -8,7 +8,6 @@ Korthikanti et al. 2022 (2205.05198), equations 1 to 5; Rajbhandari et al. 2020 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 from gpt4moe.accounting import memory as exact
 from gpt4moe.accounting import parameters
@@ -187,12 +186,6 @@ def _stage(
     }
 
 
-@functools.lru_cache(maxsize=1024)
-def counted_parameters(shape: Shape) -> parameters.ParameterCount:
-    """Returns `parameters.count`, once for each shape: a search asks thousands of times."""
-    return parameters.count(shape)
-
-
 def layers_of_stage(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
     """Returns the layers of a stage without experts and with them; those without come first in the model."""
     counts = layout.stage_layers(shape.num_layers)
@@ -206,7 +199,7 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[float, f
 
     A table that head and embedding share is on the first stage and on the last.
     """
-    counted = counted_parameters(shape)
+    counted = parameters.count(shape)
     dense_layers, moe_layers = layers_of_stage(shape, layout, stage)
     attention = (counted.attention + counted.norms) / shape.num_layers
     plain = attention + counted.dense / max(shape.num_dense_layers, 1)

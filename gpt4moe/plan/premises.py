@@ -7,14 +7,13 @@ numbers imply or what its sources say.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt4moe.accounting.chips import Chip, chip_named
 from gpt4moe.accounting.published import shape_named
 from gpt4moe.accounting.shape import Shape
-from gpt4moe.config.check import CallerError, require, require_count, require_positive
+from gpt4moe.config.check import CallerError, near, require, require_count, require_positive
 from gpt4moe.plan.claims import Claim
 
 SHAPE = "gpt4_1p8t"
@@ -138,8 +137,7 @@ def move(premises: Premises, shape: Shape, settings: Sequence[str]) -> tuple[Pre
         require(bool(separator and text), "--set", setting, "must have the form NAME=VALUE")
         known = [*(field.name for field in dataclasses.fields(Premises)), *WIDTHS]
         if name not in known:
-            near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.3)
-            raise CallerError(f"--set {name}={text} is no premise; near: {', '.join(near or known)}")
+            raise CallerError(f"--set {name}={text} is no premise; near: {near(name, known)}")
         (widths if name in WIDTHS else changes)[name] = _parsed(name, text)
     for name, width in widths.items():
         require_count(name, width)
