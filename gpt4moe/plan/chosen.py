@@ -64,9 +64,14 @@ def layout_from(args: argparse.Namespace, shape: Shape) -> Layout:
     )
 
 
+def usual_stack(chip: Chip) -> str:
+    """Returns the software that most train with on such a chip."""
+    return "maxtext" if chip.name.startswith("tpu") else "megatron-core"
+
+
 def stack_from(args: argparse.Namespace, chip: Chip) -> tuple[Stack, bool]:
     """Returns the software of --stack, by default the usual of such chips, and whether --calibration has it."""
-    stack = stack_named(args.stack or ("maxtext" if chip.name.startswith("tpu") else "megatron-core"))
+    stack = stack_named(args.stack or usual_stack(chip))
     if args.imbalance is not None:
         require(args.imbalance >= 1, "--imbalance", args.imbalance, "must be at least 1")
         stack = dataclasses.replace(stack, imbalance=args.imbalance)

@@ -83,14 +83,17 @@ def _pieces(item: Costed) -> int:
     return item.layout.microbatches(item.batch_rows) // item.layout.passes
 
 
-def layout_of(run: RunConfig, num_chips: int) -> Layout:
-    """Returns the layout of a run on so many chips, for its largest batch; raises where its mesh spans others."""
+def layout_of(run: RunConfig, num_chips: int, batch_tokens: int | None = None) -> Layout:
+    """Returns the layout of a run on so many chips, for a batch of its ramp, None: the largest.
+
+    Raises where the mesh spans another number of chips.
+    """
     sizes = run.mesh.sizes(num_chips)
     run.check_sizes(sizes)
     data = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     several, sharded = sizes["stage"] > 1, sizes["fsdp"] > 1
     pieces = run.stage_microbatches(sizes) if several else 1
-    batch_rows = run.train.ramp[-1][1] // run.data.sequence_length
+    batch_rows = (batch_tokens or run.train.ramp[-1][1]) // run.data.sequence_length
     group = sizes["fsdp"] if sharded else sizes["data"]
     return Layout(
         sizes["tensor"],

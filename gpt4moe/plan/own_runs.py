@@ -18,11 +18,10 @@ from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.run import RunConfig
 from gpt4moe.plan import step_time
 from gpt4moe.plan.calibrate import Sample
-from gpt4moe.plan.layout import Layout
+from gpt4moe.plan.gin_export import layout_of
 from gpt4moe.plan.stacks import Stack
 
 STACK = Stack("gpt4moe", data_overlap=0.0)
-REMAT = {"none": "none", "dots": "selective", "full": "full"}
 # A CPU has no data sheet here: memory bandwidth that a server's socket reaches, for the small elementwise part.
 CPU_BYTES_PER_SECOND = 20e9
 CPU_MEMORY_BYTES = 64e9
@@ -45,22 +44,6 @@ def read_sample(workdir: str | os.PathLike, run: RunConfig) -> Sample:
     step = step_time.estimate(run.model, layout, chip, batch_tokens, run.data.sequence_length, STACK)
     kinds = {kind: sum(step.parts[name] for name in names) for kind, names in step_time.KINDS.items()}
     return Sample(str(folder), f"{STACK.name}/{chip.name}", kinds, seconds, str(folder))
-
-
-def layout_of(run: RunConfig, num_devices: int, batch_tokens: int) -> Layout:
-    """Returns the layout that a run's mesh is: rows lie over data, fsdp and expert."""
-    sizes = run.mesh.sizes(num_devices)
-    data = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    rows = batch_tokens // run.data.sequence_length
-    each = min(run.train.microbatch_rows or rows, rows)
-    pieces = run.stage_microbatches(sizes) if sizes["stage"] > 1 else 1
-    zero = 3 if sizes["fsdp"] > 1 else 1 if run.mesh.zero1 else 0
-    virtual = run.mesh.virtual_stages
-    return Layout(
-        sizes["tensor"], sizes["context"], sizes["stage"], virtual, sizes["expert"], sizes["tensor"], data, zero,
-        sizes["fsdp"] * sizes["expert"] if zero == 3 else 0, max(each // (data * pieces), 1), REMAT[run.model.remat],
-        run.mesh.sequence_parallel, "interleaved" if virtual > 1 else "gpipe",
-    )  # fmt: skip
 
 
 def _logged(folder: pathlib.Path) -> list[dict]:

@@ -17,11 +17,12 @@ from gpt4moe.config.check import CallerError, require, require_count, require_no
 from gpt4moe.config.run import RunConfig
 from gpt4moe.plan import gin_export, goodput, own_runs, search_table
 from gpt4moe.plan.calibration import calibrated, read_calibration
+from gpt4moe.plan.chosen import usual_stack
 from gpt4moe.plan.goodput import Reliability
 from gpt4moe.plan.layout import DEGREES, Layout
 from gpt4moe.plan.layouts import OUR_SCHEDULE, SPACES, Candidate, Job, Space
 from gpt4moe.plan.memory import NUMERICS
-from gpt4moe.plan.published_sources import SOURCES
+from gpt4moe.plan.published_sources import stack_named
 from gpt4moe.plan.search import Costed, cost_all, cost_one, rank, search
 from gpt4moe.plan.stacks import Stack
 
@@ -119,12 +120,9 @@ def _num_chips(args: argparse.Namespace, run: RunConfig | None) -> int:
 
 
 def _stack(args: argparse.Namespace, space: Space, chip: Chip) -> Stack:
-    usual = "maxtext" if chip.name.startswith("tpu") else "megatron"
-    stack = own_runs.STACK if space.name == "ours" else SOURCES[usual].stack
-    if args.stack is not None:
-        constraint = f"must be in {', '.join(SOURCES)}"
-        require(args.stack in SOURCES, "--stack", args.stack, constraint)
-        stack = SOURCES[args.stack].stack
+    stack = (
+        own_runs.STACK if space.name == "ours" and args.stack is None else stack_named(args.stack or usual_stack(chip))
+    )
     return calibrated(stack, chip.name, read_calibration(args.calibration)) if args.calibration else stack
 
 

@@ -109,7 +109,7 @@ def test_the_table_says_what_the_document_does(capsys):
         (("--price=-1",), "--price=-1.0 must be a number of at least 0"),
         (("--memory_gb=0",), "--memory_gb=0.0 must be a number above 0"),
         (("--numerics=fp4",), "--numerics='fp4' must be in mixed_adam, "),
-        (("--stack=jax",), "--stack='jax' must be in megatron-sc21, "),
+        (("--stack=jax",), "--stack='jax' must be in bloom, deepseek"),
         (("--layout=tensors=8",), "--layout='tensors=8' has unknown 'tensors'; known are tensor, "),
         (("--layout=tensor=x",), "--layout='tensor=x' needs a whole number for tensor, not 'x'"),
         (("--layout=tensor=64",), "--layout='tensor=64' needs 64 chips, there are 32"),
