@@ -7,12 +7,13 @@ import pytest
 from gpt4moe.accounting import flops
 from gpt4moe.accounting.chips import chip_named
 from gpt4moe.accounting.published import gpt, shape_named
+from gpt4moe.accounting.shape import Shape
 from gpt4moe.config.check import CallerError
 from gpt4moe.configure import build_model
 from gpt4moe.plan import layer_time, step_time
 from gpt4moe.plan.layer_time import Place, expert_rows, product_seconds
 from gpt4moe.plan.layout import Layout
-from gpt4moe.plan.stacks import Stack, matmul_efficiency
+from gpt4moe.plan.stacks import MEMORY_EFFICIENCY, Stack, matmul_efficiency
 
 A100, H100 = chip_named("a100_80"), chip_named("h100")
 GPT, MIXTRAL = gpt("gpt", 96, 12_288, 96), shape_named("mixtral_8x22b")
@@ -209,3 +210,15 @@ def test_eight_bits_need_a_chip_that_has_them():
 def test_a_batch_that_does_not_divide():
     with pytest.raises(CallerError, match=r"batch_rows=6 must be a multiple of data \* microbatch_rows"):
         _estimate(tokens=6 * 2048)
+
+
+def test_experts_move_rows_that_a_dense_layer_does_not():
+    """One expert as wide as the dense layer: a row is read and written as it goes there, read and written as it comes.
+
+    Beside its own input and output, 4 + 2 values of the model's width a token, in 16 bits.
+    """
+    shape = Shape("one", 2, 1024, 8, 8, 128, 32_000, 4096, num_moe_layers=1, expert_hidden_dim=4096)
+    place = Place(shape, Layout(), H100, Stack(), 2048)
+    dense, routed = (layer_time.forward(place, experts=experts).elementwise for experts in (False, True))
+    moved_bytes = 2 * 6 * 1024 * 2048
+    assert routed - dense == pytest.approx(moved_bytes / (H100.bandwidth_bytes_per_second * MEMORY_EFFICIENCY))
