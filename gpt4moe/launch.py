@@ -179,7 +179,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
     from gpt4moe.infer.generate import generate
 
