@@ -10,7 +10,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from flax import nnx
 from gpt4moe.config.check import require
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer import decode_loop
+from gpt4moe.infer.codec import Codec
 from gpt4moe.infer.decode_loop import Request
 from gpt4moe.infer.pictures import Picture, split_at_images, stack_pictures
 from gpt4moe.infer.sampling import row_keys, sampling_params
@@ -29,17 +29,6 @@ from gpt4moe.model.transformer import Transformer
 # XLA:CPU multiplies a single bfloat16 row through a slow path, 12 to 18 times slower than two rows.
 MIN_ROWS = 2
 MIN_LENGTH = 16
-
-
-class Codec(Protocol):
-    """What generation needs of a tokenizer; `gpt4moe.data.tokenizer.Tokenizer` is one."""
-
-    end_of_text: int
-    image: int | None
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
