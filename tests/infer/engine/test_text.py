@@ -59,7 +59,9 @@ def test_half_a_character_at_the_end_is_replaced_and_bad_bytes_do_not_stick():
     assert stream.finish() == "\ufffd"
 
 
-@pytest.mark.parametrize("stops", [("STOP",), ("xSTOP!", "STOP"), ("abSTOP", "STOP"), ("bSTOP!", "OP"), ("P",)], ids=str)
+@pytest.mark.parametrize(
+    "stops", [("STOP",), ("xSTOP!", "STOP"), ("abSTOP", "STOP"), ("bSTOP!", "OP"), ("P",)], ids=str
+)
 def test_text_ends_before_a_stop_text_wherever_tokens_part(stops):
     text = "abSTabSTOP!S"
     _, place = min((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
