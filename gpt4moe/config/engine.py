@@ -20,7 +20,8 @@ class EngineConfig:
     may wait; one more is refused. `max_logprobs` bounds the likeliest tokens reported besides the one drawn,
     `max_pictures` those of one request. `prefix_caching` keeps the pages of prompts and continuations that have ended
     and shares them with requests that begin alike. `deterministic` decodes in float32 by one lowering at one shape,
-    so that a request gives the same tokens whatever else is in the batch.
+    so that a request gives the same tokens whatever else is in the batch. `replay` lets requests force the experts of
+    their tokens.
     """
 
     slots: int = 8
@@ -34,6 +35,7 @@ class EngineConfig:
     max_pictures: int = 4
     prefix_caching: bool = True
     deterministic: bool = False
+    replay: bool = False
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_queue", "max_pictures"):
@@ -50,5 +52,5 @@ class EngineConfig:
         require(
             not both, "num_pages", self.num_pages, f"goes without cache_bytes ({self.cache_bytes})", "leave one out"
         )
-        for name in ("prefix_caching", "deterministic"):
+        for name in ("prefix_caching", "deterministic", "replay"):
             require_flag(name, getattr(self, name))

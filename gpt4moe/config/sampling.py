@@ -21,7 +21,7 @@ from gpt4moe.config.check import (
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Penalties and bias, then temperature, top-k, top-p (nucleus) and min-p, in that order; temperature 0 is greedy.
+    """Bias and penalties, then temperature, top-k, top-p (nucleus) and min-p, in that order; temperature 0 is greedy.
 
     `top_k` None, `top_p` 1 and `min_p` 0 keep the whole distribution. `max_new_tokens` counts the end-of-text token
     where one is produced. `seed` fixes the draws: a continuation depends on the seed, on its place in the batch or

@@ -26,6 +26,7 @@ class RequestHandle:
         self._arrived = threading.Condition()
         self._chunks: collections.deque[Chunk] = collections.deque()
         self._running = request.sampling.n
+        self._result: list[Continuation] | None = None
         self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     def cancel(self) -> None:
@@ -78,9 +79,11 @@ class RequestHandle:
                 await event.wait()
 
     def result(self) -> list[Continuation]:
-        """Waits for the end and returns the continuations, by index; of the chunks that were not taken before."""
-        chunks = list(self)
-        return [_joined(index, [c for c in chunks if c.index == index]) for index in range(self.request.sampling.n)]
+        """Waits for the end and returns the continuations, by index; instead of an iteration, not after one."""
+        if self._result is None:
+            chunks, num = list(self), self.request.sampling.n
+            self._result = [_joined(index, [chunk for chunk in chunks if chunk.index == index]) for index in range(num)]
+        return self._result
 
     def _next(self) -> tuple[Chunk | None, bool]:
         return (self._chunks.popleft(), False) if self._chunks else (None, self.done)

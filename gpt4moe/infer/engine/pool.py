@@ -95,13 +95,15 @@ class PagePool:
         self._name_of[page] = None
 
 
-def page_names(tokens: Sequence[int], page_size: int, seen: Sequence[tuple[int, bytes]] = ()) -> list[bytes]:
-    """A name for each full page of `tokens`, of what it holds and of everything before it.
+def page_names(
+    tokens: Sequence[int], page_size: int, seen: Sequence[tuple[int, bytes]] = (), known: Sequence[bytes] = ()
+) -> list[bytes]:
+    """A name for each full page of `tokens`, of what it holds and of everything before it; without the `known` ones.
 
     seen: (place, digest) of the pictures; from its place on, a picture is part of what the tokens are.
     """
-    names, name = [], b""
-    for start in range(0, len(tokens) - page_size + 1, page_size):
+    names, name = [], known[-1] if known else b""
+    for start in range(len(known) * page_size, len(tokens) - page_size + 1, page_size):
         end = start + page_size
         pictures = b"".join(digest for place, digest in seen if start <= place < end)
         held = np.asarray(tokens[start:end], np.int64).tobytes()

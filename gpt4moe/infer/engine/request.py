@@ -34,7 +34,7 @@ class EngineRequest:
     A higher `priority` is served first; one that waits or runs longer than `deadline_seconds` is ended. `draw` is
     which of the draws of `sampling.seed` the first continuation takes; the n-th takes `draw` + n. `with_expert_ids`
     reports the experts that every token was routed to; `replay_ids_TLK` forces those of the tokens at positions
-    0, 1, ..., of prompt and continuation (-1: the router chooses).
+    0, 1, ..., of prompt and continuation (-1: none, `decoder.FREE`: the router's own, as of the tokens after them).
     """
 
     prompt_ids: Sequence[int]

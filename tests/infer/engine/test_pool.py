@@ -42,6 +42,7 @@ def test_names_tell_what_stands_before_and_which_pictures():
     alike = page_names([7, 7, 7, 7], page_size=2)
     assert alike[0] != alike[1]
     assert page_names([7, 7, 5, 5], page_size=2)[0] == alike[0]
+    assert page_names([7, 7, 7, 7, 7], page_size=2, known=alike[:1]) == alike[1:]
     seen = page_names([7, 7, 7, 7, 7, 7], page_size=2, seen=[(3, b"cat")])
     assert seen[0] == alike[0]
     others = (alike, page_names([7] * 6, 2, seen=[(3, b"dog")]), page_names([7] * 6, 2))
