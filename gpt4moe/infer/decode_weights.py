@@ -141,11 +141,11 @@ class _Maker:
         inward = [state[name][...] for name in ("gate", "up") if name in state]
         return FeedForwardWeights(self._joined(inward), self._matrix(state["down"][...]))
 
-    def _matrix(self, w: Array) -> Matrix:
-        return make_matrix(w, self.dtype, self.quantize)
+    def _matrix(self, w_IJ: Array) -> Matrix:
+        return make_matrix(w_IJ, self.dtype, self.quantize)
 
     def _joined(self, matrices: list[Array]) -> Matrix:
-        return joined([self._matrix(w) for w in matrices])
+        return joined([self._matrix(w_IJ) for w_IJ in matrices])
 
 
 def _offset(config: ModelConfig) -> int:

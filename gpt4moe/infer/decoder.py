@@ -212,13 +212,13 @@ class Decoder:
     ) -> tuple[Array, Routing | None]:
         """The residual stream after the feed-forward and, with experts, where the tokens went."""
         gated, weights = self.config.moe.gated, layer.feed_forward
-        normed_BTD = self._normed(x_BTD, layer.feed_forward_norm_D)
+        normed_BTD = self._normed(x_BTD, layer.feed_forward_norm_D).astype(self.dtype)
         normed_UD = normed_BTD.reshape(-1, x_BTD.shape[-1])
         routing = None
         if isinstance(weights, FeedForwardWeights):
             y_UD = feed_forward(normed_UD, weights, gated)
         else:
-            routing = self._route(weights, normed_BTD.astype(self.dtype), step, number)
+            routing = self._route(weights, normed_BTD, step, number)
             ids_UK, gates_UK = (leaf.reshape(len(normed_UD), -1) for leaf in (routing.expert_ids_UK, routing.gates_UK))
             y_UD = serve(weights.experts, normed_UD, ids_UK, gates_UK, gated)
             if weights.shared is not None:
