@@ -17,6 +17,7 @@ from typing import Any
 
 from gpt4moe import flags, process
 from gpt4moe.config.check import CallerError, RunError, one_line, require
+from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.optimizer import OptimizerConfig
@@ -181,6 +182,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
+    if args.requests:
+        return _generate_requests(args, sampling)
     from gpt4moe.infer.generate import generate
 
     trained = load(args.workdir, step=args.step, mesh=_mesh(args))
@@ -194,6 +197,20 @@ def _generate(args: argparse.Namespace) -> int:
     generations, timing = generate(trained.model, trained.tokenizer, prompts, sampling, pictures)
     document = {"step": trained.step, "samples": [_plain(item) for item in generations], "timing": _plain(timing)}
     _print(args, document, lambda _: "\n\n".join(item.prompt + item.text for item in generations))
+    return DONE
+
+
+def _generate_requests(args: argparse.Namespace, defaults: SamplingConfig) -> int:
+    require(not args.image, "--image", args.image, "goes with --prompt; name images in the lines of --requests")
+    require(not args.mesh, "--mesh", args.mesh, "goes with --prompt, not with --requests")
+    from gpt4moe.infer import requests
+
+    trained, config = load(args.workdir, step=args.step), EngineConfig(slots=args.slots)
+    served = requests.serve_file(trained, args.requests, defaults, config, _progress)
+    if args.json:
+        _print(args, {"step": trained.step, "requests": list(served)}, str)
+    else:
+        requests.write_lines(served, args.output)
     return DONE
 
 

@@ -145,6 +145,19 @@ def test_generate_is_a_function_of_its_seed(workdir, capsys):
     assert capsys.readouterr().out.startswith("The quick")
 
 
+def test_generate_serves_a_file_of_requests(workdir, tmp_path, capsys):
+    requests, output = tmp_path / "requests.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": text, "temperature": 0, "max_new_tokens": 4} for text in ("a", "bc", "d")]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["generate", f"--workdir={workdir}", f"--requests={requests}", "--slots=2"]
+    assert main([*command, f"--output={output}"]) == 0
+    made = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [document["prompt"] for document in made] == ["a", "bc", "d"]
+    requests.write_text('{"prompt": "a"}\n{"prompt": "a", "top_q": 1}\n')
+    capsys.readouterr()
+    assert f"{requests}:2: has no key 'top_q'; there are " in refusal_of(capsys, command)
+
+
 def test_load_gives_the_trained_model_with_the_counted_parameters(workdir):
     trained = gpt4moe.load(workdir)
     held = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(trained.model)))

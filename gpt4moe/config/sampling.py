@@ -18,6 +18,11 @@ from gpt4moe.config.check import (
     require_text,
 )
 
+ENGINE_SETTINGS = (
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop", "stop_ids"),
+    *("ignore_end_of_text", "n", "logprobs", "prompt_logprobs", "json_schema"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -27,11 +32,12 @@ class SamplingConfig:
     where one is produced. `seed` fixes the draws: a continuation depends on the seed, on its place in the batch or
     among the `n`, and on the text before it, not on what else is in the batch.
 
-    What only the engine reads: `min_p` keeps tokens at least so probable as this share of the likeliest.
-    `repetition_penalty` divides positive logits, and multiplies negative ones, of every token of prompt and
-    continuation (Keskar et al. 2019); `presence_penalty` is subtracted once and `frequency_penalty` for every time a
-    token stands in the continuation. `logit_bias` is pairs of token id and what is added to its logit. `stop` are
-    texts before which the continuation ends, `stop_ids` tokens that end it as end-of-text does, which
+    `min_p` keeps tokens at least so probable as this share of the likeliest.
+
+    What only the engine reads: `repetition_penalty` divides positive logits, and multiplies negative ones, of every
+    token of prompt and continuation (Keskar et al. 2019); `presence_penalty` is subtracted once and `frequency_penalty`
+    for every time a token stands in the continuation. `logit_bias` is pairs of token id and what is added to its logit.
+    `stop` are texts before which the continuation ends, `stop_ids` tokens that end it as end-of-text does, which
     `ignore_end_of_text` lets pass. `n` continuations are drawn. `logprobs` None reports none, 0 that of each token
     drawn, k those of the k likeliest besides; `prompt_logprobs` also those of the prompt's tokens. `json_schema` is
     the text of a JSON schema that the continuation must follow.
@@ -76,6 +82,13 @@ class SamplingConfig:
         if self.logprobs is not None:
             require_count("logprobs", self.logprobs, least=0)
         self._check_schema()
+
+    def require_plain(self) -> None:
+        """Raises where a setting is given that only the engine reads."""
+        given = [name for name in ENGINE_SETTINGS if getattr(self, name) != getattr(SamplingConfig, name)]
+        if given:
+            mend = "leave it out, or give requests to an Engine (gpt4moe generate --requests)"
+            require(False, given[0], getattr(self, given[0]), "is read by the engine alone", mend)
 
     def _check_schema(self) -> None:
         require_text("json_schema", self.json_schema)

@@ -74,7 +74,7 @@ class Engine:
         Raises `CallerError` for one that cannot be served, `QueueFull` where too many wait, `EngineClosed` after
         `drain` or `close`.
         """
-        max_new = admission.check(request, self.decoder.config, self.config, self.max_length)
+        max_new = self.check(request)
         with self._lock:
             if not self._accepting:
                 raise EngineClosed("the engine takes no more requests")
@@ -91,6 +91,10 @@ class Engine:
             self._record.counts["submitted"] += 1
             self._lock.notify_all()
         return handle
+
+    def check(self, request: EngineRequest) -> int:
+        """The most tokens that a continuation of this request may get; `CallerError` where it cannot be served."""
+        return admission.check(request, self.decoder.config, self.config, self.max_length)
 
     def step(self) -> bool:
         """One iteration: rows that have ended or been cancelled leave, others enter, all that run gain a token.

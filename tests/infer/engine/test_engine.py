@@ -15,7 +15,6 @@ from gpt4moe.infer.engine.request import EngineClosed, EngineRequest, QueueFull
 from .models import CHOICES, EXPERTS, LAYERS, FullPass, make_model
 
 CONTEXT = 256
-SIZES = {"slots": 4, "page_size": 16, "prefill_chunk": 64}
 TEXTS = ["def f(x):", "", "a", "The quick brown fox jumps over the lazy dog; " * 3, "b" * 70, "qu", "xyz", "z" * 20]
 
 
@@ -35,13 +34,16 @@ def whole(model):
 
 
 @pytest.fixture(scope="module")
-def decoder(model):
-    return Decoder.of(model)
+def now():
+    """The time on the engine's clock, to be set."""
+    return [0.0]
 
 
 @pytest.fixture(scope="module")
-def engine(decoder, tokenizer):
-    return Engine(decoder, tokenizer, EngineConfig(**SIZES, replay=True, max_queue=100))
+def engine(model, tokenizer, now):
+    """One for all tests, which compiles once; it has fewer pages than four long rows need."""
+    config = EngineConfig(slots=4, page_size=16, num_pages=24, prefill_chunk=64, replay=True, max_queue=100)
+    return Engine(Decoder.of(model), tokenizer, config, clock=lambda: now[0])
 
 
 @pytest.fixture(scope="module")
@@ -153,14 +155,12 @@ def test_penalties_and_bias_change_what_is_drawn(engine, prompts):
     assert again.token_ids == plain.token_ids  # the slot has forgotten them
 
 
-def test_rows_that_give_way_for_want_of_pages_go_on_where_they_were(decoder, whole, tokenizer, prompts):
-    engine = Engine(decoder, tokenizer, EngineConfig(**SIZES, num_pages=16))
-    sampling = greedy(max_new_tokens=70, ignore_end_of_text=True)
-    handles = [engine.submit(EngineRequest(prompts[row], sampling)) for row in (0, 5, 6, 7)]
-    made = [handle.result()[0] for handle in handles]
-    metrics = engine.metrics()
-    assert metrics.preemptions > 0 and metrics.time_to_first_token.count == 4
-    assert [list(one.token_ids) for one in made] == [whole.greedy(prompts[row], 70, None) for row in (0, 5, 6, 7)]
+def test_rows_that_give_way_for_want_of_pages_go_on_where_they_were(engine, whole, prompts):
+    before = engine.metrics()
+    sampling, rows = greedy(max_new_tokens=90, ignore_end_of_text=True), (0, 5, 6, 7)
+    made = [handle.result()[0] for handle in [engine.submit(EngineRequest(prompts[row], sampling)) for row in rows]]
+    assert engine.metrics().preemptions > before.preemptions
+    assert [list(one.token_ids) for one in made] == [whole.greedy(prompts[row], 90, None) for row in rows]
     assert is_idle(engine)
 
 
@@ -196,26 +196,27 @@ def test_cancelled_requests_leave_at_the_next_step(engine, prompts):
     assert {chunk.finish_reason for handle in handles for chunk in handle} <= {None, "cancelled", "stop"}
 
 
-def test_deadlines_count_from_submission_and_priorities_come_first(decoder, tokenizer, prompts):
-    now = [0.0]
-    engine = Engine(decoder, tokenizer, EngineConfig(**SIZES | {"slots": 1}), clock=lambda: now[0])
+def test_deadlines_count_from_submission_and_priorities_come_first(engine, now, prompts):
     endless = greedy(max_new_tokens=50, ignore_end_of_text=True)
-    late = engine.submit(EngineRequest(prompts[0], endless, deadline_seconds=5.0))
+    late = [engine.submit(EngineRequest(prompts[0], endless, deadline_seconds=5.0)) for _ in range(4)]
     engine.step()
-    now[0] = 6.0
-    low, high = (engine.submit(EngineRequest(prompts[2], greedy(max_new_tokens=2), priority=p)) for p in (0, 1))
-    order = []
+    now[0] += 4.0
+    engine.step()
+    assert engine.metrics().running == 4
+    now[0] += 2.0
+    some, order = greedy(max_new_tokens=2), []
+    waiting = {p: [engine.submit(EngineRequest(prompts[2], some, priority=p)) for _ in range(4)] for p in (0, 1)}
     while engine.step():
-        order += [name for name, handle in (("low", low), ("high", high)) if handle.done and name not in order]
-    assert late.result()[0].finish_reason == "deadline" and len(late.result()[0].token_ids) == 2
-    assert order == ["high", "low"]
+        order += [p for p, handles in waiting.items() if all(h.done for h in handles) and p not in order]
+    assert {handle.result()[0].finish_reason for handle in late} == {"deadline"}
+    assert order == [1, 0]
 
 
-def test_a_full_queue_refuses_with_a_time_and_a_draining_engine_takes_none(decoder, tokenizer, prompts):
-    engine = Engine(decoder, tokenizer, EngineConfig(**SIZES, max_queue=2))
-    taken = [engine.submit(EngineRequest(prompts[0], greedy())) for _ in range(6)]
+def test_a_full_queue_refuses_with_a_time_and_a_draining_engine_takes_none(engine, prompts):
+    many = SamplingConfig(max_new_tokens=1, n=50)
+    taken = [engine.submit(EngineRequest(prompts[0], many)) for _ in range(2)]
     with pytest.raises(QueueFull) as refused:
-        engine.submit(EngineRequest(prompts[0], greedy()))
+        engine.submit(EngineRequest(prompts[0], many))
     assert refused.value.retry_after_seconds >= 1 and engine.metrics().rejected == 1
     engine.run_in_thread()
     engine.drain()
