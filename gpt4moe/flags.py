@@ -12,6 +12,7 @@ from gpt4moe import flags_plan
 from gpt4moe.config.compile import PROGRAMS
 from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.sampling import SamplingConfig
+from gpt4moe.config.serve import ServeConfig
 
 CALLER_MISTAKE = 2
 EXECUTORS = ("local", "slurm", "list")
@@ -121,6 +122,53 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed, help="same seed, same text (default: %(default)s)")
 
 
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir_flag(parser)
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
+    _cpu_devices_flag(parser)
+    _listen_flags(parser.add_argument_group("server"))
+    _engine_flags(parser.add_argument_group("engine"))
+
+
+def _listen_flags(group: argparse._ArgumentGroup) -> None:
+    """Named as the fields of `ServeConfig`."""
+    defaults = ServeConfig()
+
+    def add(name: str, help_: str, kind: Callable[[str], object] = _positive, metavar: str = "N") -> None:
+        default = getattr(defaults, name)
+        shown = "" if default is None else f" (default: {default:,})" if metavar == "N" else f" (default: {default})"
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=help_ + shown)
+
+    add("host", "address to listen on; 0.0.0.0: all", _folder, "ADDRESS")
+    add("port", "port to listen on; 0: any that is free", _not_negative, "PORT")
+    group.add_argument("--model_name", type=_folder, metavar="NAME", help="what requests call it (default: DIR's name)")
+    add("api_key", "want Authorization: Bearer KEY; better given as GPT4MOE_API_KEY", _folder, "KEY")
+    add("max_body_bytes", "refuse larger bodies")
+    add("body_seconds", "refuse bodies that come more slowly", float, "S")
+    add("max_prompt_tokens", "refuse longer prompts (default: what the context has room for)")
+    add("max_choices", "refuse more continuations of one request, prompts times n")
+    add("max_concurrent", "answer 429 to more requests at a time")
+    add("image_root", "let chats show the images in this folder by path", _folder, "FOLDER")
+    add("chat_template", "Jinja template of chats (default: the tokenizer's own, else a plain one)", _folder, "FILE")
+    add("drain_seconds", "time that running requests have to end after SIGTERM", float, "S")
+
+
+def _engine_flags(group: argparse._ArgumentGroup) -> None:
+    """Named as the fields of `EngineConfig`."""
+    defaults = EngineConfig()
+    for name, what in (
+        ("slots", f"continuations that are decoded at once (default: {defaults.slots})"),
+        ("max_queue", f"requests that may wait; one more gets 429 (default: {defaults.max_queue})"),
+        ("max_length", "tokens of prompt and continuation together (default: the model's context)"),
+        ("prefill_chunk", f"tokens of a prompt that are read between two steps (default: {defaults.prefill_chunk})"),
+        ("cache_bytes", "memory for keys and values (default: enough for every slot at max_length)"),
+    ):
+        group.add_argument(f"--{name}", type=_positive, metavar="N", help=what)
+    same = "float32 in one shape: a request gives the same text whatever else is served; slower"
+    group.add_argument("--deterministic", action="store_true", help=same)
+    group.add_argument("--quantize", choices=("int8", "fp8"), help="weights of experts and attention in 8 bits")
+
+
 def _report_flags(parser: argparse.ArgumentParser) -> None:
     of_what = parser.add_mutually_exclusive_group(required=True)
     _workdir_flag(of_what, required=False)
@@ -221,6 +269,7 @@ COMMANDS = {
     "train": Flags("train a run, or go on with it; ends with held-out loss, samples and a report", _train_flags),
     "evaluate": Flags("held-out loss and bits per byte of each source", _trained_flags),
     "generate": Flags("continue prompts with a trained model", _generate_flags),
+    "serve": Flags("answer OpenAI's HTTP requests with a trained model; has a chat page at /", _serve_flags),
     "prepare": Flags("tokenise the sources of a run ahead of time; resumable", _prepare_flags),
     "report": Flags("write report.html of a run, with text coloured by expert, or of a sweep", _report_flags),
     "sweep": Flags("run a grid of settings and seeds; goes on where it was cut", _sweep_flags),

@@ -27,6 +27,7 @@ from gpt4moe.configure import build_compile, build_model, build_parts, build_run
 DONE, FAULT, CALLER_MISTAKE, STOPPED = 0, 1, flags.CALLER_MISTAKE, 3
 MISTAKES = (CallerError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 FAULTS = (OSError, RunError)
+_plain = dataclasses.asdict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -214,6 +215,13 @@ def _generate_requests(args: argparse.Namespace, defaults: SamplingConfig) -> in
     return DONE
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from gpt4moe.serve import command
+
+    command.run(args, lambda: load(args.workdir, step=args.step), _progress)
+    return DONE
+
+
 def _mesh(args: argparse.Namespace) -> MeshConfig:
     return MeshConfig(args.mesh, stage_layers=args.stage_layers)
 
@@ -349,7 +357,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    given = (args.gin_file, args.overrides, args.gin_search_paths)
+    given = args.gin_file, args.overrides, args.gin_search_paths
     model, optimizer, _ = build_parts(*given) if args.gin_file else (None, None, None)
     from gpt4moe.plan import doctor
 
@@ -375,14 +383,11 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _plain(struct: Any) -> dict:
-    return dataclasses.asdict(struct)
-
-
 COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
     "generate": _generate,
+    "serve": _serve,
     "prepare": _prepare,
     "report": _report,
     "sweep": _sweep,

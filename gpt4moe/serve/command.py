@@ -1,0 +1,67 @@
+"""`gpt4moe serve`: a trained run made an engine and a server of it, by the flags of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+
+from gpt4moe.config.engine import EngineConfig
+from gpt4moe.config.serve import ServeConfig
+from gpt4moe.infer.decoder import Decoder
+from gpt4moe.infer.engine.engine import Engine
+from gpt4moe.infer.trained import Trained
+from gpt4moe.serve import server
+from gpt4moe.serve.chat_template import find_template
+from gpt4moe.serve.service import Service
+
+KEY_VARIABLE = "GPT4MOE_API_KEY"
+
+
+def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callable[[str], None]) -> None:
+    """Serves until it is told to end; says on standard output where, once it does.
+
+    Raises `CallerError` for settings that cannot be, before anything slow where that is known by then.
+    """
+    config, engine_config = _configs(args)
+    with server.bind(config) as listening:
+        trained = load()
+        end_of_text = _name_of(trained, trained.tokenizer.end_of_text)
+        template = find_template(args.workdir, config.chat_template, end_of_text)
+        dtype = "float32" if args.deterministic else None
+        decoder = Decoder.of(trained.model, dtype=dtype, quantize=args.quantize)
+        engine = Engine(decoder, trained.tokenizer, engine_config)
+        progress("compiling what serving needs")
+        engine.warm_up(progress)
+        service = Service(engine, trained.tokenizer, config, template, trained.config.data.images)
+        _announce(args, service, server.address(listening), trained.step)
+        server.serve(service, listening, progress)
+
+
+def _configs(args: argparse.Namespace) -> tuple[ServeConfig, EngineConfig]:
+    """Both from the flags that bear the names of their fields."""
+
+    def given(kind: type) -> dict:
+        names = [field.name for field in dataclasses.fields(kind)]
+        return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+    folder = os.path.basename(os.path.normpath(args.workdir))
+    defaults = {"model_name": folder or ServeConfig.model_name, "api_key": os.environ.get(KEY_VARIABLE)}
+    return ServeConfig(**defaults | given(ServeConfig)), EngineConfig(**given(EngineConfig))
+
+
+def _announce(args: argparse.Namespace, service: Service, url: str, step: int) -> None:
+    name, length = service.config.model_name, service.engine.max_length
+    if args.json:
+        print(json.dumps({"url": url, "model": name, "step": step, "max_length": length}))
+    else:
+        print(f"serving {name}, step {step:,}, context {length:,}, at {url}")
+    sys.stdout.flush()
+
+
+def _name_of(trained: Trained, token: int) -> str:
+    named = [name for name, index in trained.tokenizer.specials.items() if index == token]
+    return named[0] if named else ""

@@ -1,0 +1,112 @@
+"""POST /v1/completions: text after text, and what the model thinks of a text (echo with logprobs)."""
+
+from __future__ import annotations
+
+import codecs
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+import anyio
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gpt4moe.serve.answer import Answer, Asked, Piece, TokenScore
+from gpt4moe.serve.exchange import EventStream, json_response, read_body, while_connected
+from gpt4moe.serve.model_names import check_model
+from gpt4moe.serve.prompts import completion_prompts, engine_requests, sampling_of
+from gpt4moe.serve.requests import CompletionRequest
+from gpt4moe.serve.responses import Completion, CompletionChoice, CompletionLogprobs
+from gpt4moe.serve.service import Service
+
+DEFAULT_MAX_TOKENS = 16
+
+
+async def complete(request: Request, service: Service) -> Response:
+    """Answers one request."""
+    body = await read_body(request, CompletionRequest, service.config.max_body_bytes, service.config.body_seconds)
+    check_model(service, body.model)
+    answer = await anyio.to_thread.run_sync(_begin, service, body)
+    reply = _Reply(service, answer)
+    if body.stream:
+        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        return EventStream(answer, reply.chunks(with_usage))
+    try:
+        return json_response(await while_connected(request, reply.whole))
+    finally:
+        answer.cancel()
+
+
+def _begin(service: Service, body: CompletionRequest) -> Answer:
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    # A text is scored by reading it; the one token that is drawn after it is thrown away.
+    without_tokens = max_tokens == 0
+    with_scores = body.logprobs is not None
+    sampling = sampling_of(
+        body,
+        max_new_tokens=max(max_tokens, 1),
+        logprobs=body.logprobs,
+        prompt_logprobs=bool(body.echo) and with_scores,
+    )
+    prompts = completion_prompts(service, body)
+    asked = Asked(bool(body.echo), without_tokens, bool(body.return_token_ids))
+    return Answer(service.engine, prompts, engine_requests(service, body, prompts, sampling), asked)
+
+
+class _Reply:
+    """Says what an answer gains in OpenAI's words."""
+
+    def __init__(self, service: Service, answer: Answer):
+        self._service, self._answer = service, answer
+        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._offsets: dict[int, _Offset] = {}
+
+    async def whole(self) -> Completion:
+        pieces = await self._answer.whole()
+        return self._completion([self._choice(piece) for piece in pieces], usage=self._answer.usage())
+
+    async def chunks(self, with_usage: bool) -> AsyncIterator[Completion]:
+        async for piece in self._answer.pieces():
+            yield self._completion([self._choice(piece)])
+        if with_usage:
+            yield self._completion([], usage=self._answer.usage())
+
+    def _completion(self, choices: list[CompletionChoice], usage=None) -> Completion:
+        name = self._service.config.model_name
+        return Completion(id=self._id, created=self._created, model=name, choices=choices, usage=usage)
+
+    def _choice(self, piece: Piece) -> CompletionChoice:
+        wants_ids = self._answer.asked.token_ids
+        return CompletionChoice(
+            index=piece.index,
+            text=piece.text,
+            logprobs=None if piece.scores is None else self._logprobs(piece.index, piece.scores),
+            finish_reason=piece.finish_reason,
+            token_ids=list(piece.token_ids) if wants_ids else None,
+            prompt_token_ids=None if piece.prompt_ids is None else list(piece.prompt_ids),
+            expert_ids=piece.expert_ids,
+            prompt_expert_ids=piece.prompt_expert_ids,
+        )
+
+    def _logprobs(self, index: int, scores: list[TokenScore]) -> CompletionLogprobs:
+        service, offset = self._service, self._offsets.setdefault(index, _Offset())
+        top = [{service.token_name(token): logprob for token, logprob in score.top} or None for score in scores]
+        return CompletionLogprobs(
+            tokens=[service.token_name(score.id) for score in scores],
+            token_logprobs=[score.logprob for score in scores],
+            top_logprobs=top if any(top) else None,
+            text_offset=[offset.step(service.token_bytes(score.id) or b"") for score in scores],
+        )
+
+
+class _Offset:
+    """Where in a text its tokens begin, in characters; what ends a character belongs to where it began."""
+
+    def __init__(self):
+        self._decoder, self._characters = codecs.getincrementaldecoder("utf-8")("replace"), 0
+
+    def step(self, data: bytes) -> int:
+        """The place of the token with these bytes; they come in order."""
+        begin = self._characters
+        self._characters += len(self._decoder.decode(data))
+        return begin
