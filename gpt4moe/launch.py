@@ -112,8 +112,7 @@ def _show_finished(args: argparse.Namespace, run, result) -> None:
     from gpt4moe.analysis import report
     from gpt4moe.train.evaluate import format_evaluation, to_document
 
-    generations, read = [], {}
-    wanted = run.train.sample_prompts or run.data.images
+    generations, read, wanted = [], {}, run.train.sample_prompts or run.data.images
     if wanted and jax.process_count() == 1:
         generations, read = _final_samples(args.workdir, run)
     elif wanted:
@@ -216,10 +215,9 @@ def _generate_requests(args: argparse.Namespace, defaults: SamplingConfig) -> in
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from gpt4moe.serve import command
+    from gpt4moe.serve import command as serving
 
-    command.run(args, lambda: load(args.workdir, step=args.step), _progress)
-    return DONE
+    return serving.run(args, lambda: load(args.workdir, step=args.step), _progress)
 
 
 def _mesh(args: argparse.Namespace) -> MeshConfig:
@@ -346,8 +344,8 @@ def _inspect(args: argparse.Namespace) -> int:
     model, optimizer, data = build_parts(args.gin_file, args.overrides, args.gin_search_paths)
     from gpt4moe.accounting import summary
 
-    frames = data.images.frames if data and data.images else None
-    document = summary.summarize(model, _num_trained(model, optimizer), frames)
+    images = data and data.images
+    document = summary.summarize(model, _num_trained(model, optimizer), images.frames if images else None)
     if args.paths:
         from gpt4moe.train import trainable
 

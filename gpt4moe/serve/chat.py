@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from gpt4moe.infer.pictures import Picture
 from gpt4moe.serve.answer import Answer, Asked, Piece, TokenScore
-from gpt4moe.serve.chat_template import IMAGE, Marks, Special
+from gpt4moe.serve.chat_template import IMAGE, Marks
 from gpt4moe.serve.errors import ApiError
 from gpt4moe.serve.exchange import EventStream, json_response, read_body, while_connected
 from gpt4moe.serve.image_urls import read_image

@@ -21,8 +21,8 @@ from gpt4moe.serve.service import Service
 KEY_VARIABLE = "GPT4MOE_API_KEY"
 
 
-def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callable[[str], None]) -> None:
-    """Serves until it is told to end; says on standard output where, once it does.
+def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callable[[str], None]) -> int:
+    """Serves until it is told to end, and returns the exit code; says on standard output where, once it does.
 
     Raises `CallerError` for settings that cannot be, before anything slow where that is known by then.
     """
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callabl
         service = Service(engine, trained.tokenizer, config, template, trained.config.data.images)
         _announce(args, service, server.address(listening), trained.step)
         server.serve(service, listening, progress)
+    return 0
 
 
 def _configs(args: argparse.Namespace) -> tuple[ServeConfig, EngineConfig]:

@@ -73,7 +73,7 @@ async def respond(request: Request, error: Exception) -> JSONResponse:
 
 
 def _invalid_fields(error: pydantic.ValidationError) -> ApiError:
-    """Of all that is wrong one; where a field may have several forms, what keeps it from the one it comes closest to."""
+    """One of all that is wrong; where a field may have several forms, what keeps it from the one it is closest to."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     found = max(errors, key=lambda found: (found["type"] == "extra_forbidden", len(found["loc"])))
     # Inside a union the path also names which of its members was tried.

@@ -1,4 +1,4 @@
-"""What is answered, as objects and, in a stream, as chunks. Optional fields are left out where nobody asked for them."""
+"""What is answered, whole or in chunks of a stream; extensions are left out where nobody asked for them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,189 @@
+"""What comes in broken, too large, too often or without a key is refused in OpenAI's form, and nothing else happens."""
+
+import asyncio
+import json
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from gpt4moe.infer.engine.engine import Engine
+from gpt4moe.serve.app import make_app
+
+from .conftest import ENGINE, MODEL
+
+COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+SMALL = {"model": MODEL, "prompt": "a", "max_tokens": 1}
+
+
+def refused(response, status, said, code=None):
+    error = response.json()["error"]
+    assert (response.status_code, set(error)) == (status, {"message", "type", "param", "code"})
+    assert said in error["message"] and "\n" not in error["message"]
+    assert code is None or error["code"] == code
+    return error
+
+
+@pytest.mark.parametrize("path", [COMPLETE, CHAT])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"null", b"[]", b'"text"', b"\xff\xfe{}", b'{"model": "\xff"}', b'{"model": "\\ud800"}', b"\x00" * 99,
+        b"[" * 100_000, b'{"prompt":' * 50_000, b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"model": NaN}',
+        b'{"model": "tiny", "prompt": "a", "messages": "a", "temperature": 1e999}', b'{"a": ' + b"9" * 9999 + b"}",
+    ],
+    ids=lambda body: repr(body[:24]),
+)  # fmt: skip
+def test_bodies_that_are_not_requests(post, path, body):
+    response = post(path, body)
+    refused(response, 400, "")
+
+
+WRONG = {
+    "prompt": [{}, 1.5, True, None, [], [[]], [1.5], [["a"]], [-1], [10**12], [None], ["a", 1], [300]],
+    "temperature": ["1", -1, 1000, True, []],
+    "max_tokens": [-1, 1.5, "1", True, 2**40],
+    "n": [0, -1, 129, 17, 1.0, "2"],
+    "stop": ["", [""], [1], ["a"] * 17, {}],
+    "logit_bias": [[], {"a": 1}, {"1": "x"}, {"1": 101}, {"999": 1}, {"-1": 1}],
+    "seed": ["1", 2**63, 1.5],
+    "logprobs": [-1, 21, True, "3"],
+    "stream": ["true", 1],
+    "top_p": [0, 1.1],
+    "min_p": [-0.1],
+    "repetition_penalty": [0],
+    "deadline_seconds": [0, -1, 1e9],
+    "best_of": [2],
+    "suffix": ["x"],
+    "stream_options": [{"x": 1}, []],
+    "unknown": [1],
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_fields_of_wrong_types_and_values(post, field):
+    for value in WRONG[field]:
+        error = refused(post(COMPLETE, json.dumps(SMALL | {field: value})), 400, "")
+        assert field in f"{error['param']} {error['message']}" or error["param"] == "token id", (value, error)
+
+
+def test_other_ways_of_asking(url, post):
+    refused(post(COMPLETE, json.dumps(SMALL), headers={"Content-Type": "text/plain"}), 415, "must be application/json")
+    refused(post(COMPLETE, json.dumps(SMALL | {"model": "no"})), 404, "does not exist", "model_not_found")
+    refused(post(COMPLETE, json.dumps(SMALL | {"prompt": "x" * 300})), 400, "too many", "context_length_exceeded")
+    refused(post(COMPLETE, json.dumps(SMALL | {"prompt": [1] * 256})), 400, "at most 255", "context_length_exceeded")
+    refused(post(COMPLETE, json.dumps(SMALL | {"prompt": ["a"] * 17})), 400, "may be 16", "too_many_choices")
+    refused(post("/v1/nothing", "{}"), 404, "Not Found")
+    refused(post("/nothing", "{}"), 404, "Not Found")
+    refused(post("/v1/models", "{}"), 405, "Method Not Allowed")
+
+
+def test_large_and_slow_bodies(make_service):
+    with TestClient(make_app(make_service(max_body_bytes=100, body_seconds=0.05))) as caller:
+        json_type = {"Content-Type": "application/json"}
+        refused(caller.post(COMPLETE, content=b" " * 101, headers=json_type), 413, "at most 100 bytes")
+
+        def parts():  # of a body that does not say how long it is
+            yield from [b" " * 60] * 2
+
+        refused(caller.post(COMPLETE, content=parts(), headers=json_type), 413, "at most 100 bytes")
+        assert caller.post(COMPLETE, json=SMALL).status_code == 200
+    sent = asyncio.run(_exchange(make_app(make_service(body_seconds=0.05)), [{"body": b"{", "more_body": True}]))
+    assert sent[0]["status"] == 408
+
+
+async def _exchange(app, parts):
+    """What an application sends to a caller that sends these parts of a body, and then nothing."""
+    sent, parts = [], [{"type": "http.request"} | part for part in parts]
+
+    async def receive():
+        if not parts:
+            await asyncio.sleep(60)
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": COMPLETE, "raw_path": COMPLETE.encode(), "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "root_path": "", "scheme": "http"}
+    await app(scope | {"asgi": {"spec_version": "2.3"}, "server": ("test", 80)}, receive, send)
+    return sent
+
+
+def test_the_key_is_wanted_below_v1_alone(make_service, listening):
+    with listening(make_service(api_key="s€cret")) as url:
+        for given in ({}, {"Authorization": "Bearer s"}, {"Authorization": "Basic s€cret".encode()}):
+            with TestClient(make_app(make_service(api_key="s€cret"))) as caller:
+                response = caller.get("/v1/models", headers=given)
+                assert refused(response, 401, "API key", "invalid_api_key")["type"] == "authentication_error"
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert [caller.get(path).status_code for path in ("/", "/healthz", "/metrics")] == [200, 200, 200]
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+    ascii_key = make_app(make_service(api_key="key"))
+    with TestClient(ascii_key) as caller:
+        assert caller.get("/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200
+
+
+def test_a_full_queue_says_when_to_try_again(make_service, decoder, tokenizer):
+    """The engine stands still: what is taken stays, and the next is refused, whole."""
+    engine = Engine(decoder, tokenizer, ENGINE)
+    with TestClient(make_app(make_service(engine=engine))) as caller:
+        for _ in range(15):
+            engine.submit(_request(tokenizer))
+        for prompt in ("a", ["a", "b"]):
+            response = caller.post(COMPLETE, json=SMALL | {"prompt": ["a", "b"], "n": 1})
+            assert refused(response, 429, "the queue is full", "queue_full")["type"] == "rate_limit_error", prompt
+            assert int(response.headers["retry-after"]) >= 1
+        # Of the two prompts the first had found room; it is given back.
+        engine.step()
+        assert engine.metrics().queued + engine.metrics().running == 15
+    engine.close()
+
+
+def _request(tokenizer):
+    from gpt4moe.config.sampling import SamplingConfig
+    from gpt4moe.infer.engine.request import EngineRequest
+
+    return EngineRequest([tokenizer.end_of_text], SamplingConfig(max_new_tokens=100, ignore_end_of_text=True))
+
+
+def test_too_many_at_a_time_and_a_server_that_is_ending(make_service):
+    service = make_service(max_concurrent=2)
+    with TestClient(make_app(service)) as caller:
+        service.active = 2
+        response = caller.post(COMPLETE, json=SMALL)
+        refused(response, 429, "the most at a time", "too_many_requests")
+        assert response.headers["retry-after"] == "1"
+        service.active = 0
+        assert caller.post(COMPLETE, json=SMALL).status_code == 200 and service.active == 0
+        service.draining = True
+        response = caller.post(COMPLETE, json=SMALL)
+        refused(response, 503, "shutting down", "shutting_down")
+        assert response.headers["retry-after"] and caller.get("/healthz").status_code == 503
+
+
+def test_the_metrics_are_those_of_the_engine(make_service, engine):
+    with TestClient(make_app(make_service())) as caller:
+        before = _samples(caller)
+        assert caller.post(COMPLETE, json=SMALL | {"max_tokens": 5, "ignore_eos": True}).status_code == 200
+        assert caller.post(COMPLETE, json=SMALL | {"model": "no"}).status_code == 404
+        after = _samples(caller)
+    gained = {name: after[name] - before.get(name, 0) for name in after}
+    assert gained["gpt4moe_new_tokens_total"] == 5 and gained["gpt4moe_prompt_tokens_total"] == 2
+    assert gained["gpt4moe_time_to_first_token_seconds_count"] == 1
+    assert gained["gpt4moe_inter_token_seconds_bucket", "+Inf"] == 4
+    assert gained["gpt4moe_finished_total", "length"] == 1
+    assert sum(value for name, value in gained.items() if name[0] == "gpt4moe_expert_tokens_total") == 6 * 2 * 2
+    assert after["gpt4moe_http_responses_total", COMPLETE, "404"] == 1
+    assert after["gpt4moe_slots"] == ENGINE.slots and after["gpt4moe_late_compilations_total"] == 0
+    assert engine.metrics().pages_used == 0
+
+
+def _samples(caller):
+    response = caller.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    samples = [sample for family in text_string_to_metric_families(response.text) for sample in family.samples]
+    return {(sample.name, *sample.labels.values()) if sample.labels else sample.name: sample.value for sample in samples}
