@@ -3,13 +3,14 @@
     python benchmarks/speculative.py [--slots 1,8] [--draft_tokens 4] [--new_tokens 128] [--seed 0] [--json]
 
 A model with experts (random weights, float32) continues texts greedily, which repeat themselves before long, with
-proposals and without, in turns. Proposals are looked up in the row's own text, or come from a draft model: a copy of the
-model moved a little, which costs as much as the model (draft cost 1), so that it must lose; the formula says how much.
+proposals and without, in turns. Proposals are looked up in the row's own text, or come from a draft model: a copy of
+the model moved a little, which costs as much as the model (draft cost 1), so that it must lose; the formula says how
+much.
 
 `accepted` is the share of the proposals that stood, `tokens` what a pass yielded to a row. The formula is Leviathan's
 with the price of verification for experts: (N_shared + D(B (G + 1)) X) / (N_shared + D(B) X) by weights read, with the
-accepted share as measured, and G the mean number of proposals of a pass. Ratios are of CPU seconds, which hold on a busy
-machine.
+accepted share as measured, and G the mean number of proposals of a pass. Ratios are of CPU seconds, which hold on a
+busy machine.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def measured(decoder: Decoder, kind: str, slots: int, args: argparse.Namespace) 
 
 
 def acceptance_of(share: float, tokens: int) -> float:
-    """The chance that one proposal stands, which gives this share of `tokens` where all after the first bad one fall."""
+    """The chance that a proposal stands, of which comes this share of `tokens` where all after a bad one fall."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
