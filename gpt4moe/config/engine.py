@@ -21,7 +21,8 @@ class EngineConfig:
     `max_pictures` those of one request. `prefix_caching` keeps the pages of prompts and continuations that have ended
     and shares them with requests that begin alike. `deterministic` decodes in float32 by one lowering at one shape,
     so that a request gives the same tokens whatever else is in the batch. `replay` lets requests force the experts of
-    their tokens.
+    their tokens. At most `draft_tokens` are proposed to a row in a step, by a smaller model or by its own text, and
+    judged by one pass (speculative decoding); 0 proposes none.
     """
 
     slots: int = 8
@@ -36,11 +37,13 @@ class EngineConfig:
     prefix_caching: bool = True
     deterministic: bool = False
     replay: bool = False
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_queue", "max_pictures"):
             require_count(name, getattr(self, name))
-        require_count("max_logprobs", self.max_logprobs, least=0)
+        for name in ("max_logprobs", "draft_tokens"):
+            require_count(name, getattr(self, name), least=0)
         for name, least in (("page_size", 1), ("prefill_chunk", MIN_CHUNK)):
             value = getattr(self, name)
             require_count(name, value, least)

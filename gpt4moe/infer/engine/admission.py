@@ -29,6 +29,19 @@ def num_pages(decoder: Decoder, config: EngineConfig, max_length: int) -> int:
     return number
 
 
+def check_draft(draft: Decoder | None, model: ModelConfig, config: EngineConfig) -> None:
+    """Raises where a model cannot propose tokens to another one."""
+    if draft is None:
+        return
+    mend = "set how many it proposes"
+    require(config.draft_tokens > 0, "draft_tokens", config.draft_tokens, "leaves the draft nothing to do", mend)
+    sizes = (("vocab_size", "be that of the model"), ("context_length", "be at least that of the model"))
+    for name, constraint in sizes:
+        own, needed = getattr(draft.config, name), getattr(model, name)
+        fits = own == needed if name == "vocab_size" else own >= needed
+        require(fits, f"the draft's {name}", own, f"must {constraint} ({needed})")
+
+
 def check(request: EngineRequest, model: ModelConfig, config: EngineConfig, max_length: int) -> int:
     """The most tokens that each continuation may get; `CallerError` for a request that cannot be served."""
     ids, sampling = np.asarray(request.prompt_ids), request.sampling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -41,14 +41,24 @@ class Batches:
             inputs.scored_B[place] = row.prompt is not None and row.prompt.scores
         return inputs
 
-    def decode(self, rows: Sequence[Row], shape: StepShape) -> StepInputs:
-        """The last token of every row, each in the place of its slot."""
+    def decode(
+        self, rows: Sequence[Row], shape: StepShape, num_proposed: Mapping[Row, int], proposed: Mapping[Row, list[int]]
+    ) -> StepInputs:
+        """The last token of every row, each in the place of its slot, and behind it what is proposed to the row.
+
+        num_proposed: how many tokens, of the rows with any; proposed: those that are known already.
+        """
         slots = np.full(shape.rows, self._config.slots, np.int32)
         for row in rows:
             slots[row.slot] = row.slot
         inputs = self._blank(shape, slots)
         for row in rows:
+            number = num_proposed.get(row, 0)
             self._fill(inputs, row.slot, row, 1)
+            inputs.valid_BT[row.slot, 1 : 1 + number] = True
+            inputs.num_proposed_B[row.slot] = number
+            known = proposed.get(row, [])
+            inputs.tokens_BT[row.slot, 1 : 1 + len(known)] = known
         return inputs
 
     def _blank(self, shape: StepShape, slot_B: np.ndarray) -> StepInputs:
@@ -65,30 +75,34 @@ class Batches:
         inputs.last_B[place] = length - 1
         inputs.drawing_B[place] = stop == len(row.ids)
         inputs.settings.num_drawn_B[place] = row.num_new
+        if row.constraint is not None and inputs.drawing_B[place]:
+            inputs.settings.constrained_B[place] = True
+            inputs.allowed_BW[place] = row.constraint.mask_W()
         replayed = row.replayed(start, stop)
         if replayed is not None:
             inputs.replay_ids_BTLK[place, : len(replayed)] = replayed
 
 
-def new_tokens(out: StepOut, places: Sequence[tuple[int, Row]], last_B: np.ndarray) -> list[NewToken]:
+def new_tokens(out: StepOut, places: Sequence[tuple[int, Row]], last_B: np.ndarray) -> list[list[NewToken]]:
     """The tokens that a step drew for these rows, each at its place in the batch."""
     rows = [row for _, row in places]
-    ids_B = np.asarray(out.drawn.ids_B)
-    wants_logprob = any(row.sampling.logprobs is not None for row in rows)
-    logprobs_B = np.asarray(out.drawn.logprobs_B) if wants_logprob else None
+    ids_BT, num_B = np.asarray(out.drawn.ids_BT), np.asarray(out.drawn.num_B)
+    logprobs_BT = np.asarray(out.drawn.logprobs_BT) if any(row.sampling.logprobs is not None for row in rows) else None
     top = None
     if any(row.sampling.logprobs for row in rows):
-        top = np.asarray(out.drawn.top_ids_BJ), np.asarray(out.drawn.top_logprobs_BJ)
+        top = np.asarray(out.drawn.top_ids_BTJ), np.asarray(out.drawn.top_logprobs_BTJ)
     choices = np.asarray(out.choices_LBTK) if any(row.request.with_expert_ids for row in rows) else None
-    return [
-        NewToken(
-            id=int(ids_B[place]),
-            logprob=float(logprobs_B[place]) if row.sampling.logprobs is not None else None,
-            top=_pairs(top[0][place], top[1][place], row.sampling.logprobs) if row.sampling.logprobs else None,
-            experts_LK=choices[:, place, last_B[place]] if row.request.with_expert_ids else None,
+
+    def token(place: int, row: Row, index: int) -> NewToken:
+        asked = row.sampling.logprobs
+        return NewToken(
+            id=int(ids_BT[place, index]),
+            logprob=None if asked is None else float(logprobs_BT[place, index]),
+            top=_pairs(top[0][place, index], top[1][place, index], asked) if asked else None,
+            experts_LK=choices[:, place, last_B[place] + index] if row.request.with_expert_ids else None,
         )
-        for place, row in places
-    ]
+
+    return [[token(place, row, index) for index in range(num_B[place])] for place, row in places]
 
 
 def record_prompts(out: StepOut, chosen: Sequence[tuple[int, Row, int]]) -> None:

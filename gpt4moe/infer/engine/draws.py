@@ -7,14 +7,16 @@ log-probabilities where they were asked for. What no row of a batch asks for is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt32
+from jaxtyping import Bool, Float, Float32, Int, Key, UInt32
 
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer.sampling import SamplingParams, choose, row_keys, sampling_params
+from gpt4moe.infer.speculative import judge
 from gpt4moe.types import Array
 
 MASK_BITS = 32
@@ -59,12 +61,16 @@ class SlotMemory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """ids_B, the tokens drawn; logprobs_B theirs under the model's own distribution; top_*_BJ of the likeliest."""
+    """The first num_B of each row's ids_BT were drawn; logprobs_BT are theirs under the model's own distribution.
 
-    ids_B: Int[Array, " B"]
-    logprobs_B: Float32[Array, " B"]
-    top_ids_BJ: Int[Array, "B J"]
-    top_logprobs_BJ: Float32[Array, "B J"]
+    top_*_BTJ: the likeliest tokens in the place of each.
+    """
+
+    ids_BT: Int[Array, "B T"]
+    num_B: Int[Array, " B"]
+    logprobs_BT: Float32[Array, "B T"]
+    top_ids_BTJ: Int[Array, "B T J"]
+    top_logprobs_BTJ: Float32[Array, "B T J"]
 
 
 def init_memory(slots: int, vocab_size: int) -> SlotMemory:
@@ -78,11 +84,14 @@ def remember(memory: SlotMemory, slot: Int[Array, ""], row: SlotMemory) -> SlotM
     return jax.tree.map(lambda all_rows, one: all_rows.at[slot].set(one), memory, row)
 
 
-def penalised(config: SamplingConfig) -> bool:
-    """Whether a row needs to be remembered: it has a penalty or a bias."""
-    return bool(
-        config.repetition_penalty != 1 or config.presence_penalty or config.frequency_penalty or config.logit_bias
-    )
+def counts_tokens(config: SamplingConfig) -> bool:
+    """Whether a row has a penalty, so that the tokens before decide about each."""
+    return config.repetition_penalty != 1 or config.presence_penalty != 0 or config.frequency_penalty != 0
+
+
+def is_remembered(config: SamplingConfig) -> bool:
+    """Whether a row needs memory in its slot: it has a penalty or a bias."""
+    return counts_tokens(config) or bool(config.logit_bias)
 
 
 def row_memory(config: SamplingConfig, prompt_ids: tuple[int, ...], new_ids: list[int], vocab_size: int) -> SlotMemory:
@@ -134,14 +143,61 @@ def draw_rows(
     likeliest tokens are reported where a row wants them.
     """
     shaped_BV = shaped_logits(logits_BV, settings, memory, slot_B, allowed_BW)
-    keys_B = jax.vmap(jax.random.fold_in)(row_keys(settings.seed_B, settings.draw_B), settings.num_drawn_B)
-    ids_B = choose(shaped_BV, settings.params, keys_B)
+    ids_B = choose(shaped_BV, settings.params, place_keys(settings, 1)[:, 0])
+    ones_B = jnp.ones_like(ids_B)
+    return _drawn(logits_BV[:, None], ids_B[:, None], ones_B, settings, memory, slot_B, drawing_B, num_top)
+
+
+def judge_rows(
+    logits_BTV: Float32[Array, "B T V"],
+    proposed_BT: Int[Array, "B T"],
+    num_proposed_B: Int[Array, " B"],
+    proposer_BTV: Float32[Array, "B T V"] | None,
+    settings: RowSettings,
+    memory: SlotMemory,
+    slot_B: Int[Array, " B"],
+    drawing_B: Bool[Array, " B"],
+    allowed_BW: UInt32[Array, "B W"],
+    num_top: int,
+) -> tuple[Drawn, SlotMemory]:
+    """`draw_rows` where tokens were proposed, all as in `judge`; a row with penalties or a constraint has none."""
+    _, length, vocab_size = logits_BTV.shape
+    repeated = functools.partial(jnp.repeat, repeats=length, axis=0)
+    flat = jax.tree.map(repeated, settings)
+    shaped_UV = shaped_logits(logits_BTV.reshape(-1, vocab_size), flat, memory, repeated(slot_B), repeated(allowed_BW))
+    shaped_BTV, keys_BT = shaped_UV.reshape(logits_BTV.shape), place_keys(settings, length)
+    ids_BT, num_B = judge(shaped_BTV, proposed_BT, num_proposed_B, settings.params, keys_BT, proposer_BTV)
+    return _drawn(logits_BTV, ids_BT, num_B, settings, memory, slot_B, drawing_B, num_top)
+
+
+def place_keys(settings: RowSettings, length: int) -> Key[Array, "B T"]:
+    """A random key for each of the next tokens of each row, the same whatever is proposed or stands beside it."""
+    number_BT = settings.num_drawn_B[:, None] + jnp.arange(length)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(row_keys(settings.seed_B, settings.draw_B), number_BT)
+
+
+def _drawn(
+    logits_BTV: Array,
+    ids_BT: Array,
+    num_B: Array,
+    settings: RowSettings,
+    memory: SlotMemory,
+    slot_B: Array,
+    drawing_B: Array,
+    num_top: int,
+) -> tuple[Drawn, SlotMemory]:
+    """The tokens with what is reported of them, counted in the memory of the rows that draw."""
+    stands_BT = (jnp.arange(ids_BT.shape[1]) < num_B[:, None]) & drawing_B[:, None]
     # Past the last slot: the scatter leaves it out.
-    counted_B = jnp.where(drawing_B, slot_B, len(memory.counts))
-    counts = memory.counts.at[counted_B, ids_B].add(1, mode="drop")
-    wants_B = settings.wants_logprob_B & drawing_B
-    logprobs_B, top_ids_BJ, top_BJ = report_logprobs(logits_BV, ids_B, wants_B, settings.wants_top_B, num_top)
-    return Drawn(ids_B, logprobs_B, top_ids_BJ, top_BJ), dataclasses.replace(memory, counts=counts)
+    counted_BT = jnp.where(stands_BT, slot_B[:, None], len(memory.counts))
+    counts = memory.counts.at[counted_BT, ids_BT].add(1, mode="drop")
+    wants_BT, wants_top_BT = (
+        (stands_BT & of_row[:, None]).reshape(-1) for of_row in (settings.wants_logprob_B, settings.wants_top_B)
+    )
+    flat_UV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+    reports = report_logprobs(flat_UV, ids_BT.reshape(-1), wants_BT, wants_top_BT, num_top)
+    reports = (leaf.reshape(*ids_BT.shape, *leaf.shape[1:]) for leaf in reports)
+    return Drawn(ids_BT, num_B, *reports), dataclasses.replace(memory, counts=counts)
 
 
 def shaped_logits(

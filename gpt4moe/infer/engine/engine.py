@@ -20,12 +20,14 @@ from gpt4moe.infer.codec import Codec
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine import admission
 from gpt4moe.infer.engine.batch import Batches, new_tokens, record_prompts
-from gpt4moe.infer.engine.draws import penalised, row_memory
+from gpt4moe.infer.engine.constraint import Constraints
+from gpt4moe.infer.engine.draws import is_remembered, row_memory
 from gpt4moe.infer.engine.handle import RequestHandle
-from gpt4moe.infer.engine.inputs import chunk_tokens, smallest
+from gpt4moe.infer.engine.inputs import StepShape, chunk_tokens, smallest
 from gpt4moe.infer.engine.metrics import Record
 from gpt4moe.infer.engine.pool import PagePool
 from gpt4moe.infer.engine.programs import Programs, StepOut
+from gpt4moe.infer.engine.proposals import Proposals
 from gpt4moe.infer.engine.request import Chunk, EngineClosed, EngineMetrics, EngineRequest, QueueFull
 from gpt4moe.infer.engine.row import NewToken, Row
 from gpt4moe.infer.engine.schedule import Schedule
@@ -35,7 +37,9 @@ class Engine:
     """All methods may be called from any thread; `step` works for one caller at a time.
 
     Raises `CallerError` where pages do not suffice for one row of `max_length`, or where `deterministic` is asked of a
-    decoder that is not in float32. `clock` gives the seconds that deadlines and metrics are in.
+    decoder that is not in float32. `draft` is a smaller model with the same vocabulary that proposes tokens, where
+    `config.draft_tokens` says so; without one they are looked up in the row's own text. `clock` gives the seconds that
+    deadlines and metrics are in.
     """
 
     def __init__(
@@ -44,14 +48,18 @@ class Engine:
         tokenizer: Codec,
         config: EngineConfig | None = None,
         *,
+        draft: Decoder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.decoder, self.tokenizer, self.config = decoder, tokenizer, config or EngineConfig()
         self.max_length = self.config.max_length or decoder.config.context_length
         self.num_pages = admission.num_pages(decoder, self.config, self.max_length)
         model = decoder.config
-        self._programs = Programs(decoder, self.config, self.num_pages, self.max_length)
+        admission.check_draft(draft, model, self.config)
+        self._programs = Programs(decoder, self.config, self.num_pages, self.max_length, draft)
+        self._proposals = Proposals(self.config, by_model=draft is not None)
         self._batches = Batches(self.config, model)
+        self._constraints = Constraints(tokenizer, model.vocab_size)
         self._record = Record(model.num_moe_layers, model.moe.num_experts)
         self._clock, self._arrivals = clock, itertools.count()
         self._lock = threading.Condition()  # of what follows, and of `_schedule` between steps
@@ -60,6 +68,12 @@ class Engine:
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
         self._begin()
+
+    @property
+    def shapes(self) -> tuple[StepShape, ...]:
+        """The shapes of every program that serving needs."""
+        programs = self._programs
+        return *programs.decode_shapes, *programs.verify_shapes, *programs.prefill_shapes
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> dict[str, float]:
         """Compiles every program and returns their seconds by name; after it no request waits for a compilation.
@@ -75,6 +89,8 @@ class Engine:
         `drain` or `close`.
         """
         max_new = self.check(request)
+        schema = request.sampling.json_schema
+        constraint = None if schema is None else self._constraints.of(schema)
         with self._lock:
             if not self._accepting:
                 raise EngineClosed("the engine takes no more requests")
@@ -87,7 +103,8 @@ class Engine:
             handle = RequestHandle(request, request.request_id or f"request-{arrival}", self._advance)
             now = self._clock()
             for index in range(request.sampling.n):
-                self._incoming.append(Row(handle, index, next(self._arrivals), max_new, self.tokenizer, now))
+                of_row = None if constraint is None else constraint.copy()
+                self._incoming.append(Row(handle, index, next(self._arrivals), max_new, self.tokenizer, now, of_row))
             self._record.counts["submitted"] += 1
             self._lock.notify_all()
         return handle
@@ -206,7 +223,7 @@ class Engine:
         for row in admitted:
             self._record.queue_wait.add(self._clock() - row.submitted_at)
             self._batches.enter(row)
-            if penalised(row.sampling):
+            if is_remembered(row.sampling):
                 given = row.request.prompt_ids, row.ids[row.num_prompt :], self.decoder.config.vocab_size
                 self._programs.remember(row.slot, row_memory(row.sampling, *given))
         self._prefill()
@@ -222,23 +239,31 @@ class Engine:
         if not chosen:
             return
         pages, longest = max(len(row.pages) for row, _ in chosen), max(length for _, length in chosen)
-        inputs = self._batches.prefill(chosen, smallest(shapes, len(chosen), longest, pages))
-        out = self._programs.step(inputs)
+        shape = smallest(shapes, len(chosen), longest, pages)
+        inputs = self._batches.prefill(chosen, shape)
+        out = self._programs.step(shape, inputs)
         self._record.add_prefill(np.asarray(out.load_LE))
         self._take(out, [(place, row, length) for place, (row, length) in enumerate(chosen)], inputs.last_B)
 
     def _decode(self) -> None:
-        """A token for every row whose prompt is read."""
+        """A token for every row whose prompt is read, and those proposals that stand."""
         with self._lock:
             rows = self._schedule.decoding()
+            proposed = self._proposals.of(rows)
+            number = {row: self._proposals.number(row, proposed) for row in rows}
+            number = self._schedule.grow_for(number)
         if not rows:
             return
         pages = max(len(row.pages) for row in rows)
-        inputs = self._batches.decode(rows, smallest(self._programs.decode_shapes, self.config.slots, 1, pages))
-        out = self._programs.step(inputs)
+        verifies = self._programs.verify_shapes and (any(number.values()) or not self._programs.decode_shapes)
+        shapes = self._programs.verify_shapes if verifies else self._programs.decode_shapes
+        shape = smallest(shapes, self.config.slots, 1, pages)
+        inputs = self._batches.decode(rows, shape, number, proposed)
+        out = self._programs.step(shape, inputs)
         load_LE = np.asarray(out.load_LE)
         with self._lock:
             self._record.add_decode(load_LE)
+            self._record.counts["proposed_tokens"] += sum(number.values())
         self._take(out, [(row.slot, row, 1) for row in rows], inputs.last_B)
 
     def _take(self, out: StepOut, read: Sequence[tuple[int, Row, int]], last_B: np.ndarray) -> None:
@@ -250,10 +275,16 @@ class Engine:
         with self._lock:
             for _, row, length in read:
                 row.num_read += length
+            for (_, row), of_row in zip(drawing, tokens, strict=True):
+                row.num_read += len(of_row) - 1  # the proposals that stand were read
+                self._record.counts["accepted_tokens"] += len(of_row) - 1
+            for _, row, length in read:
                 if length > 1 or not self.config.deterministic:
                     self._schedule.publish(row)
-            for (_, row), token in zip(drawing, tokens, strict=True):
-                self._add(row, token, now)
+            for (_, row), of_row in zip(drawing, tokens, strict=True):
+                for token in of_row:
+                    if row.finish_reason is None:
+                        self._add(row, token, now)
 
     def _add(self, row: Row, token: NewToken, now: float) -> None:
         record = self._record

@@ -78,6 +78,13 @@ class RequestHandle:
             else:
                 await event.wait()
 
+    def take(self) -> list[Chunk]:
+        """The chunks that are there, without waiting; none where there is none yet, or none any more."""
+        with self._arrived:
+            chunks = list(self._chunks)
+            self._chunks.clear()
+        return chunks
+
     def result(self) -> list[Continuation]:
         """Waits for the end and returns the continuations, by index; instead of an iteration, not after one."""
         if self._result is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import numpy as np
@@ -21,15 +22,15 @@ PREFILL_STEP, DECODE_STEP = 4, 2  # from one length in sight, or of a chunk, to 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class StepShape:
-    """Rows of a step, tokens of each, and pages of their tables."""
+    """Rows of a step, tokens of each, and pages of their tables; what is done with them."""
 
+    kind: Literal["decode", "verify", "prefill"]
     rows: int
     length: int
     pages: int
 
     def __str__(self) -> str:
-        kind = "decode" if self.length == 1 else "prefill"
-        return f"{kind}, rows={self.rows} tokens={self.length} pages={self.pages}"
+        return f"{self.kind}, rows={self.rows} tokens={self.length} pages={self.pages}"
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +40,8 @@ class StepInputs:
 
     slot_B: each row's slot, past the last for a row that fills up; last_B: the place in T of the token after which one
     is drawn, where drawing_B. settings, allowed_BW: see `draw_rows`. next_BT: the token after each one of a prompt,
-    whose log-probability is wanted where scored_B. replay_ids_BTLK: experts to force, None where the engine does not.
+    whose log-probability is wanted where scored_B. Of a step that verifies, num_proposed_B tokens of each row after the
+    first are proposals. replay_ids_BTLK: experts to force, None where the engine forces none.
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -53,6 +55,7 @@ class StepInputs:
     allowed_BW: UInt32[Array, "B W"]
     next_BT: Int[Array, "B T"]
     scored_B: Bool[Array, " B"]
+    num_proposed_B: Int[Array, " B"]
     replay_ids_BTLK: Int[Array, "B T L K"] | None
 
 
@@ -63,7 +66,13 @@ def chunk_tokens(config: EngineConfig, max_length: int) -> int:
 
 def decode_shapes(config: EngineConfig, max_length: int) -> list[StepShape]:
     """Shapes of a step of all slots, by pages in sight."""
-    return [StepShape(config.slots, 1, pages) for pages in _pages(config, max_length, DECODE_STEP)]
+    return [StepShape("decode", config.slots, 1, pages) for pages in _pages(config, max_length, DECODE_STEP)]
+
+
+def verify_shapes(config: EngineConfig, max_length: int) -> list[StepShape]:
+    """Shapes of a step of all slots that judges proposals; none where there are no proposals."""
+    length, pages = config.draft_tokens + 1, _pages(config, max_length, DECODE_STEP)
+    return [StepShape("verify", config.slots, length, number) for number in pages] if length > 1 else []
 
 
 def prefill_shapes(config: EngineConfig, max_length: int) -> list[StepShape]:
@@ -77,7 +86,7 @@ def prefill_shapes(config: EngineConfig, max_length: int) -> list[StepShape]:
         for rows in {1, min(config.slots, chunk // length)}:
             for pages in _pages(config, max_length, PREFILL_STEP):
                 if pages * config.page_size >= min(length, max_length):
-                    shapes.add(StepShape(rows, length, pages))
+                    shapes.add(StepShape("prefill", rows, length, pages))
     return sorted(shapes)
 
 
@@ -87,7 +96,8 @@ def _pages(config: EngineConfig, max_length: int, step: int) -> list[int]:
     pages = [] if config.deterministic else [-(-MIN_VISIBLE // config.page_size)]
     while pages and pages[-1] * step < most:
         pages.append(pages[-1] * step)
-    return [*(number for number in pages if number < most), most]
+    # One that is nearly as long as the longest would save nothing.
+    return [*(number for number in pages if 3 * number <= 2 * most), most]
 
 
 def smallest(shapes: list[StepShape], rows: int, length: int, pages: int) -> StepShape:
@@ -120,5 +130,6 @@ def blank_inputs(config: EngineConfig, model: ModelConfig, shape: StepShape, set
         allowed_BW=np.zeros((rows, -(-model.vocab_size // MASK_BITS)), np.uint32),
         next_BT=np.zeros((rows, length), np.int32),
         scored_B=np.zeros(rows, bool),
+        num_proposed_B=np.zeros(rows, np.int32),
         replay_ids_BTLK=np.full(routed, FREE, np.int32) if config.replay else None,
     )

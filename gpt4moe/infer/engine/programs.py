@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from gpt4moe.config.engine import EngineConfig
-from gpt4moe.infer.decoder import Decoder
+from gpt4moe.infer.decode_weights import DecoderWeights
+from gpt4moe.infer.decoder import Decoder, DecodeReport
 from gpt4moe.infer.engine import draws
 from gpt4moe.infer.engine.draws import Drawn, SlotMemory
 from gpt4moe.infer.engine.inputs import (
@@ -30,8 +31,11 @@ from gpt4moe.infer.engine.inputs import (
     decode_shapes,
     filler_settings,
     prefill_shapes,
+    verify_shapes,
 )
 from gpt4moe.infer.pages import Pages
+from gpt4moe.infer.sampling import draw, filtered_logits
+from gpt4moe.infer.speculative import PROPOSES
 from gpt4moe.types import Array
 
 SCORED_TOKENS = 64  # of a prompt, whose logits are held at once
@@ -51,7 +55,7 @@ class Scores:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOut:
-    """drawn: a token a row; load_LE and choices_LBTK: the experts; scores: of a chunk of prompts, else None."""
+    """drawn: the rows' tokens; load_LE and choices_LBTK: the experts; scores: of a chunk of prompts, None of others."""
 
     drawn: Drawn
     load_LE: Int[Array, "L E"]
@@ -59,77 +63,145 @@ class StepOut:
     scores: Scores | None
 
 
-class Programs:
-    """`step` runs a program on `pages` and `memory`, which it replaces; `num_late` were compiled after the warm-up."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What lies on the device between steps: pages of the model and of the one that proposes, memory of the slots."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, num_pages: int, max_length: int):
-        self.decoder, self.config, self.num_pages = decoder, config, num_pages
-        self.decode_shapes = decode_shapes(config, max_length)
+    pages: Pages
+    draft_pages: Pages | None
+    memory: SlotMemory
+
+
+class Programs:
+    """`step` runs a program on what is `held`, which it replaces; `num_late` were compiled after the warm-up.
+
+    draft: a model with the same vocabulary that proposes tokens. It reads what the model reads, into pages of its own
+    that stand where the model's do.
+    """
+
+    def __init__(
+        self, decoder: Decoder, config: EngineConfig, num_pages: int, max_length: int, draft: Decoder | None = None
+    ):
+        self.decoder, self.draft, self.config, self.num_pages = decoder, draft, config, num_pages
+        self.decode_shapes = [] if self._always_verifies() else decode_shapes(config, max_length)
+        self.verify_shapes = verify_shapes(config, max_length)
         self.prefill_shapes = prefill_shapes(config, max_length)
         self.seconds: dict[StepShape, float] = {}
         self.num_late, self._warm = 0, False
         self._compiled: dict[StepShape, Callable] = {}
-        # A flat tuple: the smaller the tree, the less every call spends on it.
-        self._leaves, self._tree = jax.tree.flatten(decoder.weights)
-        self._step = jax.jit(self._stepped, donate_argnums=(1, 2))
+        # A flat list: the smaller the tree, the less every call spends on it.
+        weights = decoder.weights, None if draft is None else draft.weights
+        self._leaves, self._tree = jax.tree.flatten(weights)
+        steps = {"decode": self._decoded, "verify": self._verified, "prefill": self._prefilled}
+        self._steps = {kind: jax.jit(step, donate_argnums=1) for kind, step in steps.items()}
         self._remember = jax.jit(draws.remember, donate_argnums=0)
         self.reset()
 
     def reset(self) -> None:
         """Empties pages and memory: at the beginning, and where a fault has cost them."""
-        self.pages = self.decoder.init_pages(self.num_pages, self.config.page_size)
-        self.memory = draws.init_memory(self.config.slots, self.decoder.config.vocab_size)
+        sizes, slots = (self.num_pages, self.config.page_size), self.config.slots
+        draft_pages = None if self.draft is None else self.draft.init_pages(*sizes)
+        memory = draws.init_memory(slots, self.decoder.config.vocab_size)
+        self.held = Held(self.decoder.init_pages(*sizes), draft_pages, memory)
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> dict[StepShape, float]:
         """Compiles every program that is not yet, telling each and its seconds; returns the seconds of all."""
         say = progress or (lambda line: None)
-        wanted = [shape for shape in (*self.decode_shapes, *self.prefill_shapes) if shape not in self._compiled]
+        shapes = (*self.decode_shapes, *self.verify_shapes, *self.prefill_shapes)
+        wanted = [shape for shape in shapes if shape not in self._compiled]
         say(f"compiling {len(wanted)} programs")
         # XLA compiles without the interpreter's lock: while one program is compiled the next is traced.
         with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             for number, shape in enumerate(pool.map(self._compile, wanted), start=1):
                 say(f"{number:3} of {len(wanted)}: {shape}, {self.seconds[shape]:.1f} s")
         vocab_size = self.decoder.config.vocab_size
-        nothing = SlotMemory(*(np.zeros(vocab_size, leaf.dtype) for leaf in jax.tree.leaves(self.memory)))
+        nothing = SlotMemory(*(np.zeros(vocab_size, leaf.dtype) for leaf in jax.tree.leaves(self.held.memory)))
         self.remember(0, nothing)
         self._warm = True
         return dict(self.seconds)
 
-    def step(self, inputs: StepInputs) -> StepOut:
-        """Runs the program of these shapes; the result may still be on its way when this returns."""
-        shape = StepShape(*inputs.tokens_BT.shape, inputs.table_BX.shape[1])
+    def step(self, shape: StepShape, inputs: StepInputs) -> StepOut:
+        """Runs the program of a shape; the result may still be on its way when this returns."""
         if shape not in self._compiled:
             self.num_late += self._warm
             self._compile(shape)
-        out, self.pages, self.memory = self._compiled[shape](self._leaves, self.pages, self.memory, inputs)
+        out, self.held = self._compiled[shape](self._leaves, self.held, inputs)
         return out
 
     def remember(self, slot: int, row: SlotMemory) -> None:
         """Puts what penalties and bias need to know of a row into its slot."""
-        self.memory = self._remember(self.memory, np.int32(slot), row)
+        memory = self._remember(self.held.memory, np.int32(slot), row)
+        self.held = dataclasses.replace(self.held, memory=memory)
 
-    def lower(self, shape: StepShape) -> jax.stages.Lowered:
-        """The program of a shape, before it is compiled."""
-        model = self.decoder.config
-        inputs = blank_inputs(self.config, model, shape, filler_settings(shape.rows, model.vocab_size))
-        arguments = (self._leaves, self.pages, self.memory, inputs)
-        return self._step.lower(*jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments))
+    def text(self, shape: StepShape) -> str:
+        """The compiled program of a shape, for those who read what XLA made of it."""
+        return self._compiled[shape].as_text()
+
+    def _always_verifies(self) -> bool:
+        """Where a model proposes, and where there may be only one lowering."""
+        return self.config.draft_tokens > 0 and (self.draft is not None or self.config.deterministic)
 
     def _compile(self, shape: StepShape) -> StepShape:
         started = time.perf_counter()
-        self._compiled[shape] = self.lower(shape).compile()
+        model = self.decoder.config
+        inputs = blank_inputs(self.config, model, shape, filler_settings(shape.rows, model.vocab_size))
+        arguments = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (self._leaves, self.held, inputs)
+        )
+        self._compiled[shape] = self._steps[shape.kind].lower(*arguments).compile()
         self.seconds[shape] = time.perf_counter() - started
         return shape
 
-    def _stepped(
-        self, leaves: list[Array], pages: Pages, memory: SlotMemory, inputs: StepInputs
-    ) -> tuple[StepOut, Pages, SlotMemory]:
-        weights = jax.tree.unflatten(self._tree, leaves)
+    def _decoded(self, leaves: list[Array], held: Held, inputs: StepInputs) -> tuple[StepOut, Held]:
+        weights, _ = jax.tree.unflatten(self._tree, leaves)
+        x_BTD, pages, report = self._read(weights, held.pages, inputs)
+        drawn, memory = self._draw(weights, x_BTD, held.memory, inputs)
+        return _out(drawn, report), Held(pages, held.draft_pages, memory)
+
+    def _prefilled(self, leaves: list[Array], held: Held, inputs: StepInputs) -> tuple[StepOut, Held]:
+        weights, draft_weights = jax.tree.unflatten(self._tree, leaves)
+        x_BTD, pages, report = self._read(weights, held.pages, inputs)
+        drawn, memory = self._draw(weights, x_BTD, held.memory, inputs)
+        draft_pages = held.draft_pages
+        if self.draft is not None:
+            tokens = inputs.tokens_BT, inputs.positions_BT, inputs.valid_BT
+            _, draft_pages, _ = self.draft.forward(draft_weights, *tokens, draft_pages, inputs.table_BX)
+        return _out(drawn, report, self._scores(weights, x_BTD, inputs)), Held(pages, draft_pages, memory)
+
+    def _verified(self, leaves: list[Array], held: Held, inputs: StepInputs) -> tuple[StepOut, Held]:
+        weights, draft_weights = jax.tree.unflatten(self._tree, leaves)
+        draft_pages, proposer_BTV = held.draft_pages, None
+        if self.draft is not None:
+            tokens_BT, proposer_BTV, draft_pages = self._propose(draft_weights, held.draft_pages, inputs)
+            inputs = dataclasses.replace(inputs, tokens_BT=tokens_BT)
+        x_BTD, pages, report = self._read(weights, held.pages, inputs)
+        # What stands in the place after the t-th token is the next one; after the last there is no proposal.
+        proposed_BT = jnp.pad(inputs.tokens_BT[:, 1:], ((0, 0), (0, 1)))
+        drawn, memory = draws.judge_rows(
+            self.decoder.logits(weights, x_BTD),
+            proposed_BT,
+            inputs.num_proposed_B,
+            proposer_BTV,
+            inputs.settings,
+            held.memory,
+            inputs.slot_B,
+            inputs.drawing_B,
+            inputs.allowed_BW,
+            self.config.max_logprobs,
+        )
+        return _out(drawn, report), Held(pages, draft_pages, memory)
+
+    def _read(self, weights: DecoderWeights, pages: Pages, inputs: StepInputs) -> tuple[Array, Pages, DecodeReport]:
         tokens = (inputs.tokens_BT, inputs.positions_BT, inputs.valid_BT)
         given = {"replay_ids_BTLK": inputs.replay_ids_BTLK, "with_choices": True}
-        x_BTD, pages, report = self.decoder.forward(weights, *tokens, pages, inputs.table_BX, **given)
+        return self.decoder.forward(weights, *tokens, pages, inputs.table_BX, **given)
+
+    def _draw(
+        self, weights: DecoderWeights, x_BTD: Array, memory: SlotMemory, inputs: StepInputs
+    ) -> tuple[Drawn, SlotMemory]:
         last_BD = x_BTD[jnp.arange(len(x_BTD)), inputs.last_B]
-        drawn, memory = draws.draw_rows(
+        return draws.draw_rows(
             self.decoder.logits(weights, last_BD),
             inputs.settings,
             memory,
@@ -138,10 +210,28 @@ class Programs:
             inputs.allowed_BW,
             self.config.max_logprobs,
         )
-        scores = None if x_BTD.shape[1] == 1 else self._scores(weights, x_BTD, inputs)
-        return StepOut(drawn, report.load_LE, report.choices.expert_ids_BTK, scores), pages, memory
 
-    def _scores(self, weights: object, x_BTD: Array, inputs: StepInputs) -> Scores:
+    def _propose(self, weights: DecoderWeights, pages: Pages, inputs: StepInputs) -> tuple[Array, Array, Pages]:
+        """The rows' tokens with the draft's proposals behind the first, and the logits that each was drawn from.
+
+        The draft reads its last proposal too: where all of them stand, its pages have a token as the model's have.
+        """
+        length, settings = inputs.tokens_BT.shape[1], inputs.settings
+        keys_BT = draws.place_keys(settings, length)
+        tokens, kept = [inputs.tokens_BT[:, 0]], []
+        for place in range(length):
+            token_B1, valid_B1 = tokens[place][:, None], inputs.valid_BT[:, place, None]
+            given = token_B1, inputs.positions_BT[:, place, None], valid_B1, pages, inputs.table_BX
+            x_B1D, pages, _ = self.draft.forward(weights, *given)
+            logits_BV = self.draft.logits(weights, x_B1D[:, 0])
+            kept_BV = filtered_logits(logits_BV, settings.params)
+            drawn_B = draw(kept_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_BT[:, place], PROPOSES))
+            greedy_B = jnp.argmax(logits_BV, axis=-1)
+            tokens.append(jnp.where(settings.params.temperature_B > 0, drawn_B, greedy_B).astype(jnp.int32))
+            kept.append(kept_BV)
+        return jnp.stack(tokens[:length], axis=1), jnp.stack(kept, axis=1), pages
+
+    def _scores(self, weights: DecoderWeights, x_BTD: Array, inputs: StepInputs) -> Scores:
         """Of a few tokens at a time: logits of all would be the largest array of the program."""
         rows, length, dim = x_BTD.shape
         block = math.gcd(SCORED_TOKENS, rows * length)
@@ -162,6 +252,10 @@ class Programs:
 
         scored = jax.lax.cond(jnp.any(wants_BT), computed, nothing)
         return Scores(*(leaf.reshape(rows, length, *leaf.shape[2:]) for leaf in scored))
+
+
+def _out(drawn: Drawn, report: DecodeReport, scores: Scores | None = None) -> StepOut:
+    return StepOut(drawn, report.load_LE, report.choices.expert_ids_BTK, scores)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,12 @@ import hashlib
 import numpy as np
 
 from gpt4moe.infer.codec import Codec
+from gpt4moe.infer.engine.constraint import Constraint
 from gpt4moe.infer.engine.handle import RequestHandle
 from gpt4moe.infer.engine.pool import page_names
 from gpt4moe.infer.engine.request import Chunk, EngineRequest, PromptReport
 from gpt4moe.infer.engine.text import TextStream
+from gpt4moe.infer.speculative import Lookup
 
 Top = tuple[tuple[int, float], ...]
 
@@ -33,7 +35,16 @@ class Row:
     token to read takes part in decode steps, one with more is read in chunks first.
     """
 
-    def __init__(self, handle: RequestHandle, index: int, arrival: int, max_new: int, tokenizer: Codec, now: float):
+    def __init__(
+        self,
+        handle: RequestHandle,
+        index: int,
+        arrival: int,
+        max_new: int,
+        tokenizer: Codec,
+        now: float,
+        constraint: Constraint | None = None,
+    ):
         self.handle, self.request, self.index, self.arrival = handle, handle.request, index, arrival
         self.sampling = self.request.sampling
         self.ids = list(self.request.prompt_ids)
@@ -44,6 +55,7 @@ class Row:
         self.slot: int | None = None
         self.finish_reason: str | None = None
         self.submitted_at = self.last_token_at = now
+        self.lookup, self.constraint = Lookup(), constraint
         self.prompt = _PromptRecord(self.request) if index == 0 else None
         self._names: list[bytes] = []
         self._seen = _digests(self.request, tokenizer)
@@ -88,7 +100,10 @@ class Row:
         self.last_token_at = now
         self._pending.append(token)
         ended = token.id in self._ends
-        text = self._text.finish() if ended else self._text.push([token.id])
+        if self.constraint is not None:
+            self.constraint.accept(token.id)
+            ended |= self.constraint.ended
+        text = self._text.push([token.id]) + (self._text.finish() if ended else "")
         if ended or self._text.ended:
             return self._chunk(text, "stop")
         if self.num_new >= self.max_new:

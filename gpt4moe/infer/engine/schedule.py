@@ -77,6 +77,15 @@ class Schedule:
                 self.grow(row, row.num_read + 1)
         return [row for row in self.running if row.num_unread == 1]
 
+    def grow_for(self, num_proposed: dict[Row, int]) -> dict[Row, int]:
+        """Gives rows pages for what is proposed to them; returns how many proposals have a place: nobody gives way."""
+        size, placed = self.config.page_size, {}
+        for row, number in num_proposed.items():
+            while (row.num_read + 1 + number) > len(row.pages) * size and (page := self.pool.take()) is not None:
+                row.pages.append(page)
+            placed[row] = min(number, len(row.pages) * size - row.num_read - 1)
+        return placed
+
     def grow(self, row: Row, num_tokens: int) -> bool:
         """Gives a row pages for so many tokens, if need be those of the youngest; False where it is that one."""
         while len(row.pages) * self.config.page_size < num_tokens:

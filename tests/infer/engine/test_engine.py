@@ -1,9 +1,12 @@
 """The engine against whole passes of the model: the same tokens, whoever shares the batch, however prompts are read."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
+from gpt4moe.config.check import CallerError
 from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.data.tokenizer import byte_tokenizer
@@ -153,6 +156,25 @@ def test_penalties_and_bias_change_what_is_drawn(engine, prompts):
     assert 77 not in made.token_ids
     (again,) = engine.submit(EngineRequest(prompts[6], greedy())).result()
     assert again.token_ids == plain.token_ids  # the slot has forgotten them
+
+
+def test_a_json_schema_is_followed_by_greedy_and_by_wild_rows_beside_free_ones(engine, prompts):
+    number = {"type": "integer", "minimum": 0, "maximum": 99}
+    words = {"type": "array", "items": {"enum": ["ab", "c"]}, "maxItems": 3}
+    needed = {"required": ["n", "words"], "additionalProperties": False}
+    schema = json.dumps({"type": "object", "properties": {"n": number, "words": words}} | needed)
+    free = engine.submit(EngineRequest(prompts[0], greedy()))
+    settings = [{"temperature": 0.0}, {"temperature": 3.0, "n": 3, "seed": 2}]
+    asked = [SamplingConfig(**given, json_schema=schema, max_new_tokens=80) for given in settings]
+    for handle in [engine.submit(EngineRequest(prompts[0], sampling)) for sampling in asked]:
+        for made in handle.result():
+            assert made.finish_reason == "stop"
+            value = json.loads(made.text)
+            assert set(value) == {"n", "words"} and 0 <= value["n"] <= 99 and set(value["words"]) <= {"ab", "c"}
+    assert free.result()[0].token_ids == engine.submit(EngineRequest(prompts[0], greedy())).result()[0].token_ids
+    bad = SamplingConfig(json_schema='{"type": "foo"}')
+    with pytest.raises(CallerError, match=r"json_schema='.*' cannot be followed: Invalid type: foo"):
+        engine.submit(EngineRequest(prompts[0], bad))
 
 
 def test_rows_that_give_way_for_want_of_pages_go_on_where_they_were(engine, whole, prompts):
