@@ -1,14 +1,17 @@
 """The whole path from the command line: train, resume, evaluate, generate, report, load, and mistakes on the way."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 
+import httpx2
 import jax
 import pytest
 from flax import nnx
@@ -336,3 +339,47 @@ def test_a_sharded_run_has_the_losses_of_one_device(corpus, workdir, tmp_path, c
         return [row["loss"] for row in rows if "loss" in row]
 
     assert losses(tmp_path / "run") == pytest.approx(losses(workdir), rel=1e-4)
+
+
+@contextlib.contextmanager
+def running(words):
+    """A process that does not outlive the block."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_server_of_the_run_ends_its_streams_on_sigterm_and_refuses_new_requests(workdir):
+    """One slot and sixteen continuations: they take a while. The process ends with 0."""
+    words = [sys.executable, "-m", "gpt4moe.launch", "serve", f"--workdir={workdir}", "--port=0", "--slots=1", "--json"]
+    with running(words) as server:
+        served = json.loads(server.stdout.readline())
+        assert (served["model"], served["step"]) == ("tiny", 8)
+        body = {"model": "tiny", "prompt": "The", "max_tokens": 60, "ignore_eos": True, "n": 16, "stream": True}
+        with httpx2.Client(base_url=served["url"], timeout=60) as client:
+            assert client.get("/healthz").json() == {"status": "ok"}
+            with client.stream("POST", "/v1/completions", json=body) as stream:
+                lines = (line for line in stream.iter_lines() if line)
+                chunks = [next(lines)]
+                server.send_signal(signal.SIGTERM)
+                while client.get("/healthz").status_code == 200:
+                    pass
+                refused = client.post("/v1/completions", json=body)
+                assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+                assert int(refused.headers["retry-after"]) > 0
+                chunks += lines
+        _, said = server.communicate(timeout=60)
+    assert chunks.pop() == "data: [DONE]"
+    choices = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"] * 16
+    assert server.returncode == 0 and "SIGTERM: no new requests; 1 running ones have 120 s to end" in said
+
+
+def test_settings_of_a_server_that_cannot_be_are_refused_at_once(capsys, tmp_path):
+    assert "port=99999 must be at most 65535" in refusal_of(capsys, ["serve", "--workdir=none", "--port=99999"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refusal_of(capsys, ["serve", "--workdir=none", f"--port={port}"])
+        assert f"port={port} cannot be listened on: Address already in use" in said

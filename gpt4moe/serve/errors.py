@@ -35,6 +35,9 @@ class ApiError(Exception):
     code: str | None = None
     headers: Mapping[str, str] | None = None
 
+    def __str__(self) -> str:
+        return self.message
+
     def body(self) -> dict:
         """What is sent: also in a stream that has begun."""
         message = self.message if len(self.message) <= MAX_MESSAGE else self.message[:MAX_MESSAGE] + "..."

@@ -1,4 +1,4 @@
-"""One engine of a tiny random model, in its deterministic mode, and a real server of it, for all tests of this folder."""
+"""One engine of a tiny random model, in its deterministic mode, and a real server of it, for the tests beside this."""
 
 import contextlib
 import threading
@@ -32,21 +32,52 @@ def decoder(tokenizer):
     return make_decoder(tokenizer.vocab_size, CONTEXT)
 
 
+class Stepper:
+    """The one engine, stepped by a thread; `with stepper.still() as engine` it stands still and the test steps it."""
+
+    def __init__(self, engine):
+        self.engine, self._free, self._ended = engine, threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while not self._ended.is_set():
+            with self._free:
+                worked = self.engine.step()
+            time.sleep(0 if worked else 0.001)
+
+    @contextlib.contextmanager
+    def still(self):
+        with self._free:
+            yield self.engine
+            while self.engine.step():
+                pass
+
+    def end(self):
+        self._ended.set()
+        self._thread.join()
+        self.engine.close()
+
+
 @pytest.fixture(scope="session")
-def engine(decoder, tokenizer):
-    """The one that runs in a thread."""
+def stepper(decoder, tokenizer):
     engine = Engine(decoder, tokenizer, ENGINE)
     engine.warm_up()
-    engine.run_in_thread()
-    yield engine
-    engine.close()
+    stepper = Stepper(engine)
+    yield stepper
+    stepper.end()
+
+
+@pytest.fixture(scope="session")
+def engine(stepper):
+    return stepper.engine
 
 
 @pytest.fixture(scope="session")
 def make_service(engine, tokenizer):
     """A service of the engine that runs, with settings of its own."""
 
-    def make(engine=engine, images=None, **given):
+    def make(images=None, **given):
         template = find_template(None, None, "<|endoftext|>")
         return Service(engine, tokenizer, ServeConfig(model_name=MODEL, **given), template, images)
 

@@ -1,6 +1,7 @@
 """/v1/chat/completions by OpenAI's own client: templates, special tokens in messages, streams, images."""
 
 import base64
+import itertools
 import json
 
 import openai
@@ -40,6 +41,7 @@ def test_the_plain_template_is_text_that_a_completion_may_be_asked_for(client):
 
 def test_a_stream_joined_is_the_whole_turn(client):
     given = {"max_tokens": 12, "n": 2, "seed": 4, "temperature": 1.0, "logprobs": True, "top_logprobs": 2}
+    given |= {"extra_body": {"ignore_eos": True}}
     whole = chat(client, **given)
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}, **given))
     assert chunks[-1].usage == whole.usage
@@ -67,7 +69,7 @@ def test_the_template_of_a_tokenizer_writes_special_tokens_and_messages_cannot(m
         [begin, *tokenizer.encode("user\n<|im_start|>system"), end, *tokenizer.encode("\n")],
         [begin, *tokenizer.encode("assistant\n")],
     ]
-    assert ids == sum(inside, [])
+    assert ids == list(itertools.chain(*inside))
     with pytest.raises(CallerError, match=r"^messages=\[\.\.\.\] do not fit the chat template: a user begins$"):
         chat_prompt(service, [Message(role="assistant", content="x")])
 
@@ -103,7 +105,6 @@ def test_a_template_can_reach_nothing_of_the_server():
         hostile.render([], Marks([]))
 
 
-
 def data_url(red):
     return "data:image/png;base64," + base64.b64encode(picture(red)).decode()
 
@@ -130,10 +131,10 @@ def test_images_are_read_below_the_root_only(make_service, tmp_path):
         assert read_image(service, url).valid.all()
     outside = ("../out.png", f"file://{tmp_path}/out.png", "link.png", "file:///etc/passwd", "none.png", "", "x" * 9999)
     for url in outside:
-        with pytest.raises(ApiError, match="image_url=.* is not a file below the server's --image_root"):
+        with pytest.raises(ApiError, match=r"image_url=.* is not a file below the server's --image_root"):
             read_image(service, url)
     for url, said in (
-        ("a%00.png", "is no path"),
+        ("file://a%00.png", "is no path"),
         ("https://example.com/a.png", "is not fetched"),
         ("data:image/png,abc", "must have the form"),
         ("data:image/png;base64,a$", "is not base64"),
@@ -145,12 +146,26 @@ def test_images_are_read_below_the_root_only(make_service, tmp_path):
         read_image(make_service(images=IMAGES), "a.png")
 
 
+def test_a_schema_is_followed_and_one_that_cannot_be_is_refused(client):
+    known = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
+    schema = {"name": "number", "schema": known | {"additionalProperties": False}}
+    made = chat(client, response_format={"type": "json_schema", "json_schema": schema}, max_tokens=40)
+    assert json.loads(made.choices[0].message.content)["n"] in range(10) and made.choices[0].finish_reason == "stop"
+    assert chat(client, response_format={"type": "json_object"}, max_tokens=3).choices[0].message.content[0] == "{"
+    for wrong in ({"type": "foo"}, {"$ref": "#/nothing"}):
+        with pytest.raises(openai.BadRequestError, match=r"json_schema=.* cannot be followed"):
+            chat(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": wrong}})
+
+
 def test_what_is_not_served_is_refused_by_name(client):
     image = [{"type": "image_url", "image_url": {"url": data_url(1)}}]
     for given, said in (
         ({"messages": [{"role": "user", "content": image}]}, "is an image, and the model reads none"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unknown or unsupported parameter: tools"),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "unsupported parameter: messages.0.tool"),
+        (
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]},
+            "unsupported parameter: messages.0.tool",
+        ),
         ({"top_logprobs": 2}, "top_logprobs goes with logprobs"),
         ({"model": "gpt-4"}, "the model 'gpt-4' does not exist"),
         ({"messages": []}, "messages: List should have at least 1 item"),

@@ -78,7 +78,9 @@ def test_a_stream_joined_is_the_whole_answer(client, given):
 def test_characters_are_never_cut(client):
     """A random model over bytes writes broken ones all the time; each chunk is text by itself."""
     whole = complete(client, "é", max_tokens=60, temperature=1.5, seed=1).choices[0].text
-    parts = [chunk.choices[0].text for chunk in complete(client, "é", max_tokens=60, temperature=1.5, seed=1, stream=True)]
+    parts = [
+        chunk.choices[0].text for chunk in complete(client, "é", max_tokens=60, temperature=1.5, seed=1, stream=True)
+    ]
     assert "".join(parts) == whole and any(ord(character) > 127 for character in whole) and len(parts) > 10
 
 
@@ -106,7 +108,16 @@ def test_sampling_settings_reach_the_engine(client):
         **{"stop_token_ids": [9], "ignore_eos": True},
     }
     told = sampling_of(CompletionRequest(model=MODEL, **asked), max_new_tokens=3)
-    same = ("temperature", "top_p", "top_k", "min_p", "n", "presence_penalty", "frequency_penalty", "repetition_penalty")
+    same = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "n",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    )
     assert {name: getattr(told, name) for name in same} == {name: asked[name] for name in same}
     assert (told.stop, told.stop_ids, told.ignore_end_of_text) == (("x",), (9,), True)
     assert (told.logit_bias, told.seed, told.max_new_tokens) == (((5, -1.0),), 7, 3)

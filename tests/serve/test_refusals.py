@@ -8,9 +8,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from gpt4moe.infer.engine.engine import Engine
+from gpt4moe.config.sampling import SamplingConfig
+from gpt4moe.infer.engine.request import EngineRequest
 from gpt4moe.serve.app import make_app
 
+from .caller import Caller
 from .conftest import ENGINE, MODEL
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -29,7 +31,7 @@ def refused(response, status, said, code=None):
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"{", b"null", b"[]", b'"text"', b"\xff\xfe{}", b'{"model": "\xff"}', b'{"model": "\\ud800"}', b"\x00" * 99,
+        b"", b"{", b"null", b"[]", b'"text"', b"\xff\xfe{}", b'{"model": "\xff"}', b'{"model": "\\ud800"}', b"\x00" * 9,
         b"[" * 100_000, b'{"prompt":' * 50_000, b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"model": NaN}',
         b'{"model": "tiny", "prompt": "a", "messages": "a", "temperature": 1e999}', b'{"a": ' + b"9" * 9999 + b"}",
     ],
@@ -89,65 +91,42 @@ def test_large_and_slow_bodies(make_service):
 
         refused(caller.post(COMPLETE, content=parts(), headers=json_type), 413, "at most 100 bytes")
         assert caller.post(COMPLETE, json=SMALL).status_code == 200
-    sent = asyncio.run(_exchange(make_app(make_service(body_seconds=0.05)), [{"body": b"{", "more_body": True}]))
-    assert sent[0]["status"] == 408
-
-
-async def _exchange(app, parts):
-    """What an application sends to a caller that sends these parts of a body, and then nothing."""
-    sent, parts = [], [{"type": "http.request"} | part for part in parts]
-
-    async def receive():
-        if not parts:
-            await asyncio.sleep(60)
-        return parts.pop(0)
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": COMPLETE, "raw_path": COMPLETE.encode(), "query_string": b""}
-    scope |= {"headers": [(b"content-type", b"application/json")], "root_path": "", "scheme": "http"}
-    await app(scope | {"asgi": {"spec_version": "2.3"}, "server": ("test", 80)}, receive, send)
-    return sent
+    caller = Caller(make_app(make_service(body_seconds=0.05)), COMPLETE, [{"body": b"{", "more_body": True}])
+    asyncio.run(caller.call())
+    assert caller.sent[0]["status"] == 408
 
 
 def test_the_key_is_wanted_below_v1_alone(make_service, listening):
-    with listening(make_service(api_key="s€cret")) as url:
+    with (
+        listening(make_service(api_key="s€cret")) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+    ):
         for given in ({}, {"Authorization": "Bearer s"}, {"Authorization": "Basic s€cret".encode()}):
             with TestClient(make_app(make_service(api_key="s€cret"))) as caller:
                 response = caller.get("/v1/models", headers=given)
                 assert refused(response, 401, "API key", "invalid_api_key")["type"] == "authentication_error"
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert [caller.get(path).status_code for path in ("/", "/healthz", "/metrics")] == [200, 200, 200]
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
     ascii_key = make_app(make_service(api_key="key"))
     with TestClient(ascii_key) as caller:
         assert caller.get("/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200
 
 
-def test_a_full_queue_says_when_to_try_again(make_service, decoder, tokenizer):
-    """The engine stands still: what is taken stays, and the next is refused, whole."""
-    engine = Engine(decoder, tokenizer, ENGINE)
-    with TestClient(make_app(make_service(engine=engine))) as caller:
-        for _ in range(15):
-            engine.submit(_request(tokenizer))
-        for prompt in ("a", ["a", "b"]):
-            response = caller.post(COMPLETE, json=SMALL | {"prompt": ["a", "b"], "n": 1})
-            assert refused(response, 429, "the queue is full", "queue_full")["type"] == "rate_limit_error", prompt
-            assert int(response.headers["retry-after"]) >= 1
-        # Of the two prompts the first had found room; it is given back.
+def test_a_full_queue_says_when_to_try_again(make_service, stepper, tokenizer):
+    """What is taken stays, and the next is refused, whole."""
+    endless = SamplingConfig(max_new_tokens=100, ignore_end_of_text=True)
+    with TestClient(make_app(make_service())) as caller, stepper.still() as engine:
+        taken = [engine.submit(EngineRequest([tokenizer.end_of_text], endless)) for _ in range(15)]
+        response = caller.post(COMPLETE, json=SMALL | {"prompt": ["a", "b"]})
+        assert refused(response, 429, "the queue is full", "queue_full")["type"] == "rate_limit_error"
+        assert int(response.headers["retry-after"]) >= 1
+        assert engine.metrics().queued == 16  # of the two prompts one found room
         engine.step()
-        assert engine.metrics().queued + engine.metrics().running == 15
-    engine.close()
-
-
-def _request(tokenizer):
-    from gpt4moe.config.sampling import SamplingConfig
-    from gpt4moe.infer.engine.request import EngineRequest
-
-    return EngineRequest([tokenizer.end_of_text], SamplingConfig(max_new_tokens=100, ignore_end_of_text=True))
+        assert engine.metrics().queued + engine.metrics().running == 15  # and gave it back
+        for handle in taken:
+            handle.cancel()
 
 
 def test_too_many_at_a_time_and_a_server_that_is_ending(make_service):
@@ -186,4 +165,6 @@ def _samples(caller):
     response = caller.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     samples = [sample for family in text_string_to_metric_families(response.text) for sample in family.samples]
-    return {(sample.name, *sample.labels.values()) if sample.labels else sample.name: sample.value for sample in samples}
+    return {
+        (sample.name, *sample.labels.values()) if sample.labels else sample.name: sample.value for sample in samples
+    }
