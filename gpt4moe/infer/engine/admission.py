@@ -42,7 +42,9 @@ def check_draft(draft: Decoder | None, model: ModelConfig, config: EngineConfig)
         require(fits, f"the draft's {name}", own, f"must {constraint} ({needed})")
 
 
-def check(request: EngineRequest, model: ModelConfig, config: EngineConfig, max_length: int) -> int:
+def check(
+    request: EngineRequest, model: ModelConfig, config: EngineConfig, max_length: int, image_token: int | None
+) -> int:
     """The most tokens that each continuation may get; `CallerError` for a request that cannot be served."""
     ids, sampling = np.asarray(request.prompt_ids), request.sampling
     constraint = f"must be shorter than the {max_length} tokens of prompt and continuation"
@@ -55,6 +57,7 @@ def check(request: EngineRequest, model: ModelConfig, config: EngineConfig, max_
     most = config.max_queue + config.slots
     require(sampling.n <= most, "n", sampling.n, f"must be at most {most}, the slots and the queue")
     _check_replay(request, model, config)
+    _check_pictures(request, model, config, image_token)
     return min(sampling.max_new_tokens, max_length - len(ids))
 
 
@@ -68,3 +71,21 @@ def _check_replay(request: EngineRequest, model: ModelConfig, config: EngineConf
     require(fits, "replay_ids_TLK", replay.shape, f"must have the shape [tokens, {per_token[0]}, {per_token[1]}]")
     known = bool(np.all((replay >= FREE) & (replay < model.moe.num_experts)))
     require(known, "replay_ids_TLK", "given", f"must hold experts from 0 to {model.moe.num_experts - 1}, -1 or {FREE}")
+
+
+def _check_pictures(request: EngineRequest, model: ModelConfig, config: EngineConfig, image_token: int | None) -> None:
+    number = len(request.pictures)
+    if number == 0:
+        return
+    mend = "give the workdir of a model that does"
+    require(model.vision is not None, "pictures", number, "but the model reads no images", mend)
+    most = config.max_pictures
+    require(number <= most, "pictures", number, f"must be at most {most}", "raise EngineConfig.max_pictures")
+    places = list(request.prompt_ids).count(image_token)
+    require(places == number, "pictures", number, f"must be as many as image tokens in the prompt ({places})")
+    encoder = model.vision.encoder
+    wanted = (encoder.height, encoder.width, 3)
+    for picture in request.pictures:
+        frames, *size = picture.pixels.shape
+        fits = tuple(size) == wanted and frames <= encoder.max_frames
+        require(fits, "a picture", (frames, *size), f"must be of at most {encoder.max_frames} frames of {wanted}")

@@ -57,6 +57,9 @@ class Row:
         self.submitted_at = self.last_token_at = now
         self.lookup, self.constraint = Lookup(), constraint
         self.prompt = _PromptRecord(self.request) if index == 0 else None
+        self.image_index_T = None
+        if self.request.pictures:
+            self.image_index_T = np.cumsum(np.asarray(self.ids) == tokenizer.image).astype(np.int32) - 1
         self._names: list[bytes] = []
         self._seen = _digests(self.request, tokenizer)
         self._text = TextStream(tokenizer, self.sampling.stop)
@@ -93,6 +96,11 @@ class Row:
         """The names of all full pages of `ids`."""
         self._names += page_names(self.ids, page_size, self._seen, self._names)
         return self._names
+
+    def seen_at(self, start: int, length: int) -> np.ndarray:
+        """The picture that each token from `start` on sees last; all behind the prompt see what its last token does."""
+        places = np.minimum(np.arange(start, start + length), self.num_prompt - 1)
+        return self.image_index_T[places]
 
     def add(self, token: NewToken, now: float) -> Chunk | None:
         """One more token; returns what there is to tell, and sets `finish_reason` with the last."""
