@@ -137,6 +137,18 @@ class _Rows:
         return self
 
 
+@pytest.mark.parametrize("product", ["reduction", "triton_interpreted"])
+def test_experts_in_a_stack_equal_experts_apart(product):
+    """As on an accelerator: a token through `visit_own`, a chunk through blocks of sorted rows."""
+    model, tokens = _model(TINY), _tokens(1)
+    want, _ = _whole(model, tokens, None)
+    rows = _Rows(Decoder.of(model, product=product), tokens)
+    rows.step(5, [5])
+    for _ in range(LENGTH - 5):
+        rows.step(1, [1])
+    assert relative_difference(rows.logits, want) < 1e-5
+
+
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_chunks_and_single_tokens_equal_the_whole_text(config):
     model, tokens = _model(config), _tokens(3)
