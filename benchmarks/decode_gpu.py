@@ -137,7 +137,7 @@ def config_of(model: str, layers: int) -> ModelConfig:
         model_dim=dim,
         vocab_size=VOCAB if is_gpu() else 128,
         context_length=CONTEXT,
-        attention=AttentionConfig(num_heads=heads, num_kv_heads=heads // 4),
+        attention=AttentionConfig(num_heads=heads, num_kv_heads=8 if is_gpu() else 2),
         moe=MoeConfig(num_experts=NUM_EXPERTS, experts_per_token=2, hidden_dim=hidden),
         tie_embeddings=False,
     )
