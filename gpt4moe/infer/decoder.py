@@ -29,9 +29,9 @@ from gpt4moe.infer.decode_weights import (
 )
 from gpt4moe.infer.expert_rows import feed_forward, serve
 from gpt4moe.infer.matrix import PRODUCTS, times
+from gpt4moe.infer.paged_attention import attend
 from gpt4moe.infer.pages import Pages, Places
 from gpt4moe.model import cross_attention
-from gpt4moe.model.attention_kernel import attend_cached
 from gpt4moe.model.cross_attention import Media
 from gpt4moe.model.moe import Choices
 from gpt4moe.model.rope import Rotation, rotate, rotation
@@ -200,7 +200,7 @@ class Decoder:
         q_BTNH, k_BTMH, v_BTMH = self._heads(weights, times(normed_UD, weights.in_DJ), step)
         keys, values = (paging.write(each, new, step.at) for each, new in zip(cache, (k_BTMH, v_BTMH), strict=True))
         seen = [paging.read(each, step.table_BX) for each in (keys, values)]
-        y_BTNH = attend_cached(q_BTNH, *seen, step.positions_BT, self.config.attention.query_chunk)
+        y_BTNH = attend(q_BTNH, *seen, step.positions_BT, self.config.attention.query_chunk)
         y_UD = times(y_BTNH.reshape(rows * length, -1), weights.out_JD)
         return (x_BTD + y_UD.reshape(x_BTD.shape)).astype(self.dtype), (keys, values)
 

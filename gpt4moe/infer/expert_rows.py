@@ -3,6 +3,7 @@
 In: rows, each with K choices of experts and their gates. Out: the sum of the experts' outputs weighted by gates, in
 float32. What the lowerings differ in is how much of the matrices they read and how many rows they multiply for nothing:
 
+- `visit_one`: a single row through each of its experts.
 - `visit_chosen`: all rows through every expert that any row goes to. Reads no other expert.
 - `visit_all`: all rows through every expert: of many rows some go to each, and a choice whether to costs time.
 - `visit_sorted`: rows sorted by expert, in blocks. For prompts, where multiplying is what takes the time.
@@ -64,6 +65,8 @@ def serve(
         experts = [jax.tree.map(lambda leaf, e=e: leaf[e], experts) for e in range(num)]
     if rows >= FEWEST_SORTED and ids_UK.shape[1] < num:
         return visit_sorted(experts, x_UD, ids_UK, gates_UK, gated)
+    if rows == 1:
+        return visit_one(experts, x_UD, ids_UK, gates_UK, gated)
     visit = visit_all if ids_UK.size >= ALL_VISITED * num else visit_chosen
     return visit(experts, x_UD, ids_UK, gates_UK, gated)
 
@@ -93,6 +96,12 @@ def visit_blocks(
     y_XCD = multiply(hidden_XCF, experts.down_FD)
     y_BTD = dispatch.combine(y_XCD, dispatched.plan, len(x_BTD))
     return y_BTD.reshape(-1, x_BTD.shape[-1]).astype(jnp.float32)
+
+
+def visit_one(experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool) -> Float32[Array, "U D"]:
+    """See the module."""
+    branches = [functools.partial(feed_forward, weights=expert, gated=gated) for expert in experts]
+    return sum(jax.lax.switch(id_, branches, x_UD) * gate for id_, gate in zip(ids_UK[0], gates_UK[0], strict=True))
 
 
 def visit_chosen(experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool) -> Float32[Array, "U D"]:

@@ -93,7 +93,7 @@ class _Rows:
         self.table = (
             np.random.default_rng(0).permutation(num_pages)[: len(tokens) * pages_of_row].reshape(len(tokens), -1)
         )
-        self.pages = jax.tree.map(lambda leaf: leaf + 7.0, decoder.init_pages(num_pages, PAGE_SIZE))
+        self.pages = jax.tree.map(lambda leaf: leaf + 7, decoder.init_pages(num_pages, PAGE_SIZE))
         self.media = None if pictures is None else jax.jit(decoder.look)(decoder.weights, *pictures)
         self.forward = jax.jit(decoder.forward, static_argnames="with_choices", donate_argnums=4)
         self.logits = np.full((*tokens.shape, decoder.config.vocab_size), np.nan, np.float32)
