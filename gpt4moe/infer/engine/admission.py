@@ -10,6 +10,7 @@ from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.infer.decoder import FREE, Decoder
 from gpt4moe.infer.engine.request import EngineRequest
+from gpt4moe.infer.expert_rows import FEWEST_SORTED
 from gpt4moe.infer.pages import page_bytes
 
 
@@ -21,6 +22,11 @@ def num_pages(decoder: Decoder, config: EngineConfig, max_length: int) -> int:
     exact = not config.deterministic or decoder.dtype == jnp.float32
     mend = "load the decoder in float32 or leave deterministic out"
     require(exact, "deterministic", config.deterministic, f"needs float32, not {decoder.dtype.name}", mend)
+    rows = config.slots * (config.draft_tokens + 1)
+    # More are sorted by expert and multiplied in blocks, whose size is a matter of the others in the batch.
+    few = not config.deterministic or rows < FEWEST_SORTED
+    constraint = f"times draft_tokens + 1 ({config.draft_tokens + 1}) must be below {FEWEST_SORTED} where deterministic"
+    require(few, "slots", config.slots, constraint)
     number, setting = config.num_pages or config.slots * of_a_row, "num_pages"
     if config.cache_bytes is not None:
         number, setting = config.cache_bytes // page_bytes(model, config.page_size, decoder.dtype), "cache_bytes"
