@@ -107,13 +107,13 @@ class Row:
         self.ids.append(token.id)
         self.last_token_at = now
         self._pending.append(token)
-        ended = token.id in self._ends
-        if self.constraint is not None:
-            self.constraint.accept(token.id)
-            ended |= self.constraint.ended
-        text = self._text.push([token.id]) + (self._text.finish() if ended else "")
-        if ended or self._text.ended:
-            return self._chunk(text, "stop")
+        if token.id in self._ends:  # and is not part of the text
+            return self._chunk(self._text.finish(), "stop")
+        text = self._text.push([token.id])
+        if self.constraint is not None and (problem := self.constraint.accept(token.id)):
+            return self._chunk(text + self._text.finish(), "error", problem)
+        if self._text.ended or (self.constraint is not None and self.constraint.ended):
+            return self._chunk(text + self._text.finish(), "stop")
         if self.num_new >= self.max_new:
             return self._chunk(text + self._text.finish(), "length")
         return self._chunk(text, None) if text else None

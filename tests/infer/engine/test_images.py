@@ -49,12 +49,14 @@ def engine(model, tokenizer):
 
 
 def picture(seed, frames=1):
+    """Of two frames, the second of which there may not be."""
     pixels = np.random.default_rng(seed).integers(0, 256, (2, 8, 12, 3)).astype(np.uint8)
-    return Picture(pixels[:frames], np.ones(frames, bool))
+    return Picture(pixels, np.arange(2) < frames)
 
 
 def test_rows_see_their_own_pictures_whoever_had_the_slot_before(model, engine, tokenizer):
     image, text = tokenizer.image, tokenizer.encode("what it says: ")
+    single = Picture(picture(1).pixels[:1], np.ones(1, bool))
     asked = [
         ([0, image, *text], [picture(1)]),
         ([0, *text, image, *text[:3], image, 40], [picture(2), picture(3)]),
@@ -63,13 +65,18 @@ def test_rows_see_their_own_pictures_whoever_had_the_slot_before(model, engine, 
         ([0, image, *text], [picture(1)]),
         ([0, image, *text], [picture(5, frames=2)]),
     ]
-    handles = [engine.submit(EngineRequest(ids, GREEDY, pictures)) for ids, pictures in asked]
+    given = [pictures if row else [single] for row, (_, pictures) in enumerate(asked)]
+    pairs = zip(asked, given, strict=True)
+    handles = [engine.submit(EngineRequest(ids, GREEDY, pictures)) for (ids, _), pictures in pairs]
     made = [list(handle.result()[0].token_ids) for handle in handles]
-    for (ids, pictures), tokens in zip(asked, made, strict=True):
-        (expected,) = generate_ids(model, tokenizer, [ids], GREEDY, [pictures])
-        assert tokens[: len(expected)] == expected and set(tokens[len(expected) :]) <= {tokenizer.end_of_text}
+    expected = generate_ids(model, tokenizer, [ids for ids, _ in asked], GREEDY, [pictures for _, pictures in asked])
+    for tokens, wanted in zip(made, expected, strict=True):
+        assert tokens[: len(wanted)] == wanted and set(tokens[len(wanted) :]) <= {tokenizer.end_of_text}
     assert made[0] == made[4] and made[0] != made[3] and made[0] != made[5]
-    assert engine.metrics().cached_prompt_tokens == 16  # two pages of the prompt with the same picture
+    (again,) = engine.submit(EngineRequest(asked[4][0], GREEDY, asked[4][1])).result()
+    assert list(again.token_ids) == made[4]
+    # A page of the prompt with the same picture, and a page of text that stands before the pictures of another.
+    assert engine.metrics().cached_prompt_tokens == 8 + 8
 
 
 def test_pictures_that_cannot_be_shown_are_refused_in_one_line(engine, tokenizer):
