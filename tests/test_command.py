@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -159,6 +160,13 @@ def test_generate_serves_a_file_of_requests(workdir, tmp_path, capsys):
     requests.write_text('{"prompt": "a"}\n{"prompt": "a", "top_q": 1}\n')
     capsys.readouterr()
     assert f"{requests}:2: has no key 'top_q'; there are " in refusal_of(capsys, command)
+
+
+def test_the_example_of_the_engine_runs(workdir, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/engine.md").read_text(), re.DOTALL)
+    exec(example.replace("runs/quickstart", str(workdir)), {})
+    *chunks, experts = capsys.readouterr().out.splitlines()
+    assert chunks and len(experts.strip("[]").split()) >= 1
 
 
 def test_load_gives_the_trained_model_with_the_counted_parameters(workdir):

@@ -82,14 +82,24 @@ class DecoderWeights:
     eyes: tuple[nnx.State, nnx.State | None] | None = None
 
 
-def take_apart(model: Transformer, dtype: jnp.dtype, quantize: str | None, *, stacked: bool) -> DecoderWeights:
-    """Returns the weights of `model` for decoding in `dtype`; may be traced.
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How parameters become matrices.
 
-    quantize: see `gpt4moe.infer.matrix.make_matrix`; embedding, head, router and norms stay as they are. stacked:
-    experts of a layer in one array instead of one each.
+    quantize: see `gpt4moe.infer.matrix.make_matrix`; embedding, head, router and norms stay in float. product: see
+    `gpt4moe.infer.matrix.Matrix`. stacked: experts of a layer in one array instead of one each.
     """
+
+    dtype: jnp.dtype
+    quantize: str | None
+    product: str
+    stacked: bool
+
+
+def take_apart(model: Transformer, form: Form) -> DecoderWeights:
+    """Returns the weights of `model` for decoding; may be traced."""
     config = model.config
-    as_matrix = _Maker(dtype, quantize, stacked)
+    as_matrix, dtype = _Maker(form), form.dtype
     layers = [as_matrix.layer(nnx.state(block), config) for block in model.leading_blocks]
     order = model.layout.order(config.num_moe_layers)
     crossing = _cross_layers(model, dtype)
@@ -103,17 +113,15 @@ def take_apart(model: Transformer, dtype: jnp.dtype, quantize: str | None, *, st
     eyes = None
     if config.vision:
         eyes = tuple(None if part is None else nnx.state(part) for part in (model.vision_encoder, model.resampler))
-    head_DV = make_matrix(model.unembedding().T, dtype, None)
+    head_DV = make_matrix(model.unembedding().T, dtype, None, form.product)
     return DecoderWeights(embedding_VD, tuple(layers), model.final_norm.scale[...], head_DV, eyes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Maker:
-    """How parameters become matrices."""
+    """Parameters of a layer as matrices."""
 
-    dtype: jnp.dtype
-    quantize: str | None
-    stacked: bool
+    form: Form
 
     def layer(self, state: nnx.State, config: ModelConfig, cross: nnx.State | None = None) -> LayerWeights:
         has_experts = "moe" in state
@@ -129,7 +137,7 @@ class _Maker:
 
     def _moe(self, state: nnx.State) -> MoeWeights:
         experts, bias = state["experts"], state.get("router_bias")
-        if self.stacked:
+        if self.form.stacked:
             every = self._feed_forward(experts)
         else:
             num = experts["up"][...].shape[0]
@@ -142,7 +150,8 @@ class _Maker:
         return FeedForwardWeights(self._joined(inward), self._matrix(state["down"][...]))
 
     def _matrix(self, w_IJ: Array) -> Matrix:
-        return make_matrix(w_IJ, self.dtype, self.quantize)
+        form = self.form
+        return make_matrix(w_IJ, form.dtype, form.quantize, form.product)
 
     def _joined(self, matrices: list[Array]) -> Matrix:
         return joined([self._matrix(w_IJ) for w_IJ in matrices])

@@ -15,21 +15,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Float32, Int
 
+from gpt4moe.config.check import require
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.infer import pages as paging
 from gpt4moe.infer.decode_weights import (
     AttentionWeights,
     DecoderWeights,
     FeedForwardWeights,
+    Form,
     LayerWeights,
     MoeWeights,
     take_apart,
 )
 from gpt4moe.infer.expert_rows import feed_forward, serve
-from gpt4moe.infer.matrix import times
+from gpt4moe.infer.matrix import PRODUCTS, times
+from gpt4moe.infer.paged_attention import attend
 from gpt4moe.infer.pages import Pages, Places
 from gpt4moe.model import cross_attention
-from gpt4moe.model.attention_kernel import attend_cached
 from gpt4moe.model.cross_attention import Media
 from gpt4moe.model.moe import Choices
 from gpt4moe.model.rope import Rotation, rotate, rotation
@@ -37,6 +39,8 @@ from gpt4moe.model.router import RouterInputs, Routing, top_k
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.types import Array
 
+# By backend; elsewhere, on a CPU, it is "dot".
+FASTEST_PRODUCT = {"gpu": "reduction"}
 FREE = -2  # in the place of an expert to force: the router chooses
 
 
@@ -81,18 +85,23 @@ class Decoder:
 
     @classmethod
     def of(
-        cls, model: Transformer, *, dtype: str | None = None, quantize: str | None = None, stacked: bool = False
+        cls, model: Transformer, *, dtype: str | None = None, quantize: str | None = None, product: str | None = None
     ) -> Decoder:
         """Returns the decoder of a model in `dtype` (None: its compute dtype).
 
-        quantize: "int8" or "fp8" for the matrices of experts and attention, by column. stacked: experts of a layer in
-        one array, as a mesh or an accelerator's kernels want them. Raises `CallerError` for a `quantize` it lacks.
+        quantize: "int8" or "fp8" for the matrices of experts and attention, by column. product: how one or a
+        few rows are multiplied (`gpt4moe.infer.matrix.PRODUCTS`; None: the fastest on the backend); with another than
+        "dot" the experts of a layer lie in one array. A model of abstract arrays has abstract weights. Raises
+        `CallerError` for a name it does not know.
         """
         config, as_dtype = model.config, jnp.dtype(dtype or model.config.compute_dtype)
+        product = product or FASTEST_PRODUCT.get(jax.default_backend(), "dot")
+        require(product in PRODUCTS, "product", product, f"must be in {tuple(PRODUCTS)}")
+        form = Form(as_dtype, quantize, product, stacked=product != "dot")
         graph, state = nnx.split(model)
 
         def taken(state: nnx.State) -> DecoderWeights:
-            return take_apart(nnx.merge(graph, state), as_dtype, quantize, stacked=stacked)
+            return take_apart(nnx.merge(graph, state), form)
 
         cross = eyes = None
         if config.vision:
@@ -100,7 +109,9 @@ class Decoder:
             eyes = tuple(
                 None if part is None else nnx.graphdef(part) for part in (model.vision_encoder, model.resampler)
             )
-        return cls(jax.jit(taken)(state), config, as_dtype, cross, eyes)
+        is_abstract = isinstance(jax.tree.leaves(state)[0], jax.ShapeDtypeStruct)
+        weights = jax.eval_shape(taken, state) if is_abstract else jax.jit(taken)(state)
+        return cls(weights, config, as_dtype, cross, eyes)
 
     def init_pages(self, num_pages: int, page_size: int) -> Pages:
         """Returns empty pages."""
@@ -190,7 +201,7 @@ class Decoder:
         q_BTNH, k_BTMH, v_BTMH = self._heads(weights, times(normed_UD, weights.in_DJ), step)
         keys, values = (paging.write(each, new, step.at) for each, new in zip(cache, (k_BTMH, v_BTMH), strict=True))
         seen = [paging.read(each, step.table_BX) for each in (keys, values)]
-        y_BTNH = attend_cached(q_BTNH, *seen, step.positions_BT, self.config.attention.query_chunk)
+        y_BTNH = attend(q_BTNH, *seen, step.positions_BT, self.config.attention.query_chunk)
         y_UD = times(y_BTNH.reshape(rows * length, -1), weights.out_JD)
         return (x_BTD + y_UD.reshape(x_BTD.shape)).astype(self.dtype), (keys, values)
 
@@ -219,8 +230,7 @@ class Decoder:
             y_UD = feed_forward(normed_UD, weights, gated)
         else:
             routing = self._route(weights, normed_BTD, step, number)
-            ids_UK, gates_UK = (leaf.reshape(len(normed_UD), -1) for leaf in (routing.expert_ids_UK, routing.gates_UK))
-            y_UD = serve(weights.experts, normed_UD, ids_UK, gates_UK, gated)
+            y_UD = serve(weights.experts, normed_BTD, routing, self.config.moe)
             if weights.shared is not None:
                 y_UD += feed_forward(normed_UD, weights.shared, gated)
         return (x_BTD + y_UD.reshape(x_BTD.shape)).astype(self.dtype), routing

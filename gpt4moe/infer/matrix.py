@@ -9,58 +9,108 @@ What a column of the parameters holds lies side by side here: few rows are multi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Float32, Int, Shaped
 
 from gpt4moe.config.check import require
+from gpt4moe.infer import gemv_triton
 from gpt4moe.types import Array
 
 # By name: the dtype that is stored and its largest finite value.
 QUANTIZED = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 TINY = 1e-30
+# Rows up to which a `Matrix.product` other than `dot` is used: more share what they read.
+FEW_ROWS = 4
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """A matrix [I, J], or a stack, as its transpose: values_JI; scale_J is what a column was divided by, or None."""
+    """A matrix [I, J], or a stack, as its transpose: values_JI; scale_J is what a column was divided by, or None.
+
+    product: how few rows are multiplied, one of `PRODUCTS`; more are always multiplied by `dot`.
+    """
 
     values_JI: Shaped[Array, "*stack J I"]
     scale_J: Float32[Array, "*stack J"] | None = None
+    product: str = dataclasses.field(default="dot", metadata={"static": True})
 
 
-def make_matrix(w_IJ: Float[Array, "*stack I J"], dtype: jnp.dtype, quantize: str | None) -> Matrix:
+def make_matrix(
+    w_IJ: Float[Array, "*stack I J"], dtype: jnp.dtype, quantize: str | None, product: str = "dot"
+) -> Matrix:
     """Returns `w_IJ` in `dtype`, or by columns in what `quantize` names ("int8", "fp8"), the largest entry at its end.
 
     Raises `CallerError` for another name.
     """
     w_JI = jnp.swapaxes(w_IJ, -1, -2)
     if quantize is None:
-        return Matrix(w_JI.astype(dtype))
+        return Matrix(w_JI.astype(dtype), None, product)
     require(quantize in QUANTIZED, "quantize", quantize, f"must be in {(None, *QUANTIZED)}")
     stored, largest = QUANTIZED[quantize]
     scale_J = jnp.maximum(jnp.max(jnp.abs(w_JI), axis=-1).astype(jnp.float32), TINY) / largest
-    return Matrix(_rounded(w_JI.astype(jnp.float32) / scale_J[..., None], stored), scale_J)
+    return Matrix(_rounded(w_JI.astype(jnp.float32) / scale_J[..., None], stored), scale_J, product)
 
 
 def joined(matrices: Sequence[Matrix]) -> Matrix:
     """Returns matrices with the same rows side by side."""
     values_JI = jnp.concatenate([matrix.values_JI for matrix in matrices], axis=-2)
     if matrices[0].scale_J is None:
-        return Matrix(values_JI)
-    return Matrix(values_JI, jnp.concatenate([matrix.scale_J for matrix in matrices], axis=-1))
+        return Matrix(values_JI, None, matrices[0].product)
+    scale_J = jnp.concatenate([matrix.scale_J for matrix in matrices], axis=-1)
+    return Matrix(values_JI, scale_J, matrices[0].product)
 
 
 def times(x_UI: Float[Array, "U I"], matrix: Matrix) -> Float32[Array, "U J"]:
     """Returns the product of rows with a matrix."""
+    if matrix.product != "dot" and len(x_UI) <= FEW_ROWS:
+        stack = jax.tree.map(lambda leaf: leaf[None], matrix)
+        return times_own(x_UI, stack, jnp.zeros(len(x_UI), jnp.int32))
     stored = matrix.values_JI.dtype
     if matrix.scale_J is None:
         return _product(x_UI.astype(stored), matrix.values_JI)
     rows_UI, scale_U1 = quantized_rows(x_UI, stored)
     return _product(rows_UI, matrix.values_JI).astype(jnp.float32) * scale_U1 * matrix.scale_J
+
+
+def times_own(x_SI: Float[Array, "S I"], stack: Matrix, matrix_S: Int[Array, " S"]) -> Float32[Array, "S J"]:
+    """Returns each row times the matrix of its number in a stack; quantised ones are multiplied as floats."""
+    y_SJ = PRODUCTS[stack.product](x_SI, stack.values_JI, matrix_S)
+    return y_SJ if stack.scale_J is None else y_SJ * stack.scale_J[matrix_S]
+
+
+def _by_dot(x_SI: Array, w_EJI: Array, matrix_S: Array) -> Array:
+    """A copy of each row's matrix, and a batched product."""
+    own_SJI = w_EJI[matrix_S].astype(x_SI.dtype)
+    return jnp.einsum("SI,SJI->SJ", x_SI, own_SJI, preferred_element_type=jnp.float32)
+
+
+def _by_reduction(x_SI: Array, w_EJI: Array, matrix_S: Array) -> Array:
+    """Sums of elementwise products, which XLA fuses with the reading of the matrix."""
+    sums = []
+    for row, x_I in enumerate(x_SI.astype(jnp.float32)):
+        own_JI = jax.lax.dynamic_index_in_dim(w_EJI, matrix_S[row], keepdims=False)
+        sums.append(jnp.sum(own_JI.astype(jnp.float32) * x_I, axis=-1))
+    return jnp.stack(sums)
+
+
+def _by_kernel(x_SI: Array, w_EJI: Array, matrix_S: Array, *, interpret: bool = False) -> Array:
+    if w_EJI.size > jnp.iinfo(jnp.int32).max:  # the kernel counts in int32
+        return _by_reduction(x_SI, w_EJI, matrix_S)
+    return gemv_triton.multiply(x_SI, w_EJI, matrix_S, interpret=interpret)
+
+
+PRODUCTS = {
+    "dot": _by_dot,
+    "reduction": _by_reduction,
+    "triton": _by_kernel,
+    # The kernel without a GPU, step by step: to check it.
+    "triton_interpreted": functools.partial(_by_kernel, interpret=True),
+}
 
 
 def quantized_rows(x_UI: Float[Array, "U I"], dtype: jnp.dtype) -> tuple[Shaped[Array, "U I"], Float32[Array, "U 1"]]:

@@ -10,10 +10,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from gpt4moe.config.model import ModelConfig
+from gpt4moe.model.product import from_bits, to_bits
 from gpt4moe.types import Array
+
+Stored = Shaped[Array, "pages places M H"]
 
 
 @jax.tree_util.register_dataclass
@@ -21,11 +24,12 @@ from gpt4moe.types import Array
 class Pages:
     """Keys (rotated) and values of every layer: [num_pages, page_size, M, H] each, an array a layer.
 
-    The token at position p of row b lies in page table_BX[b, p // page_size] at place p % page_size.
+    The token at position p of row b lies in page table_BX[b, p // page_size] at place p % page_size. bfloat16 is kept
+    as its bits, uint16: XLA:CPU converts the whole of a bfloat16 array to float32 and back to write a part of it.
     """
 
-    keys: tuple[Float[Array, "pages places M H"], ...]
-    values: tuple[Float[Array, "pages places M H"], ...]
+    keys: tuple[Stored, ...]
+    values: tuple[Stored, ...]
 
     @property
     def page_size(self) -> int:
@@ -38,7 +42,7 @@ def init_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.d
     shape = (num_pages, page_size, config.attention.num_kv_heads, config.head_dim)
 
     def of_layers() -> tuple[Array, ...]:
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        return tuple(to_bits(jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
     return Pages(of_layers(), of_layers())
 
@@ -74,14 +78,16 @@ def places(
     return Places(jnp.where(held_BT, page_BT, num_pages), positions_BT % page_size)
 
 
-def write(
-    layer: Float[Array, "pages places M H"], new_BTMH: Float[Array, "B T M H"], at: Places
-) -> Float[Array, "pages places M H"]:
+def write(layer: Stored, new_BTMH: Float[Array, "B T M H"], at: Places) -> Stored:
     """Returns one layer's keys or values with those of the tokens written, the rest as it was."""
-    return layer.at[at.page_BT, at.place_BT].set(new_BTMH.astype(layer.dtype), mode="drop")
+    page_BT, place_BT = at.page_BT, at.place_BT
+    if page_BT.size == 1:  # XLA would make a slice update of it, for which it copies the pages: a second one, dropped
+        page_BT = jnp.concatenate([page_BT, jnp.full_like(page_BT, len(layer))], axis=1)
+        place_BT, new_BTMH = (jnp.concatenate([x, x], axis=1) for x in (place_BT, new_BTMH))
+    return layer.at[page_BT, place_BT].set(to_bits(new_BTMH), mode="drop")
 
 
-def read(layer: Float[Array, "pages places M H"], table_BX: Int[Array, "B X"]) -> Float[Array, "B S M H"]:
+def read(layer: Stored, table_BX: Int[Array, "B X"]) -> Float[Array, "B S M H"]:
     """Returns one layer's keys or values of the pages in each row's table, S = X * page_size; -1 gives any page."""
     pages_BXPMH = layer.at[jnp.maximum(table_BX, 0)].get(mode="clip")
-    return pages_BXPMH.reshape(len(table_BX), -1, *layer.shape[2:])
+    return from_bits(pages_BXPMH.reshape(len(table_BX), -1, *layer.shape[2:]))

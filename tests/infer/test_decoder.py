@@ -93,7 +93,7 @@ class _Rows:
         self.table = (
             np.random.default_rng(0).permutation(num_pages)[: len(tokens) * pages_of_row].reshape(len(tokens), -1)
         )
-        self.pages = jax.tree.map(lambda leaf: leaf + 7.0, decoder.init_pages(num_pages, PAGE_SIZE))
+        self.pages = jax.tree.map(lambda leaf: leaf + 7, decoder.init_pages(num_pages, PAGE_SIZE))
         self.media = None if pictures is None else jax.jit(decoder.look)(decoder.weights, *pictures)
         self.forward = jax.jit(decoder.forward, static_argnames="with_choices", donate_argnums=4)
         self.logits = np.full((*tokens.shape, decoder.config.vocab_size), np.nan, np.float32)
@@ -135,6 +135,18 @@ class _Rows:
         while (self.done < self.tokens.shape[1]).any():
             self.step(1, (self.done < self.tokens.shape[1]).astype(int), replay)
         return self
+
+
+@pytest.mark.parametrize("product", ["reduction", "triton_interpreted"])
+def test_experts_in_a_stack_equal_experts_apart(product):
+    """As on an accelerator: a token through `visit_own`, a chunk through blocks of sorted rows."""
+    model, tokens = _model(TINY), _tokens(1)
+    want, _ = _whole(model, tokens, None)
+    rows = _Rows(Decoder.of(model, product=product), tokens)
+    rows.step(5, [5])
+    for _ in range(LENGTH - 5):
+        rows.step(1, [1])
+    assert relative_difference(rows.logits, want) < 1e-5
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)

@@ -10,6 +10,7 @@ from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.infer.decoder import FREE, Decoder
 from gpt4moe.infer.engine.request import EngineRequest
+from gpt4moe.infer.expert_rows import FEWEST_SORTED
 from gpt4moe.infer.pages import page_bytes
 
 
@@ -21,6 +22,11 @@ def num_pages(decoder: Decoder, config: EngineConfig, max_length: int) -> int:
     exact = not config.deterministic or decoder.dtype == jnp.float32
     mend = "load the decoder in float32 or leave deterministic out"
     require(exact, "deterministic", config.deterministic, f"needs float32, not {decoder.dtype.name}", mend)
+    rows = config.slots * (config.draft_tokens + 1)
+    # More are sorted by expert and multiplied in blocks, whose size is a matter of the others in the batch.
+    few = not config.deterministic or rows < FEWEST_SORTED
+    constraint = f"times draft_tokens + 1 ({config.draft_tokens + 1}) must be below {FEWEST_SORTED} where deterministic"
+    require(few, "slots", config.slots, constraint)
     number, setting = config.num_pages or config.slots * of_a_row, "num_pages"
     if config.cache_bytes is not None:
         number, setting = config.cache_bytes // page_bytes(model, config.page_size, decoder.dtype), "cache_bytes"
@@ -42,7 +48,9 @@ def check_draft(draft: Decoder | None, model: ModelConfig, config: EngineConfig)
         require(fits, f"the draft's {name}", own, f"must {constraint} ({needed})")
 
 
-def check(request: EngineRequest, model: ModelConfig, config: EngineConfig, max_length: int) -> int:
+def check(
+    request: EngineRequest, model: ModelConfig, config: EngineConfig, max_length: int, image_token: int | None
+) -> int:
     """The most tokens that each continuation may get; `CallerError` for a request that cannot be served."""
     ids, sampling = np.asarray(request.prompt_ids), request.sampling
     constraint = f"must be shorter than the {max_length} tokens of prompt and continuation"
@@ -55,6 +63,7 @@ def check(request: EngineRequest, model: ModelConfig, config: EngineConfig, max_
     most = config.max_queue + config.slots
     require(sampling.n <= most, "n", sampling.n, f"must be at most {most}, the slots and the queue")
     _check_replay(request, model, config)
+    _check_pictures(request, model, config, image_token)
     return min(sampling.max_new_tokens, max_length - len(ids))
 
 
@@ -68,3 +77,21 @@ def _check_replay(request: EngineRequest, model: ModelConfig, config: EngineConf
     require(fits, "replay_ids_TLK", replay.shape, f"must have the shape [tokens, {per_token[0]}, {per_token[1]}]")
     known = bool(np.all((replay >= FREE) & (replay < model.moe.num_experts)))
     require(known, "replay_ids_TLK", "given", f"must hold experts from 0 to {model.moe.num_experts - 1}, -1 or {FREE}")
+
+
+def _check_pictures(request: EngineRequest, model: ModelConfig, config: EngineConfig, image_token: int | None) -> None:
+    number = len(request.pictures)
+    if number == 0:
+        return
+    mend = "give the workdir of a model that does"
+    require(model.vision is not None, "pictures", number, "but the model reads no images", mend)
+    most = config.max_pictures
+    require(number <= most, "pictures", number, f"must be at most {most}", "raise EngineConfig.max_pictures")
+    places = list(request.prompt_ids).count(image_token)
+    require(places == number, "pictures", number, f"must be as many as image tokens in the prompt ({places})")
+    encoder = model.vision.encoder
+    wanted = (encoder.height, encoder.width, 3)
+    for picture in request.pictures:
+        frames, *size = picture.pixels.shape
+        fits = tuple(size) == wanted and frames <= encoder.max_frames
+        require(fits, "a picture", (frames, *size), f"must be of at most {encoder.max_frames} frames of {wanted}")

@@ -75,6 +75,11 @@ class Batches:
         inputs.last_B[place] = length - 1
         inputs.drawing_B[place] = stop == len(row.ids)
         inputs.settings.num_drawn_B[place] = row.num_new
+        if row.image_index_T is not None:
+            index_T = row.seen_at(start, inputs.positions_BT.shape[1])
+            inputs.image_index_BT[place] = index_T
+            sees_all = self._model.vision.cross_attention.sees == "all"
+            inputs.first_image_BT[place] = np.minimum(index_T, 0) if sees_all else index_T
         if row.constraint is not None and inputs.drawing_B[place]:
             inputs.settings.constrained_B[place] = True
             inputs.allowed_BW[place] = row.constraint.mask_W()

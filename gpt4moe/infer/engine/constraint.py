@@ -33,11 +33,10 @@ class Constraint:
         self._matcher.unsafe_compute_mask_ptr(self._mask_W.ctypes.data, self._mask_W.nbytes)
         return self._mask_W
 
-    def accept(self, token: int) -> None:
-        """The token that was drawn."""
+    def accept(self, token: int) -> str | None:
+        """Goes on by the token that was drawn; returns what is wrong where it cannot, as in a schema too large."""
         self._matcher.consume_token(token)
-        if self._matcher.is_error():
-            raise RuntimeError(f"json_schema: {self._matcher.get_error()}")
+        return f"json_schema: {self._matcher.get_error()}" if self._matcher.is_error() else None
 
     def copy(self) -> Constraint:
         """Another continuation that stands at the same place."""

@@ -56,7 +56,7 @@ class Engine:
         self.num_pages = admission.num_pages(decoder, self.config, self.max_length)
         model = decoder.config
         admission.check_draft(draft, model, self.config)
-        self._programs = Programs(decoder, self.config, self.num_pages, self.max_length, draft)
+        self.programs = Programs(decoder, self.config, self.num_pages, self.max_length, draft)
         self._proposals = Proposals(self.config, by_model=draft is not None)
         self._batches = Batches(self.config, model)
         self._constraints = Constraints(tokenizer, model.vocab_size)
@@ -72,7 +72,7 @@ class Engine:
     @property
     def shapes(self) -> tuple[StepShape, ...]:
         """The shapes of every program that serving needs."""
-        programs = self._programs
+        programs = self.programs
         return *programs.decode_shapes, *programs.verify_shapes, *programs.prefill_shapes
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> dict[str, float]:
@@ -80,7 +80,7 @@ class Engine:
 
         progress: called with a line of text for each.
         """
-        return {str(shape): seconds for shape, seconds in self._programs.warm_up(progress).items()}
+        return {str(shape): seconds for shape, seconds in self.programs.warm_up(progress).items()}
 
     def submit(self, request: EngineRequest) -> RequestHandle:
         """Takes a request in, to be served from the next step on.
@@ -111,7 +111,8 @@ class Engine:
 
     def check(self, request: EngineRequest) -> int:
         """The most tokens that a continuation of this request may get; `CallerError` where it cannot be served."""
-        return admission.check(request, self.decoder.config, self.config, self.max_length)
+        sizes = self.decoder.config, self.config, self.max_length
+        return admission.check(request, *sizes, self.tokenizer.image)
 
     def step(self) -> bool:
         """One iteration: rows that have ended or been cancelled leave, others enter, all that run gain a token.
@@ -176,7 +177,7 @@ class Engine:
                 pages_used=pool.num_used,
                 pages_cached=pool.num_cached,
                 preemptions=schedule.preemptions,
-                late_compilations=self._programs.num_late,
+                late_compilations=self.programs.num_late,
                 **self._record.snapshot(),
             )
 
@@ -225,13 +226,15 @@ class Engine:
             self._batches.enter(row)
             if is_remembered(row.sampling):
                 given = row.request.prompt_ids, row.ids[row.num_prompt :], self.decoder.config.vocab_size
-                self._programs.remember(row.slot, row_memory(row.sampling, *given))
+                self.programs.remember(row.slot, row_memory(row.sampling, *given))
+            if row.request.pictures:
+                self.programs.look(row.slot, row.request.pictures)
         self._prefill()
         self._decode()
 
     def _prefill(self) -> None:
         """A chunk of the prompts that are not read yet."""
-        shapes = self._programs.prefill_shapes
+        shapes = self.programs.prefill_shapes
         with self._lock:
             chosen = self._schedule.chunks(
                 lambda rows, length: any(shape.rows >= rows and shape.length >= length for shape in shapes)
@@ -241,7 +244,7 @@ class Engine:
         pages, longest = max(len(row.pages) for row, _ in chosen), max(length for _, length in chosen)
         shape = smallest(shapes, len(chosen), longest, pages)
         inputs = self._batches.prefill(chosen, shape)
-        out = self._programs.step(shape, inputs)
+        out = self.programs.step(shape, inputs)
         self._record.add_prefill(np.asarray(out.load_LE))
         self._take(out, [(place, row, length) for place, (row, length) in enumerate(chosen)], inputs.last_B)
 
@@ -255,11 +258,11 @@ class Engine:
         if not rows:
             return
         pages = max(len(row.pages) for row in rows)
-        verifies = self._programs.verify_shapes and (any(number.values()) or not self._programs.decode_shapes)
-        shapes = self._programs.verify_shapes if verifies else self._programs.decode_shapes
+        verifies = self.programs.verify_shapes and (any(number.values()) or not self.programs.decode_shapes)
+        shapes = self.programs.verify_shapes if verifies else self.programs.decode_shapes
         shape = smallest(shapes, self.config.slots, 1, pages)
         inputs = self._batches.decode(rows, shape, number, proposed)
-        out = self._programs.step(shape, inputs)
+        out = self.programs.step(shape, inputs)
         load_LE = np.asarray(out.load_LE)
         with self._lock:
             self._record.add_decode(load_LE)
@@ -320,7 +323,7 @@ class Engine:
             waiting, preemptions = self._schedule.waiting, self._schedule.preemptions
             self._begin()
             self._schedule.waiting, self._schedule.preemptions = waiting, preemptions
-        self._programs.reset()
+        self.programs.reset()
 
     def _retry_after(self, waiting: int) -> float:
         """Seconds until half of those who wait have been served, by how long requests have taken."""

@@ -41,7 +41,8 @@ class StepInputs:
     slot_B: each row's slot, past the last for a row that fills up; last_B: the place in T of the token after which one
     is drawn, where drawing_B. settings, allowed_BW: see `draw_rows`. next_BT: the token after each one of a prompt,
     whose log-probability is wanted where scored_B. Of a step that verifies, num_proposed_B tokens of each row after the
-    first are proposals. replay_ids_BTLK: experts to force, None where the engine forces none.
+    first are proposals. replay_ids_BTLK: experts to force, None where the engine forces none. image_index_BT,
+    first_image_BT: the last and the first picture that each token sees, -1 for none; None for a text model.
     """
 
     tokens_BT: Int[Array, "B T"]
@@ -57,6 +58,8 @@ class StepInputs:
     scored_B: Bool[Array, " B"]
     num_proposed_B: Int[Array, " B"]
     replay_ids_BTLK: Int[Array, "B T L K"] | None
+    image_index_BT: Int[Array, "B T"] | None
+    first_image_BT: Int[Array, "B T"] | None
 
 
 def chunk_tokens(config: EngineConfig, max_length: int) -> int:
@@ -132,4 +135,6 @@ def blank_inputs(config: EngineConfig, model: ModelConfig, shape: StepShape, set
         scored_B=np.zeros(rows, bool),
         num_proposed_B=np.zeros(rows, np.int32),
         replay_ids_BTLK=np.full(routed, FREE, np.int32) if config.replay else None,
+        image_index_BT=np.full((rows, length), -1, np.int32) if model.vision else None,
+        first_image_BT=np.full((rows, length), -1, np.int32) if model.vision else None,
     )

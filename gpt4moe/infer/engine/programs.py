@@ -12,7 +12,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,12 @@ from gpt4moe.infer.engine.inputs import (
     prefill_shapes,
     verify_shapes,
 )
+from gpt4moe.infer.engine.media import in_sight, init_media, look, stacked
 from gpt4moe.infer.pages import Pages
+from gpt4moe.infer.pictures import Picture
 from gpt4moe.infer.sampling import draw, filtered_logits
 from gpt4moe.infer.speculative import PROPOSES
+from gpt4moe.model.cross_attention import Media
 from gpt4moe.types import Array
 
 SCORED_TOKENS = 64  # of a prompt, whose logits are held at once
@@ -66,11 +69,15 @@ class StepOut:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """What lies on the device between steps: pages of the model and of the one that proposes, memory of the slots."""
+    """What lies on the device between steps: pages of the model and of the one that proposes, what is known of slots.
+
+    media: the images of the row in each slot, None for a text model.
+    """
 
     pages: Pages
     draft_pages: Pages | None
     memory: SlotMemory
+    media: Media | None
 
 
 class Programs:
@@ -96,6 +103,7 @@ class Programs:
         steps = {"decode": self._decoded, "verify": self._verified, "prefill": self._prefilled}
         self._steps = {kind: jax.jit(step, donate_argnums=1) for kind, step in steps.items()}
         self._remember = jax.jit(draws.remember, donate_argnums=0)
+        self._look = jax.jit(self._looked, donate_argnums=1)
         self.reset()
 
     def reset(self) -> None:
@@ -103,7 +111,8 @@ class Programs:
         sizes, slots = (self.num_pages, self.config.page_size), self.config.slots
         draft_pages = None if self.draft is None else self.draft.init_pages(*sizes)
         memory = draws.init_memory(slots, self.decoder.config.vocab_size)
-        self.held = Held(self.decoder.init_pages(*sizes), draft_pages, memory)
+        media = init_media(self.decoder, self.config)
+        self.held = Held(self.decoder.init_pages(*sizes), draft_pages, memory, media)
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> dict[StepShape, float]:
         """Compiles every program that is not yet, telling each and its seconds; returns the seconds of all."""
@@ -118,6 +127,9 @@ class Programs:
         vocab_size = self.decoder.config.vocab_size
         nothing = SlotMemory(*(np.zeros(vocab_size, leaf.dtype) for leaf in jax.tree.leaves(self.held.memory)))
         self.remember(0, nothing)
+        if self.held.media is not None:
+            say("compiling what looks at pictures")
+            self.look(0, ())
         self._warm = True
         return dict(self.seconds)
 
@@ -133,6 +145,12 @@ class Programs:
         """Puts what penalties and bias need to know of a row into its slot."""
         memory = self._remember(self.held.memory, np.int32(slot), row)
         self.held = dataclasses.replace(self.held, memory=memory)
+
+    def look(self, slot: int, pictures: Sequence[Picture]) -> None:
+        """Looks at the pictures of the row that has entered a slot."""
+        pixels, valid = stacked(pictures, self.decoder.config, self.config)
+        media = self._look(self._leaves, self.held.media, np.int32(slot), pixels, valid)
+        self.held = dataclasses.replace(self.held, media=media)
 
     def text(self, shape: StepShape) -> str:
         """The compiled program of a shape, for those who read what XLA made of it."""
@@ -153,21 +171,25 @@ class Programs:
         self.seconds[shape] = time.perf_counter() - started
         return shape
 
+    def _looked(self, leaves: list[Array], media: Media, slot: Array, pixels: Array, valid: Array) -> Media:
+        weights, _ = jax.tree.unflatten(self._tree, leaves)
+        return look(self.decoder, weights, media, slot, pixels, valid)
+
     def _decoded(self, leaves: list[Array], held: Held, inputs: StepInputs) -> tuple[StepOut, Held]:
         weights, _ = jax.tree.unflatten(self._tree, leaves)
-        x_BTD, pages, report = self._read(weights, held.pages, inputs)
+        x_BTD, pages, report = self._read(weights, held, inputs, in_slots=True)
         drawn, memory = self._draw(weights, x_BTD, held.memory, inputs)
-        return _out(drawn, report), Held(pages, held.draft_pages, memory)
+        return _out(drawn, report), _held(held, pages, held.draft_pages, memory)
 
     def _prefilled(self, leaves: list[Array], held: Held, inputs: StepInputs) -> tuple[StepOut, Held]:
         weights, draft_weights = jax.tree.unflatten(self._tree, leaves)
-        x_BTD, pages, report = self._read(weights, held.pages, inputs)
+        x_BTD, pages, report = self._read(weights, held, inputs, in_slots=False)
         drawn, memory = self._draw(weights, x_BTD, held.memory, inputs)
         draft_pages = held.draft_pages
         if self.draft is not None:
             tokens = inputs.tokens_BT, inputs.positions_BT, inputs.valid_BT
             _, draft_pages, _ = self.draft.forward(draft_weights, *tokens, draft_pages, inputs.table_BX)
-        return _out(drawn, report, self._scores(weights, x_BTD, inputs)), Held(pages, draft_pages, memory)
+        return _out(drawn, report, self._scores(weights, x_BTD, inputs)), _held(held, pages, draft_pages, memory)
 
     def _verified(self, leaves: list[Array], held: Held, inputs: StepInputs) -> tuple[StepOut, Held]:
         weights, draft_weights = jax.tree.unflatten(self._tree, leaves)
@@ -175,7 +197,7 @@ class Programs:
         if self.draft is not None:
             tokens_BT, proposer_BTV, draft_pages = self._propose(draft_weights, held.draft_pages, inputs)
             inputs = dataclasses.replace(inputs, tokens_BT=tokens_BT)
-        x_BTD, pages, report = self._read(weights, held.pages, inputs)
+        x_BTD, pages, report = self._read(weights, held, inputs, in_slots=True)
         # What stands in the place after the t-th token is the next one; after the last there is no proposal.
         proposed_BT = jnp.pad(inputs.tokens_BT[:, 1:], ((0, 0), (0, 1)))
         drawn, memory = draws.judge_rows(
@@ -190,12 +212,15 @@ class Programs:
             inputs.allowed_BW,
             self.config.max_logprobs,
         )
-        return _out(drawn, report), Held(pages, draft_pages, memory)
+        return _out(drawn, report), _held(held, pages, draft_pages, memory)
 
-    def _read(self, weights: DecoderWeights, pages: Pages, inputs: StepInputs) -> tuple[Array, Pages, DecodeReport]:
+    def _read(
+        self, weights: DecoderWeights, held: Held, inputs: StepInputs, *, in_slots: bool
+    ) -> tuple[Array, Pages, DecodeReport]:
         tokens = (inputs.tokens_BT, inputs.positions_BT, inputs.valid_BT)
         given = {"replay_ids_BTLK": inputs.replay_ids_BTLK, "with_choices": True}
-        return self.decoder.forward(weights, *tokens, pages, inputs.table_BX, **given)
+        media = in_sight(held.media, inputs, in_slots=in_slots)
+        return self.decoder.forward(weights, *tokens, held.pages, inputs.table_BX, media=media, **given)
 
     def _draw(
         self, weights: DecoderWeights, x_BTD: Array, memory: SlotMemory, inputs: StepInputs
@@ -252,6 +277,10 @@ class Programs:
 
         scored = jax.lax.cond(jnp.any(wants_BT), computed, nothing)
         return Scores(*(leaf.reshape(rows, length, *leaf.shape[2:]) for leaf in scored))
+
+
+def _held(held: Held, pages: Pages, draft_pages: Pages | None, memory: SlotMemory) -> Held:
+    return dataclasses.replace(held, pages=pages, draft_pages=draft_pages, memory=memory)
 
 
 def _out(drawn: Drawn, report: DecodeReport, scores: Scores | None = None) -> StepOut:

@@ -57,6 +57,9 @@ class Row:
         self.submitted_at = self.last_token_at = now
         self.lookup, self.constraint = Lookup(), constraint
         self.prompt = _PromptRecord(self.request) if index == 0 else None
+        self.image_index_T = None
+        if self.request.pictures:
+            self.image_index_T = np.cumsum(np.asarray(self.ids) == tokenizer.image).astype(np.int32) - 1
         self._names: list[bytes] = []
         self._seen = _digests(self.request, tokenizer)
         self._text = TextStream(tokenizer, self.sampling.stop)
@@ -94,18 +97,23 @@ class Row:
         self._names += page_names(self.ids, page_size, self._seen, self._names)
         return self._names
 
+    def seen_at(self, start: int, length: int) -> np.ndarray:
+        """The picture that each token from `start` on sees last; all behind the prompt see what its last token does."""
+        places = np.minimum(np.arange(start, start + length), self.num_prompt - 1)
+        return self.image_index_T[places]
+
     def add(self, token: NewToken, now: float) -> Chunk | None:
         """One more token; returns what there is to tell, and sets `finish_reason` with the last."""
         self.ids.append(token.id)
         self.last_token_at = now
         self._pending.append(token)
-        ended = token.id in self._ends
-        if self.constraint is not None:
-            self.constraint.accept(token.id)
-            ended |= self.constraint.ended
-        text = self._text.push([token.id]) + (self._text.finish() if ended else "")
-        if ended or self._text.ended:
-            return self._chunk(text, "stop")
+        if token.id in self._ends:  # and is not part of the text
+            return self._chunk(self._text.finish(), "stop")
+        text = self._text.push([token.id])
+        if self.constraint is not None and (problem := self.constraint.accept(token.id)):
+            return self._chunk(text + self._text.finish(), "error", problem)
+        if self._text.ended or (self.constraint is not None and self.constraint.ended):
+            return self._chunk(text + self._text.finish(), "stop")
         if self.num_new >= self.max_new:
             return self._chunk(text + self._text.finish(), "length")
         return self._chunk(text, None) if text else None

@@ -14,8 +14,8 @@ from gpt4moe.model.transformer import Transformer
 EXPERTS, CHOICES, LAYERS = 4, 2, 2
 
 
-def make_model(vocab_size, context_length, dtype="float32", seed=0):
-    config = ModelConfig(
+def make_config(vocab_size, context_length, dtype="float32"):
+    return ModelConfig(
         num_layers=LAYERS,
         model_dim=32,
         vocab_size=vocab_size,
@@ -24,6 +24,10 @@ def make_model(vocab_size, context_length, dtype="float32", seed=0):
         moe=MoeConfig(num_experts=EXPERTS, experts_per_token=CHOICES, hidden_dim=32),
         compute_dtype=dtype,
     )
+
+
+def make_model(vocab_size, context_length, dtype="float32", seed=0):
+    config = make_config(vocab_size, context_length, dtype)
     definition = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(seed))))[0]
     params = jax.jit(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(seed)))[1])()
     # Matrices as drawn give nearly the same logits after any text; larger ones make the text matter.

@@ -71,3 +71,7 @@ def test_it_is_refused_where_rounding_would_break_it(decoder):
     rounded = dataclasses.replace(decoder, dtype=jnp.dtype("bfloat16"))
     with pytest.raises(CallerError, match="deterministic=True needs float32, not bfloat16; load the decoder in"):
         Engine(rounded, byte_tokenizer(), EngineConfig(deterministic=True))
+    with pytest.raises(
+        CallerError, match=r"slots=16 times draft_tokens \+ 1 \(4\) must be below 64 where deterministic"
+    ):
+        Engine(decoder, byte_tokenizer(), EngineConfig(slots=16, draft_tokens=3, deterministic=True))

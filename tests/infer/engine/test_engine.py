@@ -1,6 +1,7 @@
 """The engine against whole passes of the model: the same tokens, whoever shares the batch, however prompts are read."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -204,6 +205,15 @@ def test_nothing_is_compiled_while_serving_once_it_is_warm(engine, prompts):
     assert engine.metrics().late_compilations == 0
     with pytest.raises(AssertionError, match="1 programs were compiled"), forbid_compilation():
         jax.jit(lambda x: x * 17.25)(np.float32(2.0))
+
+
+def test_no_program_copies_the_pages_or_what_is_remembered_of_the_slots(engine):
+    kept = ("f32[24,16,1,8]", "s32[4,272]")  # pages of a layer, counts of the tokens of each slot
+    for shape in engine.shapes:
+        lines = engine.programs.text(shape).splitlines()
+        assert all(any(array in line for line in lines) for array in kept)
+        copies = [line for line in lines if re.search(r"= \(?(\w+\[[\d,]*\])\S* copy(-start)?\(", line)]
+        assert not [line for line in copies if any(f"= {array}" in line for array in kept)], shape
 
 
 def test_cancelled_requests_leave_at_the_next_step(engine, prompts):
