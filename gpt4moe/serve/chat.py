@@ -99,6 +99,9 @@ def _content(service: Service, message: Message, place: int, marks: Marks, pictu
             check_characters(service, part.text, f"messages.{place}.content")
             texts.append(marks.guard(part.text))
         else:
+            most = service.engine.config.max_pictures
+            if len(pictures) == most:
+                raise ApiError(400, f"messages hold more than {most} images; send fewer", param="messages")
             pictures.append(read_image(service, part.image_url.url))
             texts.append(marks.image)
     return "".join(texts)
