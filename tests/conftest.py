@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import tempfile
 
 # Before the first JAX import: eight devices on one CPU, no GPU or TPU probing. Unoptimised programs, from the older
 # code generator where jaxlib still has it, compile many times faster: compiling is what tests of tiny models wait for.
@@ -14,6 +15,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What schemathesis' engine keeps between runs does not belong into the repository.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "gpt4moe-hypothesis"))
 
 import beartype
 import jax

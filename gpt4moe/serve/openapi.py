@@ -11,6 +11,8 @@ from gpt4moe.serve import responses
 from gpt4moe.serve.requests import ChatRequest, CompletionRequest
 
 REF = "#/components/schemas/{model}"
+COMPLETE = (CompletionRequest, responses.Completion, responses.Completion)
+CHAT = (ChatRequest, responses.ChatCompletion, responses.ChatChunk)
 ASKED = (CompletionRequest, ChatRequest)
 ANSWERED = (
     responses.Completion,
@@ -21,6 +23,7 @@ ANSWERED = (
     responses.Health,
     responses.Failure,
 )
+Kind = type[pydantic.BaseModel]
 ALWAYS = {401: "no or a wrong API key", 429: "too many requests", 500: "a fault of the server", 503: "shutting down"}
 OF_BODIES = {
     400: "a request that cannot be served",
@@ -55,8 +58,8 @@ def _paths(model_name: str) -> dict[str, Any]:
     text = {"text/plain": {"schema": {"type": "string"}}}
     draining = _answer("shutting down", responses.Health)
     return {
-        "/v1/completions": {"post": _post("continue texts", CompletionRequest, responses.Completion)},
-        "/v1/chat/completions": {"post": _post("the next turn of a chat", ChatRequest, responses.ChatCompletion)},
+        "/v1/completions": {"post": _post("continue texts", *COMPLETE)},
+        "/v1/chat/completions": {"post": _post("the next turn of a chat", *CHAT)},
         "/v1/models": {"get": _get("the models", _answer("the models", responses.Models), _failures(ALWAYS))},
         "/v1/models/{name}": {
             "get": _get(
@@ -71,12 +74,18 @@ def _paths(model_name: str) -> dict[str, Any]:
     }
 
 
-def _post(summary: str, asked: type[pydantic.BaseModel], answered: type[pydantic.BaseModel]) -> dict[str, Any]:
+def _post(summary: str, asked: Kind, answered: Kind, streamed: Kind) -> dict[str, Any]:
     answer = _answer("the whole answer, or its events where stream is true", answered)
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    answer["content"]["text/event-stream"] = {"schema": _event(streamed)}
     body = {"required": True, "content": {"application/json": {"schema": _ref(asked)}}}
     responses_ = {"200": answer} | _failures(OF_BODIES | ALWAYS)
     return {"summary": summary, "requestBody": body, "responses": responses_}
+
+
+def _event(kind: Kind) -> dict[str, Any]:
+    """An event of a stream; the last says [DONE]."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(kind)}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _get(summary: str, answer: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
@@ -87,9 +96,9 @@ def _failures(statuses: dict[int, str]) -> dict[str, Any]:
     return {str(status): _answer(said, responses.Failure) for status, said in sorted(statuses.items())}
 
 
-def _answer(description: str, kind: type[pydantic.BaseModel]) -> dict[str, Any]:
+def _answer(description: str, kind: Kind) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": _ref(kind)}}}
 
 
-def _ref(kind: type[pydantic.BaseModel]) -> dict[str, str]:
+def _ref(kind: Kind) -> dict[str, str]:
     return {"$ref": REF.format(model=kind.__name__)}
