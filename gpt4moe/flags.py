@@ -17,6 +17,7 @@ CALLER_MISTAKE = 2
 EXECUTORS = ("local", "slurm", "list")
 HEARTBEAT_SECONDS, STALL_SECONDS = 30, 1800
 REPORT_TOKENS = 16_384
+QUANTIZED = ("int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,12 @@ def _checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     uneven = "superblocks of each pipeline stage, e.g. 7,8, where they are not equal"
     parser.add_argument("--stage_layers", type=_counts, metavar="N,...", help=uneven)
     _cpu_devices_flag(parser)
+
+
+def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    _trained_flags(parser)
+    quantize = "also with matrices of experts and attention in this format, and by how much the loss is more"
+    parser.add_argument("--quantize", choices=QUANTIZED, help=quantize)
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +226,7 @@ def _comma_list(text: str) -> list[str]:
 
 COMMANDS = {
     "train": Flags("train a run, or go on with it; ends with held-out loss, samples and a report", _train_flags),
-    "evaluate": Flags("held-out loss and bits per byte of each source", _trained_flags),
+    "evaluate": Flags("held-out loss and bits per byte of each source", _evaluate_flags),
     "generate": Flags("continue prompts with a trained model", _generate_flags),
     "prepare": Flags("tokenise the sources of a run ahead of time; resumable", _prepare_flags),
     "report": Flags("write report.html of a run, with text coloured by expert, or of a sweep", _report_flags),

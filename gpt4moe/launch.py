@@ -166,6 +166,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from gpt4moe.train import evaluate
 
     run, _ = saved_run(args.workdir)
+    text_only = run.model.vision is None or not args.quantize
+    require(text_only, "--quantize", args.quantize, "is for models that read no images", "evaluate it without")
     mesh = _mesh(args).for_generation()
     run = dataclasses.replace(run, mesh=mesh)  # evaluation lays its batches over it
     model = trained.restore(run, args.workdir, step=args.step, mesh=mesh)
@@ -175,7 +177,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     document = evaluate.to_document(evaluation)
     for source, result in read.items():
         document[source] |= {"read": _plain(result)}
-    _print(args, document, lambda _: "\n".join([evaluate.format_evaluation(evaluation), *_read_table(read)]))
+    lines = [evaluate.format_evaluation(evaluation), *_read_table(read)]
+    if args.quantize:
+        from gpt4moe.data.pipeline import held_out_batches
+        from gpt4moe.infer.quantized_loss import format_losses, quantized_losses
+
+        _progress(f"computing it with weights in {args.quantize}")
+        batches = held_out_batches(evaluate.trained_store(run, args.workdir, model.step), run.data, rows=1)
+        quantized = quantized_losses(model.model, batches, args.quantize)
+        for source, result in quantized.items():
+            document[source] |= {"quantized": _plain(result)}
+        lines.append(format_losses(quantized))
+    _print(args, document, lambda _: "\n".join(lines))
     return DONE
 
 
