@@ -122,7 +122,7 @@ class TrainRows:
 
     def look_ahead(self, count: int) -> None:
         """Begins to decode the images of the next `count` microbatches; of no other effect."""
-        if self._decoder is None or not self._config.images.workers:
+        if self._decoder is None or not (self._config.images.workers or self._config.images.processes):
             return
         positions = [self._next_row + index * self._microbatch_rows for index in range(count)]
         for position in positions:

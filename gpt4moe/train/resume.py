@@ -40,6 +40,7 @@ FREE_SETTINGS = (
     "train.record_routing",
     "data.store",
     "data.images.workers",
+    "data.images.processes",
     "mesh.",
     "rules.",
     "model.remat",
