@@ -22,10 +22,13 @@ from gpt4moe.parallel.sharding import laid_out_shapes, state_shardings
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What `gpt4moe.load` returns: the model with the parameters of `step`, its tokenizer and its configuration."""
+    """What `gpt4moe.load` returns: the model with the parameters of `step`, its tokenizer and its configuration.
+
+    The tokenizer is None where weights were imported without one.
+    """
 
     model: Transformer
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     config: RunConfig
     step: int
     workdir: str
@@ -50,5 +53,6 @@ def restore(
     definition, shapes = nnx.split(blank)
     abstract = laid_out_shapes(shapes, state_shardings(shapes, devices, config.rules))
     params = checkpoint.restore(workdir, step, {"params": abstract}, layer_order=layout.slots)["params"]
-    tokenizer = Tokenizer((epath.Path(workdir) / TOKENIZER_FILE).read_text())
+    path = epath.Path(workdir) / TOKENIZER_FILE
+    tokenizer = Tokenizer(path.read_text()) if path.exists() else None
     return Trained(nnx.merge(definition, params), tokenizer, config, step, workdir)

@@ -100,6 +100,8 @@ def saved_progress(
             checkpoint.check_shapes(source, step, {"params": params}, layer_order=layer_order, setting="INIT_FROM")
         return None
     progress = checkpoint.restore_progress(workdir, steps[-1])
+    mend = "give another workdir, and INIT_FROM this one"
+    require("data" in progress, "workdir", str(workdir), "holds imported weights, which no run has trained", mend)
     changed = differences(progress["settings"], run)
     if changed and not allow_change:
         raise CallerError(
