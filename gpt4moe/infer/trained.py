@@ -13,7 +13,7 @@ from gpt4moe.config.check import require
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data.store import TOKENIZER_FILE
-from gpt4moe.data.tokenizer import Tokenizer
+from gpt4moe.data.tokenizer import Tokenizer, named_tokenizer
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.layout import make_layout
 from gpt4moe.parallel.mesh import make_mesh
@@ -54,5 +54,5 @@ def restore(
     abstract = laid_out_shapes(shapes, state_shardings(shapes, devices, config.rules))
     params = checkpoint.restore(workdir, step, {"params": abstract}, layer_order=layout.slots)["params"]
     path = epath.Path(workdir) / TOKENIZER_FILE
-    tokenizer = Tokenizer(path.read_text()) if path.exists() else None
+    tokenizer = named_tokenizer(path.read_text(), config.data.tokenizer) if path.exists() else None
     return Trained(nnx.merge(definition, params), tokenizer, config, step, workdir)

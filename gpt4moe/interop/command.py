@@ -33,8 +33,8 @@ def answer(args: argparse.Namespace, build: Callable, saved: Callable, progress:
 
 def _import(args: argparse.Namespace, build: Callable, progress: Callable[[str], None]) -> Answer:
     foreign_checkpoint.require_free(args.workdir)
-    macros = mixtral_config.macros(foreign_checkpoint.read_config(args.source))
-    macros |= foreign_checkpoint.macros(args.source, args.workdir)
+    foreign = foreign_checkpoint.read_config(args.source)
+    macros = mixtral_config.macros(foreign) | foreign_checkpoint.macros(foreign, args.source, args.workdir)
     overrides = [f"{name}={value}" for name, value in macros.items()]
     run, text = build(args.gin_file or [RUN_FILE], [*overrides, *args.overrides], args.gin_search_paths)
     made = foreign_checkpoint.import_checkpoint(run, text, args.source, args.workdir, args.dtype)

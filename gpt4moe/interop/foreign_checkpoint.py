@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tokenizers
 from etils import epath
 from flax import nnx
 
@@ -22,7 +23,7 @@ from gpt4moe import checkpoint
 from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data.store import TOKENIZER_FILE
-from gpt4moe.data.tokenizer import Tokenizer
+from gpt4moe.data.tokenizer import END_OF_TEXT_NAMES, Tokenizer, named_tokenizer
 from gpt4moe.interop import mixtral
 from gpt4moe.interop.mixtral_config import foreign_config
 from gpt4moe.interop.tensor_files import find_tensors, read_json, write_shards
@@ -97,7 +98,7 @@ def import_checkpoint(
     tensors = find_tensors(folder)
     table = mixtral.places(run.model, mixtral.naming_of(tensors))
     mixtral.check_tensors(run.model, table, tensors)
-    tokenizer, notes = _tokenizer(folder, run.model.vocab_size)
+    tokenizer, notes = _tokenizer(folder, run)
     shapes = mixtral.parameter_shapes(run.model)
     arrays = {}
     for path, parts in table.items():
@@ -129,30 +130,50 @@ def import_checkpoint(
     )
 
 
-def macros(source: str | os.PathLike, workdir: str | os.PathLike) -> dict[str, str]:
-    """Returns what an import sets beside the macros of config.json: compute dtype and tokenizer, as gin writes them."""
+def macros(foreign: Mapping[str, Any], source: str | os.PathLike, workdir: str | os.PathLike) -> dict[str, str]:
+    """Returns what an import sets beside the sizes of config.json, `foreign`: compute dtype and tokenizer, in gin."""
     dtype = _dtype_of({tensor.dtype for tensor in find_tensors(pathlib.Path(source)).values()})
     compute = "float32" if dtype == np.float32 else "bfloat16"
     place = os.fspath(workdir) if "://" in os.fspath(workdir) else os.path.abspath(workdir)
-    return {"COMPUTE_DTYPE": repr(compute), "TOKENIZER_PATH": repr(os.path.join(place, TOKENIZER_FILE))}
+    values = {"COMPUTE_DTYPE": compute, "TOKENIZER_PATH": os.path.join(place, TOKENIZER_FILE)}
+    values |= token_names(pathlib.Path(source) / TOKENIZER_FILE, foreign)
+    return {name: repr(value) for name, value in values.items()}
+
+
+def token_names(path: pathlib.Path, foreign: Mapping[str, Any]) -> dict[str, str]:
+    """Returns macros that name begin and end of text of a tokenizer.json, where they are not those we would take.
+
+    The end is config.json's `eos_token_id`, the first of several; the begin is what the tokenizer itself puts first.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
+    except Exception:  # the library raises bare Exception; what is wrong with the file is said where it is kept
+        return {}
+    usual = [name for name in END_OF_TEXT_NAMES if tokenizer.token_to_id(name) is not None]
+    ids = foreign.get("eos_token_id")
+    ids = [each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)]
+    end = tokenizer.id_to_token(ids[0]) if ids else None
+    named = {"END_OF_TEXT": end} if end is not None and [end] != usual[:1] else {}
+    first = tokenizer.encode("", add_special_tokens=True).tokens[:1]
+    return named | ({"BEGIN_OF_TEXT": first[0]} if first and first != ([end] if end else usual[:1]) else {})
 
 
 def _dtype_of(names: set[str]) -> np.dtype:
     return np.dtype(names.pop()) if len(names) == 1 else np.dtype(np.float32)
 
 
-def _tokenizer(folder: pathlib.Path, vocab_size: int) -> tuple[str | None, list[str]]:
+def _tokenizer(folder: pathlib.Path, run: RunConfig) -> tuple[str | None, list[str]]:
     """The text of tokenizer.json where it is one that we can use, and what to say of it."""
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         return None, [f"no {TOKENIZER_FILE} in {folder}: put one into the work directory to generate text"]
     text = path.read_text(encoding="utf-8")
     try:
-        tokenizer = Tokenizer(text)
+        tokenizer = named_tokenizer(text, run.data.tokenizer)
     except CallerError as error:
         return text, [f"{path} is kept but cannot be used: {error}"]
     constraint = f"must be at least the {tokenizer.vocab_size} ids of {path}"
-    require(tokenizer.vocab_size <= vocab_size, "vocab_size", vocab_size, constraint)
+    require(tokenizer.vocab_size <= run.model.vocab_size, "vocab_size", run.model.vocab_size, constraint)
     return text, []
 
 

@@ -141,7 +141,7 @@ def inherit_tokenizer(run: RunConfig) -> RunConfig:
     if config.path is None and not config.byte_level_only:
         tokenizer = dataclasses.replace(config, path=path)
         return dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=tokenizer))
-    same = build_tokenizer(config, ()).serialized == load_tokenizer(path).serialized
+    same = build_tokenizer(config, ()).serialized == load_tokenizer(path, config).serialized
     require(
         same, "tokenizer", config.path or "byte_level_only", f"is not the one of INIT_FROM ({path})", "leave it out"
     )
