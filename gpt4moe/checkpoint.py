@@ -171,6 +171,8 @@ def save_one_by_one(workdir: epath.PathLike, step: int, arrays: Mapping[str, Unm
     }
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(dict(arrays)), progress=ocp.args.JsonSave(progress))
     try:
+        for left in directory.glob(f"{step}.orbax-checkpoint-tmp*"):  # of a process that was killed here
+            left.rmtree()
         _require_bytes(directory, sum(array.nbytes for array in arrays.values()))
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
             writer.save(directory / str(step), items)

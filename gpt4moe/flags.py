@@ -16,7 +16,7 @@ CALLER_MISTAKE = 2
 EXECUTORS = ("local", "slurm", "list")
 HEARTBEAT_SECONDS, STALL_SECONDS = 30, 1800
 REPORT_TOKENS = 16_384
-STORED_DTYPES = ("float32", "bfloat16", "float16")
+STORED_DTYPES = ("float32", "bfloat16")
 SHARD_MEGABYTES = 5000
 
 

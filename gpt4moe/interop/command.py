@@ -14,6 +14,7 @@ from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.interop import foreign_checkpoint, golden, mixtral_config
 
 RUN_FILE = "gin_configs/run/imported.gin"
+MEGABYTE = 10**6
 Answer = tuple[dict[str, Any], Callable[[Mapping[str, Any]], str]]
 
 
@@ -23,7 +24,8 @@ def answer(args: argparse.Namespace, build: Callable, saved: Callable, progress:
         return _import(args, build, progress)
     run, _ = saved(args.workdir)
     if args.command == "export":
-        given = {"step": args.step, "dtype": args.dtype, "shard_bytes": args.shard_megabytes * 10**6}
+        shard_bytes = args.shard_megabytes * MEGABYTE
+        given = {"step": args.step, "dtype": args.dtype, "shard_bytes": shard_bytes}
         made = foreign_checkpoint.export_checkpoint(run, args.workdir, args.target, **given)
         return dataclasses.asdict(made), format_exported
     mesh = MeshConfig(args.mesh, stage_layers=args.stage_layers)

@@ -22,8 +22,9 @@ from flax import nnx
 from gpt4moe import checkpoint
 from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.run import RunConfig
+from gpt4moe.config.tokenizer import TokenizerConfig
 from gpt4moe.data.store import TOKENIZER_FILE
-from gpt4moe.data.tokenizer import END_OF_TEXT_NAMES, Tokenizer, named_tokenizer
+from gpt4moe.data.tokenizer import END_OF_TEXT_NAMES, named_tokenizer
 from gpt4moe.interop import mixtral
 from gpt4moe.interop.mixtral_config import foreign_config
 from gpt4moe.interop.tensor_files import find_tensors, read_json, write_shards
@@ -208,12 +209,12 @@ def export_checkpoint(
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for path, parts in table.items():
-            ours = _restore_one(workdir, step, abstract, path).astype(dtypes[path], copy=False)
-            yield from mixtral.tensors_of(ours, parts)
+            for name, array in mixtral.tensors_of(_restore_one(workdir, step, abstract, path), parts):
+                yield name, array.astype(dtypes[path], copy=False)
 
     folder.mkdir(parents=True, exist_ok=True)
     files = write_shards(folder, tensors(), sizes, shard_bytes)
-    files += _write_beside(epath.Path(workdir), folder, config)
+    files += _write_beside(epath.Path(workdir), folder, config, run.data.tokenizer)
     counts = {path: np.prod(shape, dtype=np.int64) for path, shape in mixtral.parameter_shapes(run.model).items()}
     names = tuple(sorted({kind.name for kind in dtypes.values()}))
     return Exported(str(folder), step, len(sizes), int(sum(counts.values())), names, tuple(sorted(files)))
@@ -233,7 +234,9 @@ def _restore_one(workdir: str | os.PathLike, step: int, abstract: nnx.State, pat
     return np.asarray(array)
 
 
-def _write_beside(workdir: epath.Path, folder: pathlib.Path, config: Mapping[str, Any]) -> list[str]:
+def _write_beside(
+    workdir: epath.Path, folder: pathlib.Path, config: Mapping[str, Any], names: TokenizerConfig
+) -> list[str]:
     """Configuration and tokenizer: what an import kept, with our settings in the place of its own."""
     kept = workdir / FOREIGN_FOLDER
     written = []
@@ -247,8 +250,8 @@ def _write_beside(workdir: epath.Path, folder: pathlib.Path, config: Mapping[str
         (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
         written.append(TOKENIZER_FILE)
         if not kept.exists():
-            ids, names = _end_of_text(text)
-            (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+            ids, described = _describe_tokenizer(text, names)
+            (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
             written.append("tokenizer_config.json")
     (folder / CONFIG_FILE).write_text(json.dumps(config | ids, indent=2) + "\n")
     return [*written, CONFIG_FILE]
@@ -262,9 +265,9 @@ def _kept_config(kept: epath.Path) -> dict[str, Any]:
     return {name: there.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
-def _end_of_text(serialized: str) -> tuple[dict[str, int], dict[str, str]]:
-    """Special ids, and a tokenizer_config.json, of a tokenizer of ours, whose documents begin with end-of-text."""
-    tokenizer = Tokenizer(serialized)
-    name = next(token for token, index in tokenizer.specials.items() if index == tokenizer.end_of_text)
-    ids = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    return ids, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name, "eos_token": name}
+def _describe_tokenizer(serialized: str, names: TokenizerConfig) -> tuple[dict[str, int], dict[str, str]]:
+    """Special ids, and a tokenizer_config.json, where an import kept none: a prompt follows what it does here."""
+    tokenizer, token_of = named_tokenizer(serialized, names), tokenizers.Tokenizer.from_str(serialized).id_to_token
+    ids = {"bos_token_id": tokenizer.begin_of_text, "eos_token_id": tokenizer.end_of_text}
+    described = {"bos_token": token_of(tokenizer.begin_of_text), "eos_token": token_of(tokenizer.end_of_text)}
+    return ids, {"tokenizer_class": "PreTrainedTokenizerFast"} | described

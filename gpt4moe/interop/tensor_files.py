@@ -74,7 +74,10 @@ def write_shards(
             name, array = next(tensors)
             assert name == expected, f"{name} came where {expected} was planned"
             arrays[name] = np.ascontiguousarray(array)
-        save_file(arrays, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"could not write {folder / file}: {error}") from error
         del arrays, array
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
