@@ -211,6 +211,7 @@ def export_checkpoint(
         for path, parts in table.items():
             for name, array in mixtral.tensors_of(_restore_one(workdir, step, abstract, path), parts):
                 yield name, array.astype(dtypes[path], copy=False)
+            del array
 
     folder.mkdir(parents=True, exist_ok=True)
     files = write_shards(folder, tensors(), sizes, shard_bytes)

@@ -73,12 +73,13 @@ def write_shards(
         for expected in shard:
             name, array = next(tensors)
             assert name == expected, f"{name} came where {expected} was planned"
-            arrays[name] = np.ascontiguousarray(array)
+            arrays[name] = np.array(array, order="C")
+            del array  # a view of a whole parameter, which may go before the next one comes
         try:
             save_file(arrays, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"could not write {folder / file}: {error}") from error
-        del arrays, array
+        del arrays
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
