@@ -1,7 +1,9 @@
 """Mixtral checkpoints in and out: logits and greedy tokens of the original, every bit back, and what is refused."""
 
+import dataclasses
 import json
 import pathlib
+import pickle
 import shutil
 import tracemalloc
 
@@ -9,13 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer as Reference
+from tokenizers import models, processors
 
 import gpt4moe
 from gpt4moe import checkpoint
 from gpt4moe.config.check import CallerError
+from gpt4moe.config.tokenizer import TokenizerConfig
 from gpt4moe.configure import build_model, build_run
-from gpt4moe.data.tokenizer import byte_tokenizer
+from gpt4moe.data.tokenizer import byte_tokenizer, load_tokenizer
 from gpt4moe.interop import mixtral, mixtral_config
+from gpt4moe.interop.foreign_checkpoint import token_names
 from gpt4moe.launch import main
 from gpt4moe.model.transformer import Transformer
 
@@ -217,6 +223,27 @@ def test_imported_weights_are_trained_on_and_exported_again(workdirs, tmp_path, 
     assert written.keys() == wanted.keys()
     for key, array in wanted.items():
         np.testing.assert_allclose(written[key], array, atol=1e-6, err_msg=key)
+
+
+def test_begin_and_end_of_text_are_those_of_the_original(tmp_path):
+    """The end is config.json's; a prompt follows what the tokenizer itself puts first."""
+    theirs = Reference(models.BPE({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<|im_end|>": 4}, []))
+    theirs.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_end|>"])
+    path = tmp_path / "tokenizer.json"
+    theirs.save(str(path))
+    assert token_names(path, {"eos_token_id": 2}) == token_names(path, {}) == {}
+    theirs.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    theirs.save(str(path))
+    named = token_names(path, {"eos_token_id": [4, 2]})
+    assert named == {"BEGIN_OF_TEXT": "<s>", "END_OF_TEXT": "<|im_end|>"}
+    config = TokenizerConfig(path=str(path), begin_of_text="<s>", end_of_text="<|im_end|>")
+    tokenizer = pickle.loads(pickle.dumps(load_tokenizer(path, config)))
+    assert (tokenizer.begin_of_text, tokenizer.end_of_text) == (1, 4)
+    assert load_tokenizer(path).begin_of_text == load_tokenizer(path).end_of_text == 2
+    with pytest.raises(CallerError, match=r"tokenizer\.end_of_text='<eot>' is not in the vocabulary"):
+        load_tokenizer(path, dataclasses.replace(config, end_of_text="<eot>"))
+    with pytest.raises(CallerError, match="has no tokens of other names"):
+        TokenizerConfig(end_of_text="</s>")
 
 
 REFUSED_KEYS = [
