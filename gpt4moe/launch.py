@@ -161,6 +161,8 @@ def _read_table(read: dict) -> list[str]:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.golden:
+        return _foreign(args)
     from gpt4moe.infer import trained
     from gpt4moe.train import evaluate
 
@@ -194,6 +196,14 @@ def _generate(args: argparse.Namespace) -> int:
     generations, timing = generate(trained.model, trained.tokenizer, prompts, sampling, pictures)
     document = {"step": trained.step, "samples": [_plain(item) for item in generations], "timing": _plain(timing)}
     _print(args, document, lambda _: "\n\n".join(item.prompt + item.text for item in generations))
+    return DONE
+
+
+def _foreign(args: argparse.Namespace) -> int:
+    """What has to do with weights of other frameworks: import, export, evaluate --golden."""
+    from gpt4moe.interop import command
+
+    _print(args, *command.answer(args, build_run, saved_run, _progress))
     return DONE
 
 
@@ -318,7 +328,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    model, optimizer, data = build_parts(args.gin_file, args.overrides, args.gin_search_paths)
+    require(not (args.workdir and args.gin_file), "--workdir", args.workdir, "goes without --gin_file", "give one")
+    given = [os.path.join(args.workdir, "config.gin")] if args.workdir else args.gin_file
+    model, optimizer, data = build_parts(given, args.overrides, args.gin_search_paths)
     from gpt4moe.accounting import summary
 
     frames = data.images.frames if data and data.images else None
@@ -367,6 +379,8 @@ COMMANDS = {
     "evaluate": _evaluate,
     "generate": _generate,
     "prepare": _prepare,
+    "import": _foreign,
+    "export": _foreign,
     "report": _report,
     "sweep": _sweep,
     "compile": _compile,

@@ -37,13 +37,13 @@ def open_store(
 ) -> TokenStore:
     """The token store of `config` below `directory`, prepared first where it is missing (see `prepare`)."""
     report = prepare(config, directory, workers=workers, progress=progress)
-    return TokenStore(report.directory, config.held_out_tokens)
+    return TokenStore(report.directory, config.held_out_tokens, config.tokenizer)
 
 
 def reopen_store(config: DataConfig, directory: str | pathlib.Path, content_hash: str) -> TokenStore | None:
     """The store that a run began with, whatever its sources hold by now; None where it is gone."""
     path = pathlib.Path(directory) / f"store-{content_hash}"
-    return TokenStore(path, config.held_out_tokens) if (path / REPORT_FILE).exists() else None
+    return TokenStore(path, config.held_out_tokens, config.tokenizer) if (path / REPORT_FILE).exists() else None
 
 
 def row_plan(store: TokenStore, config: DataConfig, source: str, split: str) -> Plan:
