@@ -1,13 +1,13 @@
 """Decode of one row on a GPU as a share of what its memory could read: layers of Mixtral's sizes, random weights.
 
-    python benchmarks/decode_gpu.py [--models 8x7b,8x22b] [--layers 8] [--products triton,reduction,dot] [--json]
+    python benchmarks/decode_gpu.py [--models 8x7b,8x22b] [--layers 8] [--products reduction,dot] [--json]
 
 `roofline` is bytes that a token must read at least (matrices of the experts it goes to, the rest of the layers, the
 head, keys and values) over its time, as a share of the memory rate of the device's data sheet; `of read` as a share of
 what a sum over a large array reads here. A step is one compiled program, dispatched without waiting for the one before;
-`looped` is the same in a loop of several steps in one program. Products are ways to multiply one row, all in one run:
-`triton` is our kernel, `reduction` and `dot` are XLA's. Before them, each product alone, with an expert's matrix.
-Weights are made on the device. On a CPU the sizes are tiny: that only shows that it runs.
+`looped` is the same in a loop of several steps in one program. Products are ways to multiply one row
+(`gpt4moe.infer.matrix.PRODUCTS`), all in one run. Weights are made on the device. On a CPU the sizes are tiny: that
+only shows that it runs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from gpt4moe.accounting.chips import find_chip
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
-from gpt4moe.infer import gemv_triton
 from gpt4moe.infer.decoder import Decoder
-from gpt4moe.infer.matrix import PRODUCTS
 from gpt4moe.model.transformer import Transformer
 
 # Width, heads, hidden width of an expert.
@@ -40,14 +38,13 @@ SIZES = {"8x7b": (4096, 32, 14336), "8x22b": (6144, 48, 16384)}
 TINY = {"8x7b": (64, 4, 128), "8x22b": (96, 4, 128)}
 VOCAB, CONTEXT, PAGE_SIZE, NUM_EXPERTS = 32000, 1024, 64, 8
 LOOPED, STEPS, WARM = 8, 64, 8
-TILES = ((16, 512, 4), (8, 1024, 4), (32, 256, 4), (16, 1024, 8), (4, 2048, 4), (64, 128, 4))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="8x7b,8x22b")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--products", default="triton,reduction,dot")
+    parser.add_argument("--products", default="reduction,dot")
     parser.add_argument("--quantize", choices=["int8", "fp8"], help="matrices of experts and attention")
     parser.add_argument("--seconds", type=float, default=105, help="no case begins after this")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -57,7 +54,7 @@ def main() -> None:
     say(json.dumps(document), flush=True)
     document["rows"] = []
     models = arguments.models.split(",")
-    cases = [(functools.partial(alone, models[0], arguments.quantize), {"model": models[0], "what": "products alone"})]
+    cases = []
     for product, model in itertools.product(arguments.products.split(","), models):
         names = {"model": model, "what": f"decode, {product}"}
         cases.append((functools.partial(decode, model, product, arguments), names))
@@ -143,33 +140,11 @@ def config_of(model: str, layers: int) -> ModelConfig:
     )
 
 
-def alone(model: str, quantize: str | None):
-    """Rows of two choices through the inward matrices of eight experts, by each product and size of tiles."""
-    dim, _, hidden = (SIZES if is_gpu() else TINY)[model]
-    dtype = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, None: jnp.bfloat16}[quantize]
-    w_EJI = filled(jax.ShapeDtypeStruct((NUM_EXPERTS, 2 * hidden, dim), dtype), jax.random.key(0))
-    x_SI = jnp.ones((2, dim), jnp.bfloat16)
-    ways = {f"triton {tiles}": functools.partial(gemv_triton.multiply, tiles=gemv_triton.Tiles(*tiles),
-                                                interpret=not is_gpu()) for tiles in TILES}  # fmt: skip
-    ways |= {name: product for name, product in PRODUCTS.items() if not name.startswith("triton")}
-    choices = jnp.array([[1, 6], [3, 4], [0, 7], [5, 2]], jnp.int32)  # in turn: a matrix must not lie in the cache
-    for name, product in ways.items():
-        call = jax.jit(product)
-        turn = iter(range(1 << 30))
-        try:
-            seconds = seconds_of(lambda call=call, turn=turn: call(x_SI, w_EJI, choices[next(turn) % 4]), 40)
-        except Exception as error:
-            yield {"failed": f"{name}: {type(error).__name__}: {str(error)[:300]}"}
-            continue
-        yield {"way": name, "seconds": seconds, "bytes": w_EJI.nbytes // 4}
-
-
 def decode(model: str, product: str, arguments: argparse.Namespace):
     """Rows of decode at the end of a context: a step a program, and several in a loop."""
     config = config_of(model, arguments.layers)
     blank = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    chosen = "triton_interpreted" if product == "triton" and not is_gpu() else product
-    decoder = Decoder.of(blank, product=chosen, quantize=arguments.quantize)
+    decoder = Decoder.of(blank, product=product, quantize=arguments.quantize)
     leaves, treedef = jax.tree.flatten(decoder.weights)
     weights = treedef.unflatten([filled(leaf, jax.random.key(i)) for i, leaf in enumerate(leaves)])
     size = bytes_per_token(decoder, weights)

@@ -104,7 +104,7 @@ def serve(slots: int) -> None:
     settings = ServeConfig(port=0, model_name=MODEL)
     with server.bind(settings) as bound:
         print(server.address(bound), flush=True)
-        template = find_template(None, None, "<|endoftext|>")
+        template = find_template(None, None, *["<|endoftext|>"] * 2)
         server.serve(Service(engine, tokenizer, settings, template), bound, lambda line: None)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from gpt4moe import flags, process
 from gpt4moe.config.check import CallerError, RunError, one_line, require
-from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.optimizer import OptimizerConfig
@@ -162,10 +161,14 @@ def _read_table(read: dict) -> list[str]:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.golden:
+        return _foreign(args)
     from gpt4moe.infer import trained
     from gpt4moe.train import evaluate
 
     run, _ = saved_run(args.workdir)
+    text_only = run.model.vision is None or not args.quantize
+    require(text_only, "--quantize", args.quantize, "is for models that read no images", "evaluate it without")
     mesh = _mesh(args).for_generation()
     run = dataclasses.replace(run, mesh=mesh)  # evaluation lays its batches over it
     model = trained.restore(run, args.workdir, step=args.step, mesh=mesh)
@@ -175,42 +178,35 @@ def _evaluate(args: argparse.Namespace) -> int:
     document = evaluate.to_document(evaluation)
     for source, result in read.items():
         document[source] |= {"read": _plain(result)}
-    _print(args, document, lambda _: "\n".join([evaluate.format_evaluation(evaluation), *_read_table(read)]))
+    lines = [evaluate.format_evaluation(evaluation), *_read_table(read)]
+    if args.quantize:
+        from gpt4moe.data.pipeline import held_out_batches
+        from gpt4moe.infer.quantized_loss import format_losses, quantized_losses
+
+        _progress(f"computing it with weights in {args.quantize}")
+        batches = held_out_batches(evaluate.trained_store(run, args.workdir, model.step), run.data, rows=1)
+        quantized = quantized_losses(model.model, batches, args.quantize)
+        for source, result in quantized.items():
+            document[source] |= {"quantized": _plain(result)}
+        lines.append(format_losses(quantized))
+    _print(args, document, lambda _: "\n".join(lines))
     return DONE
 
 
 def _generate(args: argparse.Namespace) -> int:
-    names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
-    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
-    if args.requests:
-        return _generate_requests(args, sampling)
-    from gpt4moe.infer.generate import generate
+    from gpt4moe.infer import command
 
-    trained = load(args.workdir, step=args.step, mesh=_mesh(args))
-    prompts, pictures = args.prompt or [""], ()
-    if args.image:
-        alone, mend = len(prompts) == 1, "give the command once for each"
-        require(alone, "--image", args.image, f"goes with one prompt, not {len(prompts)}", mend)
-        from gpt4moe.infer.pictures import read_picture
-
-        pictures = [[read_picture(path, trained.config.data.images) for path in args.image]]
-    generations, timing = generate(trained.model, trained.tokenizer, prompts, sampling, pictures)
-    document = {"step": trained.step, "samples": [_plain(item) for item in generations], "timing": _plain(timing)}
-    _print(args, document, lambda _: "\n\n".join(item.prompt + item.text for item in generations))
+    answer = command.answer(args, load, _progress)
+    if answer is not None:
+        _print(args, *answer)
     return DONE
 
 
-def _generate_requests(args: argparse.Namespace, defaults: SamplingConfig) -> int:
-    require(not args.image, "--image", args.image, "goes with --prompt; name images in the lines of --requests")
-    require(not args.mesh, "--mesh", args.mesh, "goes with --prompt, not with --requests")
-    from gpt4moe.infer import requests
+def _foreign(args: argparse.Namespace) -> int:
+    """What has to do with weights of other frameworks: import, export, evaluate --golden."""
+    from gpt4moe.interop import command
 
-    trained, config = load(args.workdir, step=args.step), EngineConfig(slots=args.slots)
-    served = requests.serve_file(trained, args.requests, defaults, config, _progress)
-    if args.json:
-        _print(args, {"step": trained.step, "requests": list(served)}, str)
-    else:
-        requests.write_lines(served, args.output)
+    _print(args, *command.answer(args, build_run, saved_run, _progress))
     return DONE
 
 
@@ -341,7 +337,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    model, optimizer, data = build_parts(args.gin_file, args.overrides, args.gin_search_paths)
+    require(not (args.workdir and args.gin_file), "--workdir", args.workdir, "goes without --gin_file", "give one")
+    given = [os.path.join(args.workdir, "config.gin")] if args.workdir else args.gin_file
+    model, optimizer, data = build_parts(given, args.overrides, args.gin_search_paths)
     from gpt4moe.accounting import summary
 
     images = data and data.images
@@ -387,6 +385,8 @@ COMMANDS = {
     "generate": _generate,
     "serve": _serve,
     "prepare": _prepare,
+    "import": _foreign,
+    "export": _foreign,
     "report": _report,
     "sweep": _sweep,
     "compile": _compile,

@@ -15,6 +15,7 @@ class Codec(Protocol):
     `token_bytes` are the bytes of every id, None where the text of an id depends on those before it.
     """
 
+    begin_of_text: int
     end_of_text: int
     image: int | None
     token_bytes: list[bytes] | None
@@ -27,7 +28,7 @@ class Codec(Protocol):
 
 
 def prompt_ids(tokenizer: Codec, prompt: str, num_pictures: int = 0) -> list[int]:
-    """The tokens of a prompt, which follows an end-of-text token as documents do in training.
+    """The tokens of a prompt, which follows the token that documents begin with.
 
     Pictures stand where it says `<image>`, or before it. Raises `CallerError` for text that is not UTF-8, or that has
     not one marker a picture.
@@ -35,7 +36,7 @@ def prompt_ids(tokenizer: Codec, prompt: str, num_pictures: int = 0) -> list[int
     is_text = prompt.encode("utf-8", "ignore").decode() == prompt
     require(is_text, "prompt", prompt[:40], "holds bytes that are not UTF-8")
     before, *behind = split_at_images(prompt, num_pictures)
-    ids = [tokenizer.end_of_text, *tokenizer.encode(before)]
+    ids = [tokenizer.begin_of_text, *tokenizer.encode(before)]
     for text in behind:
         ids += [tokenizer.image, *tokenizer.encode(text)]
     return ids

@@ -68,10 +68,13 @@ def generate(
 ) -> tuple[list[Generation], Timing]:
     """Continues every prompt and returns the generations in the prompts' order, and how long it took.
 
-    A prompt follows an end-of-text token as documents do in training, so that an empty one starts a new document.
+    A prompt follows the end-of-text token as documents do in training, so that an empty one starts a new document; with
+    a foreign tokenizer that has a begin-of-text token, it follows that.
     `pictures` are those of each prompt, which stand where it says `<image>`, or before it. Raises `ValueError` for a
     prompt that leaves no room in the model's context, or that has not one marker a picture.
     """
+    mend = "put the tokenizer.json of the model's makers into the work directory"
+    require(tokenizer is not None, "tokenizer", None, "is missing: the work directory has no tokenizer.json", mend)
     sampling, pictures = sampling or SamplingConfig(), list(pictures) or [()] * len(prompts)
     require(len(pictures) == len(prompts), "pictures", len(pictures), f"must be of each of the {len(prompts)} prompts")
     sampling.require_plain()

@@ -9,7 +9,6 @@ What a column of the parameters holds lies side by side here: few rows are multi
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int, Shaped
 
 from gpt4moe.config.check import require
-from gpt4moe.infer import gemv_triton
 from gpt4moe.types import Array
 
 # By name: the dtype that is stored and its largest finite value.
@@ -98,19 +96,7 @@ def _by_reduction(x_SI: Array, w_EJI: Array, matrix_S: Array) -> Array:
     return jnp.stack(sums)
 
 
-def _by_kernel(x_SI: Array, w_EJI: Array, matrix_S: Array, *, interpret: bool = False) -> Array:
-    if w_EJI.size > jnp.iinfo(jnp.int32).max:  # the kernel counts in int32
-        return _by_reduction(x_SI, w_EJI, matrix_S)
-    return gemv_triton.multiply(x_SI, w_EJI, matrix_S, interpret=interpret)
-
-
-PRODUCTS = {
-    "dot": _by_dot,
-    "reduction": _by_reduction,
-    "triton": _by_kernel,
-    # The kernel without a GPU, step by step: to check it.
-    "triton_interpreted": functools.partial(_by_kernel, interpret=True),
-}
+PRODUCTS = {"dot": _by_dot, "reduction": _by_reduction}
 
 
 def quantized_rows(x_UI: Float[Array, "U I"], dtype: jnp.dtype) -> tuple[Shaped[Array, "U I"], Float32[Array, "U 1"]]:

@@ -67,6 +67,9 @@ def serve_file(
 ) -> Iterator[dict]:
     """What a trained model writes for each request of a file; the file is read, and refused, before this returns."""
     requests = read_requests(path, defaults)
+    mend = "put the tokenizer.json of the model's makers into the work directory"
+    there = trained.tokenizer is not None
+    require(there, "tokenizer", None, "is missing: the work directory has no tokenizer.json", mend)
     engine = Engine(Decoder.of(trained.model), trained.tokenizer, config)
     return run_requests(engine, requests, trained.config.data.images, progress)
 

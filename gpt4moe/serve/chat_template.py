@@ -105,14 +105,15 @@ class Marks:
         return f"{self._begin}{self._specials.index(name)}{self._end}"
 
 
-def find_template(workdir: str | os.PathLike | None, given: str | None, end_of_text: str) -> ChatTemplate:
+def find_template(workdir: str | os.PathLike | None, given: str | None, begin: str, end: str) -> ChatTemplate:
     """The template in the file `given`, else that of the work directory's tokenizer, else the plain one.
 
-    end_of_text: the name of the token that begins and ends documents, where the directory does not say another.
+    begin, end: the names of the tokens before and after a text, where the directory does not say others.
     """
     folders = [] if workdir is None else [epath.Path(workdir), epath.Path(workdir) / FOREIGN]
     settings = next((found for folder in folders if (found := _tokenizer_config(folder))), {})
-    names = {key: _token_text(settings.get(key)) or end_of_text for key in ("bos_token", "eos_token")}
+    names = {"bos_token": begin, "eos_token": end}
+    names |= {key: text for key in names if (text := _token_text(settings.get(key)))}
     if given is not None:
         path = epath.Path(given)
         require(path.is_file(), "chat_template", given, "is not a file")
@@ -123,7 +124,7 @@ def find_template(workdir: str | os.PathLike | None, given: str | None, end_of_t
     source = _template_in(settings.get("chat_template"))
     if source is not None:
         return ChatTemplate(source, **names)
-    return ChatTemplate(PLAIN, end_of_text, end_of_text, PLAIN_STOPS)
+    return ChatTemplate(PLAIN, begin, end, PLAIN_STOPS)
 
 
 def _tokenizer_config(folder: epath.Path) -> dict:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.serve import ServeConfig
+from gpt4moe.data.tokenizer import Tokenizer
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.trained import Trained
@@ -29,14 +30,15 @@ def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callabl
     config, engine_config = _configs(args)
     with server.bind(config) as listening:
         trained = load()
-        end_of_text = _name_of(trained, trained.tokenizer.end_of_text)
-        template = find_template(args.workdir, config.chat_template, end_of_text)
+        tokenizer = trained.tokenizer
+        names = [_name_of(tokenizer, token) for token in (tokenizer.begin_of_text, tokenizer.end_of_text)]
+        template = find_template(args.workdir, config.chat_template, *names)
         dtype = "float32" if args.deterministic else None
         decoder = Decoder.of(trained.model, dtype=dtype, quantize=args.quantize)
-        engine = Engine(decoder, trained.tokenizer, engine_config)
+        engine = Engine(decoder, tokenizer, engine_config)
         progress("compiling what serving needs")
         engine.warm_up(progress)
-        service = Service(engine, trained.tokenizer, config, template, trained.config.data.images)
+        service = Service(engine, tokenizer, config, template, trained.config.data.images)
         _announce(args, service, server.address(listening), trained.step)
         server.serve(service, listening, progress)
     return 0
@@ -63,6 +65,6 @@ def _announce(args: argparse.Namespace, service: Service, url: str, step: int) -
     sys.stdout.flush()
 
 
-def _name_of(trained: Trained, token: int) -> str:
-    named = [name for name, index in trained.tokenizer.specials.items() if index == token]
+def _name_of(tokenizer: Tokenizer, token: int) -> str:
+    named = [name for name, index in tokenizer.specials.items() if index == token]
     return named[0] if named else ""

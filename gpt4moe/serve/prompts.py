@@ -27,7 +27,7 @@ class Prompt:
 
 
 def completion_prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
-    """The prompts of a body: a text follows an end-of-text token as documents do, token ids are taken as they are."""
+    """The prompts of a body: a text follows the token that begins one, token ids are taken as they are."""
     given = body.prompt
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
@@ -98,7 +98,7 @@ def sampling_of(body: Generation, **given) -> SamplingConfig:
 
 def _text_prompt(service: Service, text: str) -> Prompt:
     check_characters(service, text, "prompt")
-    ids = [service.tokenizer.end_of_text, *service.tokenizer.encode(text)]
+    ids = [service.tokenizer.begin_of_text, *service.tokenizer.encode(text)]
     check_length(service, len(ids), "prompt")
     return Prompt(ids, text, num_hidden=1)
 

@@ -19,6 +19,7 @@ from tests.infer.engine.models import make_decoder
 
 CONTEXT = 256
 MODEL = "tiny"
+END = "<|endoftext|>"
 ENGINE = EngineConfig(slots=4, page_size=16, prefill_chunk=64, max_queue=12, deterministic=True, prefix_caching=False)
 
 
@@ -77,8 +78,8 @@ def engine(stepper):
 def make_service(engine, tokenizer):
     """A service of the engine that runs, with settings of its own."""
 
-    def make(images=None, **given):
-        template = find_template(None, None, "<|endoftext|>")
+    def make(images=None, engine=engine, **given):
+        template = find_template(None, None, END, END)
         return Service(engine, tokenizer, ServeConfig(model_name=MODEL, **given), template, images)
 
     return make

@@ -82,21 +82,21 @@ def test_what_a_message_says_survives_its_marks():
 
 
 def test_where_a_template_is_found(tmp_path):
-    assert find_template(tmp_path, None, END).stops == ("\n### ",)
+    assert find_template(tmp_path, None, END, END).stops == ("\n### ",)
     (tmp_path / "foreign").mkdir()
     settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": "{{ bos_token }}1"}
     (tmp_path / "foreign/tokenizer_config.json").write_text(json.dumps(settings))
-    found = find_template(tmp_path, None, END)
+    found = find_template(tmp_path, None, END, END)
     assert found.render([], Marks(["<s>"])) == [Special("<s>"), "1"] and found.stops == ()
     (tmp_path / "chat_template.jinja").write_text("2{{ eos_token }}")
-    assert find_template(tmp_path, None, END).render([], Marks(["</s>"])) == ["2", Special("</s>")]
+    assert find_template(tmp_path, None, END, END).render([], Marks(["</s>"])) == ["2", Special("</s>")]
     (tmp_path / "mine").write_text("3")
-    assert find_template(tmp_path, str(tmp_path / "mine"), END).source == "3"
+    assert find_template(tmp_path, str(tmp_path / "mine"), END, END).source == "3"
     with pytest.raises(CallerError, match=r"^chat_template=[^\n]*none' is not a file$"):
-        find_template(tmp_path, str(tmp_path / "none"), END)
+        find_template(tmp_path, str(tmp_path / "none"), END, END)
     (tmp_path / "mine").write_text("{% for %}")
     with pytest.raises(CallerError, match="is no Jinja template"):
-        find_template(tmp_path, str(tmp_path / "mine"), END)
+        find_template(tmp_path, str(tmp_path / "mine"), END, END)
 
 
 def test_a_template_can_reach_nothing_of_the_server():

@@ -131,7 +131,7 @@ class Programs:
             say("compiling what looks at pictures")
             self.look(0, ())
         self._warm = True
-        return dict(self.seconds)
+        return {shape: self.seconds[shape] for shape in shapes}
 
     def step(self, shape: StepShape, inputs: StepInputs) -> StepOut:
         """Runs the program of a shape; the result may still be on its way when this returns."""
