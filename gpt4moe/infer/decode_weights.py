@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.infer.matrix import Matrix, joined, make_matrix
-from gpt4moe.model.transformer import EMBEDDING_STD, Transformer
+from gpt4moe.model.transformer import Transformer
 from gpt4moe.types import Array
 
 
@@ -109,7 +109,7 @@ def take_apart(model: Transformer, form: Form) -> DecoderWeights:
             state = jax.tree.map(lambda leaf, slot=slot: leaf[slot], nnx.state(block))
             reads = crossing is not None and number == 0 and index % each == before
             layers.append(as_matrix.layer(state, config, crossing[index // each] if reads else None))
-    embedding_VD = (model.embedding[...] / EMBEDDING_STD).astype(dtype)
+    embedding_VD = (model.embedding[...] / model.config.embedding_std).astype(dtype)
     eyes = None
     if config.vision:
         eyes = tuple(None if part is None else nnx.state(part) for part in (model.vision_encoder, model.resampler))

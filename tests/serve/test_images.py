@@ -1,8 +1,11 @@
 """Images of chats reach the model: what it says of one is what the engine says of its pixels, and of no other."""
 
 import base64
+import dataclasses
 
+import jax
 import pytest
+from flax import nnx
 from starlette.testclient import TestClient
 
 from gpt4moe.config.data import ImageConfig
@@ -12,9 +15,11 @@ from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.request import EngineRequest
 from gpt4moe.infer.pictures import fitted_picture
+from gpt4moe.model.transformer import Transformer
 from gpt4moe.serve.app import make_app
 from tests.data.image_documents import picture
-from tests.infer.engine.test_images import model as seeing  # noqa: F401 (a fixture)
+from tests.infer.engine.models import make_config
+from tests.infer.engine.test_images import VISION
 
 from .conftest import MODEL
 
@@ -22,14 +27,23 @@ IMAGES = ImageConfig(height=8, width=12, per_row=2)
 
 
 @pytest.fixture(scope="module")
-def caller(seeing, tokenizer, make_service):
+def caller(tokenizer, make_service):
+    model = dataclasses.replace(make_config(tokenizer.vocab_size, 64), vision=VISION)
     config = EngineConfig(slots=2, page_size=8, prefill_chunk=64, max_pictures=2, deterministic=True)
-    engine = Engine(Decoder.of(seeing), tokenizer, config)
+    engine = Engine(Decoder.of(_sharp(model)), tokenizer, config)
     engine.run_in_thread()
     with TestClient(make_app(make_service(engine=engine, images=IMAGES))) as caller:
         caller.engine = engine
         yield caller
     engine.close()
+
+
+def _sharp(config):
+    """A random model whose matrices are large enough for what it sees to matter."""
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    state = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf, nnx.state(model))
+    nnx.update(model, state)
+    return model
 
 
 def said_of(caller, *files):
