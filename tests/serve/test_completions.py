@@ -37,6 +37,8 @@ def test_a_seed_fixes_draws_and_the_n_differ(client):
     first, again = (complete(client, "ab", temperature=1.5, seed=-3, n=3) for _ in range(2))
     assert [choice.text for choice in first.choices] == [choice.text for choice in again.choices]
     assert len({choice.text for choice in first.choices}) == 3
+    twice = complete(client, ["ab", "ab"], temperature=1.5, seed=-3)
+    assert [choice.text for choice in twice.choices] == [choice.text for choice in first.choices[:2]]
     drawn = {complete(client, "ab", temperature=1.5).choices[0].text for _ in range(3)}
     assert len(drawn) > 1
 

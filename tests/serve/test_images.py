@@ -40,10 +40,9 @@ def caller(tokenizer, make_service):
 
 def _sharp(config):
     """A random model whose matrices are large enough for what it sees to matter."""
-    model = Transformer(config, rngs=nnx.Rngs(0))
-    state = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf, nnx.state(model))
-    nnx.update(model, state)
-    return model
+    definition = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
+    params = jax.jit(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0)))[1])()
+    return nnx.merge(definition, jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf, params))
 
 
 def said_of(caller, *files):
