@@ -15,13 +15,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
@@ -126,6 +128,58 @@ class Checkpoints:
             ) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Unmade:
+    """An array that `make` gives when it is written, and that nobody holds before or after."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Writes each `Unmade` array before the next one is made, where Orbax would have them all at once."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Sequence[Unmade], infos: Sequence, args: Sequence | None = None) -> list:
+        args = args or [ocp.SaveArgs()] * len(values)
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value.make()], [info], [arg]):
+                written.result()
+        return []
+
+
+def save_one_by_one(workdir: epath.PathLike, step: int, arrays: Mapping[str, Unmade], progress: Mapping) -> None:
+    """Saves `arrays` by their dotted paths, and `progress`, as `step`, with no more than one of them in memory.
+
+    Raises `CheckpointError` where that fails; what was begun is never taken for a checkpoint.
+    """
+    directory = checkpoint_directory(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Orbax warns where its own kind of array is not among those it may meet.
+    kinds = (Unmade, _OneByOne()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(*kinds)
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        "progress": ocp.JsonCheckpointHandler(),
+    }
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(dict(arrays)), progress=ocp.args.JsonSave(progress))
+    try:
+        for left in directory.glob(f"{step}.orbax-checkpoint-tmp*"):  # of a process that was killed here
+            left.rmtree()
+        _require_bytes(directory, sum(array.nbytes for array in arrays.values()))
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
+            writer.save(directory / str(step), items)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"could not save a checkpoint in {directory}: {_cause(error)}") from error
+
+
 def checkpoint_directory(workdir: epath.PathLike) -> epath.Path:
     """Where the checkpoints of a work directory are."""
     path = epath.Path(workdir)
@@ -214,6 +268,11 @@ def saved_names(workdir: epath.PathLike, step: int) -> list[str]:
     return list(_saved_arrays(workdir, step))
 
 
+def saved_dtypes(workdir: epath.PathLike, step: int) -> dict[str, np.dtype]:
+    """The dtype of every array of a step by its dotted path."""
+    return {name: np.dtype(array.dtype) for name, array in _saved_arrays(workdir, step).items()}
+
+
 def _saved_arrays(workdir: epath.PathLike, step: int) -> Mapping[str, Any]:
     """Shapes of the arrays of a step by their paths."""
     with _reader() as reader:
@@ -238,10 +297,15 @@ def _stacked(tree: PyTree) -> set[str]:
 
 def _require_room(directory: epath.Path, state: PyTree) -> None:
     """Raises `OSError` before anything is written where a local disk has less room than this host's arrays take."""
+    shards = (shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
+    _require_bytes(directory, sum(shard.data.nbytes for shard in shards if shard.replica_id == 0))
+
+
+def _require_bytes(directory: epath.Path, num_bytes: int) -> None:
+    """Raises `OSError` where `_require_room` would, of a host with arrays of so many bytes."""
     if "://" in os.fspath(directory):
         return
-    shards = (shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
-    needed = _ROOM_FACTOR * sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + _ROOM_BYTES
+    needed = _ROOM_FACTOR * num_bytes + _ROOM_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(f"No space left on device ({needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free)")

@@ -17,6 +17,8 @@ EXECUTORS = ("local", "slurm", "list")
 HEARTBEAT_SECONDS, STALL_SECONDS = 30, 1800
 REPORT_TOKENS = 16_384
 QUANTIZED = ("int8", "fp8")
+STORED_DTYPES = ("float32", "bfloat16")
+SHARD_MEGABYTES = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,29 @@ def _checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _trained_flags(parser)
+    instead = parser.add_mutually_exclusive_group()
     quantize = "also with matrices of experts and attention in this format, and by how much the loss is more"
-    parser.add_argument("--quantize", choices=QUANTIZED, help=quantize)
+    instead.add_argument("--quantize", choices=QUANTIZED, help=quantize)
+    golden = "compare logits and greedy tokens in float32 with those of a foreign model, arrays tokens, logits, greedy"
+    instead.add_argument("--golden", type=_folder, metavar="FILE.npz", help=golden)
+
+
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    source = "folder of a Mixtral checkpoint of Hugging Face: config.json, safetensors, tokenizer.json"
+    parser.add_argument("--from", dest="source", required=True, type=_folder, metavar="DIR", help=source)
+    _workdir_flag(parser, what="work directory to make")
+    stored = "of the parameters on disk (default: that of the checkpoint)"
+    parser.add_argument("--dtype", choices=STORED_DTYPES, help=stored)
+    _gin_flags(parser)
+
+
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir_flag(parser)
+    parser.add_argument("--to", dest="target", required=True, type=_folder, metavar="DIR", help="folder to make")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
+    parser.add_argument("--dtype", choices=STORED_DTYPES, help="of the tensors (default: as the parameters are stored)")
+    shard = "size of a shard (default: %(default)s)"
+    parser.add_argument("--shard_megabytes", type=_positive, default=SHARD_MEGABYTES, metavar="N", help=shard)
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +187,7 @@ def _sweep_flags(parser: argparse.ArgumentParser) -> None:
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
     _gin_flags(parser)
+    _workdir_flag(parser, required=False, what="count the model of this work directory, instead of a gin file's")
     what = "list the dotted path of every parameter, which FROZEN and RATE_SCALES match"
     parser.add_argument("--paths", action="store_true", help=what)
 
@@ -219,9 +243,11 @@ def _comma_list(text: str) -> list[str]:
 
 COMMANDS = {
     "train": Flags("train a run, or go on with it; ends with held-out loss, samples and a report", _train_flags),
-    "evaluate": Flags("held-out loss and bits per byte of each source", _evaluate_flags),
+    "evaluate": Flags("held-out loss and bits per byte of each source; a foreign model's logits", _evaluate_flags),
     "generate": Flags("continue prompts with a trained model", _generate_flags),
     "prepare": Flags("tokenise the sources of a run ahead of time; resumable", _prepare_flags),
+    "import": Flags("make a work directory of a Mixtral checkpoint of Hugging Face", _import_flags),
+    "export": Flags("write a run as a Mixtral checkpoint of Hugging Face", _export_flags),
     "report": Flags("write report.html of a run, with text coloured by expert, or of a sweep", _report_flags),
     "sweep": Flags("run a grid of settings and seeds; goes on where it was cut", _sweep_flags),
     "compile": Flags("compile a run for a machine that is not here: bytes, FLOPs, collectives", _compile_flags),

@@ -161,12 +161,14 @@ def _read_table(read: dict) -> list[str]:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.golden:
+        return _foreign(args)
+    from gpt4moe.analysis.quantized_loss import add_quantized
     from gpt4moe.infer import trained
     from gpt4moe.train import evaluate
 
     run, _ = saved_run(args.workdir)
-    text_only = run.model.vision is None or not args.quantize
-    require(text_only, "--quantize", args.quantize, "is for models that read no images", "evaluate it without")
+    require(not (args.quantize and run.model.vision), "--quantize", args.quantize, "is for models that read no images")
     mesh = _mesh(args).for_generation()
     run = dataclasses.replace(run, mesh=mesh)  # evaluation lays its batches over it
     model = trained.restore(run, args.workdir, step=args.step, mesh=mesh)
@@ -178,15 +180,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         document[source] |= {"read": _plain(result)}
     lines = [evaluate.format_evaluation(evaluation), *_read_table(read)]
     if args.quantize:
-        from gpt4moe.data.pipeline import held_out_batches
-        from gpt4moe.infer.quantized_loss import format_losses, quantized_losses
-
-        _progress(f"computing it with weights in {args.quantize}")
-        batches = held_out_batches(evaluate.trained_store(run, args.workdir, model.step), run.data, rows=1)
-        quantized = quantized_losses(model.model, batches, args.quantize)
-        for source, result in quantized.items():
-            document[source] |= {"quantized": _plain(result)}
-        lines.append(format_losses(quantized))
+        lines.append(add_quantized(document, model, run, args.quantize, _progress))
     _print(args, document, lambda _: "\n".join(lines))
     return DONE
 
@@ -207,6 +201,14 @@ def _generate(args: argparse.Namespace) -> int:
     generations, timing = generate(trained.model, trained.tokenizer, prompts, sampling, pictures)
     document = {"step": trained.step, "samples": [_plain(item) for item in generations], "timing": _plain(timing)}
     _print(args, document, lambda _: "\n\n".join(item.prompt + item.text for item in generations))
+    return DONE
+
+
+def _foreign(args: argparse.Namespace) -> int:
+    """What has to do with weights of other frameworks: import, export, evaluate --golden."""
+    from gpt4moe.interop import command
+
+    _print(args, *command.answer(args, build_run, saved_run, _progress))
     return DONE
 
 
@@ -331,7 +333,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    model, optimizer, data = build_parts(args.gin_file, args.overrides, args.gin_search_paths)
+    require(not (args.workdir and args.gin_file), "--workdir", args.workdir, "goes without --gin_file", "give one")
+    given = [os.path.join(args.workdir, "config.gin")] if args.workdir else args.gin_file
+    model, optimizer, data = build_parts(given, args.overrides, args.gin_search_paths)
     from gpt4moe.accounting import summary
 
     frames = data.images.frames if data and data.images else None
@@ -380,6 +384,8 @@ COMMANDS = {
     "evaluate": _evaluate,
     "generate": _generate,
     "prepare": _prepare,
+    "import": _foreign,
+    "export": _foreign,
     "report": _report,
     "sweep": _sweep,
     "compile": _compile,

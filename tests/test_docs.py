@@ -213,3 +213,14 @@ def test_the_commands_about_planning_answer(tmp_path, monkeypatch, capsys):
         assert main(shlex.split(command)[1:]) == 0, command
         assert capsys.readouterr().out.strip()
     assert (tmp_path / "audit.html").exists()
+
+
+def test_the_commands_about_foreign_weights_are_read():
+    """Each as it stands; tests/interop/test_mixtral.py runs what they do."""
+    text = (ROOT / "docs/foreign_weights.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("gpt4moe ")]
+    assert len(commands) >= 9
+    parsed = [flags.parse(shlex.split(command)[1:]) for command in commands]
+    assert {"import", "export", "evaluate"} <= {each.command for each in parsed}
+    (golden,) = [each.golden for each in parsed if each.command == "evaluate" and each.golden]
+    assert (ROOT / golden).exists() and any(each.source == "tests/golden/mixtral/gqa" for each in parsed[-3:-1])

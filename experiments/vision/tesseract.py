@@ -3,7 +3,8 @@
     python experiments/vision/tesseract.py runs/lines [--limit 256]
 
 The same images, references and counting as the table that `gpt4moe train` ends with. Needs the program `tesseract`
-(apt-get install tesseract-ocr); a source whose name has "pages" in it is read as a page, any other as one line.
+(apt-get install tesseract-ocr). A source whose name has "pages" in it is read as a page, "strips" as one block, any other
+as one line.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gpt4moe.data.tokenizer import load_tokenizer
 from gpt4moe.infer.transcribe import edit_distance, held_out_images, normalised
 from gpt4moe.train.evaluate import trained_store
 
-PAGE, LINE = "3", "7"  # Tesseract's page segmentation modes
+MODES = {"pages": "3", "strips": "6"}  # Tesseract's page segmentation: automatic, one block; else "7", one line
 
 
 def main() -> None:
@@ -33,7 +34,8 @@ def main() -> None:
     tokenizer = load_tokenizer(f"{arguments.workdir}/tokenizer.json")
     for source in store.source_names:
         _, references, images = held_out_images(store, source, arguments.limit)
-        mode, edits, length, exact = PAGE if "pages" in source else LINE, 0, 0, 0
+        mode = next((mode for name, mode in MODES.items() if name in source), "7")
+        edits, length, exact = 0, 0, 0
         for ids, image in zip(references, images, strict=True):
             text = normalised(tokenizer.decode(ids))
             command = ["tesseract", "stdin", "stdout", "--psm", mode]

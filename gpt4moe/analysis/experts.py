@@ -164,7 +164,7 @@ def _given(trained: Trained, given: Mapping[str, str], rows: int, room: int) -> 
         share > 0, "--text", list(given), f"are more texts than the page has room for ({room} tokens)", "give fewer"
     )
     encode = trained.tokenizer.encode_array
-    ids = [np.concatenate([[trained.tokenizer.end_of_text], encode(text)]) for text in given.values()]
+    ids = [np.concatenate([[trained.tokenizer.begin_of_text], encode(text)]) for text in given.values()]
     batches = given_text([ids_U[:share] for ids_U in ids], rows=rows, length=trained.config.data.sequence_length)
     seen = capture(trained.model, batches, trained.config.rules)
     return [Text(name, seen.part(seen.source_ids_U == number), len(ids[number])) for number, name in enumerate(given)]

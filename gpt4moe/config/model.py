@@ -23,6 +23,8 @@ class ModelConfig:
     sizes the decode cache and the attention FLOPs, no parameter depends on it. Parameters are float32, matrix products
     run in `compute_dtype`, router, softmax and loss in float32. `remat` says what the backward pass recomputes:
     nothing, everything but matrix products (`dots`), or whole layers (`full`). `vision` adds what reads images.
+    Embeddings begin with deviation `embedding_std` and are divided by it where they enter the residual stream; imported
+    weights, which enter as they are, have 1.
     """
 
     num_layers: int
@@ -39,6 +41,7 @@ class ModelConfig:
     compute_dtype: str = "bfloat16"
     remat: str = "none"
     vision: VisionConfig | None = None
+    embedding_std: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "model_dim", "vocab_size", "context_length", "moe_every"):
@@ -47,6 +50,7 @@ class ModelConfig:
         require_instance("moe", self.moe, MoeConfig)
         require_flag("tie_embeddings", self.tie_embeddings)
         require_positive("norm_epsilon", self.norm_epsilon)
+        require_positive("embedding_std", self.embedding_std)
         require(
             self.compute_dtype in COMPUTE_DTYPES, "compute_dtype", self.compute_dtype, f"must be in {COMPUTE_DTYPES}"
         )

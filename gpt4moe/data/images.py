@@ -102,11 +102,12 @@ def _file_problem(data: bytes, max_pixels: int) -> str | None:
     except Image.DecompressionBombError:
         return f"has an image of too many pixels, above max_pixels={max_pixels} or what Pillow opens; {SCALE_DOWN}"
     except DECODE_ERRORS as error:
-        return f"has an image that cannot be decoded ({_reason(error)})"
+        return f"has an image that cannot be decoded ({why_broken(error)})"
     return None
 
 
-def _reason(error: BaseException) -> str:
+def why_broken(error: BaseException) -> str:
+    """What an error of DECODE_ERRORS says of a file, in one line."""
     # Pillow names the buffer by its address.
     unknown = isinstance(error, Image.UnidentifiedImageError)
     return f"not one of {' '.join(FORMATS)}" if unknown else (str(error).splitlines() or [type(error).__name__])[0]

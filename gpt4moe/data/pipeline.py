@@ -37,13 +37,13 @@ def open_store(
 ) -> TokenStore:
     """The token store of `config` below `directory`, prepared first where it is missing (see `prepare`)."""
     report = prepare(config, directory, workers=workers, progress=progress)
-    return TokenStore(report.directory, config.held_out_tokens)
+    return TokenStore(report.directory, config.held_out_tokens, config.tokenizer)
 
 
 def reopen_store(config: DataConfig, directory: str | pathlib.Path, content_hash: str) -> TokenStore | None:
     """The store that a run began with, whatever its sources hold by now; None where it is gone."""
     path = pathlib.Path(directory) / f"store-{content_hash}"
-    return TokenStore(path, config.held_out_tokens) if (path / REPORT_FILE).exists() else None
+    return TokenStore(path, config.held_out_tokens, config.tokenizer) if (path / REPORT_FILE).exists() else None
 
 
 def row_plan(store: TokenStore, config: DataConfig, source: str, split: str) -> Plan:
@@ -122,7 +122,7 @@ class TrainRows:
 
     def look_ahead(self, count: int) -> None:
         """Begins to decode the images of the next `count` microbatches; of no other effect."""
-        if self._decoder is None or not self._config.images.workers:
+        if self._decoder is None or not (self._config.images.workers or self._config.images.processes):
             return
         positions = [self._next_row + index * self._microbatch_rows for index in range(count)]
         for position in positions:

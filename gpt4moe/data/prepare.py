@@ -109,8 +109,10 @@ def _bad_records(source: SourceReport, directory: str) -> list[str]:
 def store_hash(config: DataConfig) -> str:
     """Sixteen hex digits that change with anything the tokens depend on."""
     tokenizer = dataclasses.asdict(config.tokenizer)
+    names = {name: tokenizer.pop(name) for name in ("begin_of_text", "end_of_text")}
     if config.tokenizer.path is not None:
-        tokenizer = {"text": load_tokenizer(config.tokenizer.path).serialized}
+        tokenizer = {"text": load_tokenizer(config.tokenizer.path, config.tokenizer).serialized}
+    tokenizer |= {name: value for name, value in names.items() if value is not None}
     fields = {
         "version": STORE_VERSION,
         "sources": {source.name: source_identity(source) | _read_of(config, source) for source in config.sources},
@@ -142,7 +144,7 @@ def _build(
     if not (building / REPORT_FILE).exists():
         parts.mkdir(parents=True, exist_ok=True)
         sources = _tokenise(config, building, workers, progress)
-        vocab_size = load_tokenizer(building / TOKENIZER_FILE).vocab_size
+        vocab_size = load_tokenizer(building / TOKENIZER_FILE, config.tokenizer).vocab_size
         report = PrepareReport("", content_hash, vocab_size, sources)
         _write(parts, building / REPORT_FILE, report.to_json())
     shutil.rmtree(parts, ignore_errors=True)
@@ -207,7 +209,7 @@ def _tokenizer(config: DataConfig, units: list[Unit], building: pathlib.Path, pr
             progress(f"learning {config.tokenizer.vocab_size} tokens")
         tokenizer = build_tokenizer(config.tokenizer, training_texts(config, units))
         _write(building / "parts", path, tokenizer.serialized)
-    return load_tokenizer(path)
+    return load_tokenizer(path, config.tokenizer)
 
 
 def _encode(

@@ -10,6 +10,7 @@ import pathlib
 
 import numpy as np
 
+from gpt4moe.config.tokenizer import TokenizerConfig
 from gpt4moe.data.encode import token_dtype
 from gpt4moe.data.image_store import StoredImages, stored_images
 from gpt4moe.data.tokenizer import Tokenizer, load_tokenizer
@@ -76,12 +77,14 @@ class TokenStore:
     count as held out (whole documents, at least one). An image is one token of its document, and no target.
     """
 
-    def __init__(self, directory: str | pathlib.Path, held_out_limit: int = 2**62) -> None:
+    def __init__(
+        self, directory: str | pathlib.Path, held_out_limit: int = 2**62, tokenizer: TokenizerConfig | None = None
+    ) -> None:
         self.directory = pathlib.Path(directory)
         self.report = read_report(self.directory)
         self.content_hash = self.report.content_hash
         self.source_names = tuple(source.name for source in self.report.sources)
-        self._held_out_limit = held_out_limit
+        self._held_out_limit, self._tokenizer = held_out_limit, tokenizer
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -91,7 +94,7 @@ class TokenStore:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the tokens were made with."""
-        return load_tokenizer(self.directory / TOKENIZER_FILE)
+        return load_tokenizer(self.directory / TOKENIZER_FILE, self._tokenizer)
 
     @functools.cache  # noqa: B019 - a store lives as long as the process that trains from it
     def stream(self, source: str, split: str) -> np.ndarray:

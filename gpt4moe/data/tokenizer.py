@@ -30,15 +30,18 @@ STRETCH_CHARACTERS = 200_000
 class Tokenizer:
     """Text to ids and back.
 
-    `vocab_size` is one more than the highest id, `end_of_text` stands before every document, `image` where an image
-    is (None where there is no such token), `specials` maps the reserved tokens to their ids, and `token_bytes`
-    holds the bytes of every id (None where the tokens are not bytes). The text of a special token inside a document
-    is encoded as plain text.
+    `vocab_size` is one more than the highest id, `end_of_text` stands before every document, `begin_of_text` before a
+    prompt (the same, but for foreign tokenizers that have one), `image` where an image is (None where there is no such
+    token), `specials` maps the reserved tokens to their ids, and `token_bytes` holds the bytes of every id (None where
+    the tokens are not bytes). The text of a special token inside a document is encoded as plain text.
     """
 
-    def __init__(self, serialized: str) -> None:
-        """Builds from the text of a `tokenizer.json`; ValueError where that is not one or has no end-of-text token."""
-        self.serialized = serialized
+    def __init__(self, serialized: str, begin_of_text: str | None = None, end_of_text: str | None = None) -> None:
+        """Builds from the text of a `tokenizer.json`; the names are those of `TokenizerConfig`.
+
+        ValueError where that is not one, or lacks a token of these names or any end-of-text token.
+        """
+        self.serialized, self._names = serialized, (begin_of_text, end_of_text)
         try:
             self._reference = tokenizers.Tokenizer.from_str(serialized)
         except Exception as error:  # the library raises bare Exception
@@ -50,10 +53,13 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         added = self._reference.get_added_tokens_decoder()
         self.specials = {token.content: index for index, token in sorted(added.items()) if token.special}
-        self.end_of_text = _first_of(END_OF_TEXT_NAMES, vocabulary)
-        require(
-            self.end_of_text is not None, "tokenizer.path", "", f"needs one of {END_OF_TEXT_NAMES} in the vocabulary"
-        )
+        for setting, name in (("begin_of_text", begin_of_text), ("end_of_text", end_of_text)):
+            known = name is None or name in vocabulary
+            require(known, f"tokenizer.{setting}", name, "is not in the vocabulary of tokenizer.json")
+        self.end_of_text = _first_of(END_OF_TEXT_NAMES, vocabulary) if end_of_text is None else vocabulary[end_of_text]
+        constraint, mend = f"needs one of {END_OF_TEXT_NAMES} in the vocabulary", "name another: tokenizer.end_of_text"
+        require(self.end_of_text is not None, "tokenizer.path", "", constraint, mend)
+        self.begin_of_text = self.end_of_text if begin_of_text is None else vocabulary[begin_of_text]
         self.pad = _first_of(PAD_NAMES, vocabulary)
         self.image = _first_of(IMAGE_NAMES, self.specials)
         self.token_bytes = _token_bytes(serialized, vocabulary, self.specials, self.vocab_size)
@@ -96,7 +102,7 @@ class Tokenizer:
         return len(self.decode_bytes(ids.tolist())) if self.byte_lengths is None else int(self.byte_lengths[ids].sum())
 
     def __reduce__(self):
-        return Tokenizer, (self.serialized,)
+        return Tokenizer, (self.serialized, *self._names)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -121,17 +127,25 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(tokenizer.to_str())
 
 
-def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`; ValueError where the file is missing or not one."""
+def load_tokenizer(path: str | pathlib.Path, config: TokenizerConfig | None = None) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`; ValueError where the file is missing or not one.
+
+    `config` names begin and end of text, where it does.
+    """
     path = pathlib.Path(path)
     require(path.is_file(), "tokenizer.path", str(path), "is not a file", "give the path of a tokenizer.json")
-    return Tokenizer(path.read_text(encoding="utf-8"))
+    return named_tokenizer(path.read_text(encoding="utf-8"), config)
+
+
+def named_tokenizer(serialized: str, config: TokenizerConfig | None) -> Tokenizer:
+    """The tokenizer of the text of a `tokenizer.json`, with begin and end of text as `config` names them."""
+    return Tokenizer(serialized, config.begin_of_text, config.end_of_text) if config else Tokenizer(serialized)
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that `config` asks for; `texts` are read only where merges are learned."""
     if config.path is not None:
-        tokenizer = load_tokenizer(config.path)
+        tokenizer = load_tokenizer(config.path, config)
     elif config.byte_level_only:
         tokenizer = byte_tokenizer()
     else:

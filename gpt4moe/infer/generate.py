@@ -34,6 +34,7 @@ MIN_LENGTH = 16
 class Codec(Protocol):
     """What generation needs of a tokenizer; `gpt4moe.data.tokenizer.Tokenizer` is one."""
 
+    begin_of_text: int
     end_of_text: int
     image: int | None
 
@@ -79,10 +80,13 @@ def generate(
 ) -> tuple[list[Generation], Timing]:
     """Continues every prompt and returns the generations in the prompts' order, and how long it took.
 
-    A prompt follows an end-of-text token as documents do in training, so that an empty one starts a new document.
+    A prompt follows the end-of-text token as documents do in training, so that an empty one starts a new document; with
+    a foreign tokenizer that has a begin-of-text token, it follows that.
     `pictures` are those of each prompt, which stand where it says `<image>`, or before it. Raises `ValueError` for a
     prompt that leaves no room in the model's context, or that has not one marker a picture.
     """
+    mend = "put the tokenizer.json of the model's makers into the work directory"
+    require(tokenizer is not None, "tokenizer", None, "is missing: the work directory has no tokenizer.json", mend)
     sampling, pictures = sampling or SamplingConfig(), list(pictures) or [()] * len(prompts)
     require(len(pictures) == len(prompts), "pictures", len(pictures), f"must be of each of the {len(prompts)} prompts")
     if any(pictures):
@@ -128,7 +132,7 @@ def _prompt_ids(tokenizer: Codec, prompt: str, num_pictures: int, context_length
     is_text = prompt.encode("utf-8", "ignore").decode() == prompt
     require(is_text, "prompt", prompt[:40], "holds bytes that are not UTF-8")
     before, *behind = split_at_images(prompt, num_pictures)
-    ids = [tokenizer.end_of_text, *tokenizer.encode(before)]
+    ids = [tokenizer.begin_of_text, *tokenizer.encode(before)]
     for text in behind:
         ids += [tokenizer.image, *tokenizer.encode(text)]
     require(

@@ -13,7 +13,7 @@ from gpt4moe.config.check import require
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.data.store import TOKENIZER_FILE
-from gpt4moe.data.tokenizer import Tokenizer
+from gpt4moe.data.tokenizer import Tokenizer, named_tokenizer
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.parallel.layout import make_layout
 from gpt4moe.parallel.mesh import make_mesh
@@ -22,10 +22,13 @@ from gpt4moe.parallel.sharding import laid_out_shapes, state_shardings
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What `gpt4moe.load` returns: the model with the parameters of `step`, its tokenizer and its configuration."""
+    """What `gpt4moe.load` returns: the model with the parameters of `step`, its tokenizer and its configuration.
+
+    The tokenizer is None where weights were imported without one.
+    """
 
     model: Transformer
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     config: RunConfig
     step: int
     workdir: str
@@ -50,5 +53,6 @@ def restore(
     definition, shapes = nnx.split(blank)
     abstract = laid_out_shapes(shapes, state_shardings(shapes, devices, config.rules))
     params = checkpoint.restore(workdir, step, {"params": abstract}, layer_order=layout.slots)["params"]
-    tokenizer = Tokenizer((epath.Path(workdir) / TOKENIZER_FILE).read_text())
+    path = epath.Path(workdir) / TOKENIZER_FILE
+    tokenizer = named_tokenizer(path.read_text(), config.data.tokenizer) if path.exists() else None
     return Trained(nnx.merge(definition, params), tokenizer, config, step, workdir)

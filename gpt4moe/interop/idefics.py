@@ -1,7 +1,7 @@
 """Idefics (Hugging Face, version 1), an open Flamingo over a Llama, as a configuration and parameters of ours.
 
 Its dense feed-forwards are layers of one expert each, whose router has nothing to choose. Its embedding enters the
-residual stream as it is, ours divided by `EMBEDDING_STD`; the tokens it adds for images are the last of the vocabulary.
+residual stream as it is (`embedding_std` 1); the tokens it adds for images are the last of the vocabulary.
 Dropless, as evaluation and decoding are, our model gives its logits.
 """
 
@@ -31,7 +31,6 @@ from gpt4moe.interop.arrays import (
     transposed,
 )
 from gpt4moe.interop.vision import encoder_config, encoder_parameters
-from gpt4moe.model.transformer import EMBEDDING_STD
 
 VISION, RESAMPLER = "model.vision_model.", "model.perceiver_resampler."
 LAYER, CROSS_LAYER = "model.layers.{}.", "model.gated_cross_attn_layers.{}."
@@ -62,6 +61,7 @@ def idefics_config(foreign: Mapping[str, Any], arrays: Arrays) -> ModelConfig:
         tie_embeddings=False,
         norm_epsilon=foreign.get("rms_norm_eps", 1e-6),
         compute_dtype="float32",
+        embedding_std=1.0,
         vision=VisionConfig(
             encoder=encoder_config(foreign, below(arrays, VISION)),
             cross_attention=_cross_attention(foreign, arrays, heads, dim, hidden),
@@ -141,7 +141,7 @@ def _text_table(config: ModelConfig) -> Table:
     heads, one_expert = into_heads(config.attention.num_heads), lambda matrix: matrix.T[None]
     attention, feed_forward = LAYER + "self_attn.", LAYER + "mlp."
     return {
-        "embedding": ("embedding", lambda table: table * EMBEDDING_STD),
+        "embedding": ("embedding", same),
         "blocks.attention_norm.scale": (LAYER + "input_layernorm.weight", same),
         "blocks.attention.query": (attention + "q_proj.weight", heads),
         "blocks.attention.key": (attention + "k_proj.weight", heads),

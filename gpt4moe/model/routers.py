@@ -40,6 +40,15 @@ def softmax_of_chosen(logits_UE: Float[Array, "U E"], inputs: RouterInputs, conf
     return assemble(logits_UE, expert_ids_UK, gates_UK, inputs)
 
 
+def softmax_of_one(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
+    """Routes each token to its largest logit with gate 1, which `softmax_of_chosen` gives with K = 1.
+
+    For weights trained so elsewhere (a Mixtral of one expert a token): of a loss nothing but the balance terms reaches
+    this router, for which reason it is not among `ROUTERS`.
+    """
+    return softmax_of_chosen(logits_UE, inputs, config)
+
+
 def noisy_top_k(logits_UE: Float[Array, "U E"], inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Routes like `top_k` by logits with normal noise of deviation `router_noise` / E, in training only.
 

@@ -24,7 +24,6 @@ from gpt4moe.model.rope import Rotation, rotation
 from gpt4moe.model.vision import VisionEncoder
 from gpt4moe.types import Array
 
-EMBEDDING_STD = 0.02
 INITIAL_SELF_LOGIT = 4.0
 
 
@@ -118,20 +117,20 @@ class Transformer(nnx.Module):
     them come the `leading_blocks`, dense and each with parameters of its own; on a pipeline every stage runs them.
     Where the model reads images, a block of `cross_attention` goes before every few superblocks, which are scanned
     together with it; rows without images pass by all that vision adds.
-    Initialisation: embeddings have deviation 0.02 and enter the residual stream at unit deviation (times 50), so
+    Initialisation: embeddings have deviation `embedding_std` and enter the residual stream at unit deviation, so
     that the first router tells tokens apart before it sees what attention made of their context; the final norm begins
     at the scale that gives a tied head a logit of 4 for the token just read, whatever the width. Matrices have
     deviation fan_in^-1/2, those that write to the residual stream are scaled by 1/sqrt(2L) more.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, layout: Layout = ONE_DEVICE):
-        shape, axes, std = (config.vocab_size, config.model_dim), ("vocab", "embed"), EMBEDDING_STD
+        shape, axes, std = (config.vocab_size, config.model_dim), ("vocab", "embed"), config.embedding_std
         self.embedding = normal_parameter(rngs, None, shape, axes, std)
         slots, leading = layout.slots or tuple(range(config.num_moe_layers)), range(config.leading_dense_layers)
         self.leading_blocks = nnx.List([Block(None, config, layout, False, rngs) for _ in leading])
         self.dense_blocks = nnx.List([Block(slots, config, layout, False, rngs) for _ in range(config.moe_every - 1)])
         self.blocks = Block(slots, config, layout, True, rngs)
-        logit_scale = INITIAL_SELF_LOGIT / (config.model_dim * EMBEDDING_STD)
+        logit_scale = INITIAL_SELF_LOGIT / (config.model_dim * config.embedding_std)
         self.final_norm = RMSNorm(None, config.model_dim, config.norm_epsilon, initial=logit_scale)
         self.head = None if config.tie_embeddings else normal_parameter(rngs, None, shape, axes, std)
         self.config, self.layout = config, layout
@@ -251,7 +250,7 @@ class Transformer(nnx.Module):
         return x_BTD, tuple(caches)
 
     def _embed(self, tokens_BT: Array) -> Array:
-        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0) / EMBEDDING_STD
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0) / self.config.embedding_std
         return x_BTD.astype(self.config.compute_dtype)
 
 

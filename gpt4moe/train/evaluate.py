@@ -130,6 +130,8 @@ def trained_store(run: RunConfig, workdir: epath.PathLike, step: int) -> TokenSt
     """
     directory = run.data.store or epath.Path(workdir) / "data"
     content_hash = checkpoint.restore_progress(workdir, step)["store"]
+    if content_hash is None:  # imported weights, which were trained on nothing of ours
+        return pipeline.open_store(run.data, directory)
     kept = pipeline.reopen_store(run.data, directory, content_hash)
     if kept:
         return kept

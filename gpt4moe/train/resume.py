@@ -40,6 +40,7 @@ FREE_SETTINGS = (
     "train.record_routing",
     "data.store",
     "data.images.workers",
+    "data.images.processes",
     "mesh.",
     "rules.",
     "model.remat",
@@ -99,6 +100,8 @@ def saved_progress(
             checkpoint.check_shapes(source, step, {"params": params}, layer_order=layer_order, setting="INIT_FROM")
         return None
     progress = checkpoint.restore_progress(workdir, steps[-1])
+    mend = "give another workdir, and INIT_FROM this one"
+    require("data" in progress, "workdir", str(workdir), "holds imported weights, which no run has trained", mend)
     changed = differences(progress["settings"], run)
     if changed and not allow_change:
         raise CallerError(
@@ -138,7 +141,7 @@ def inherit_tokenizer(run: RunConfig) -> RunConfig:
     if config.path is None and not config.byte_level_only:
         tokenizer = dataclasses.replace(config, path=path)
         return dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=tokenizer))
-    same = build_tokenizer(config, ()).serialized == load_tokenizer(path).serialized
+    same = build_tokenizer(config, ()).serialized == load_tokenizer(path, config).serialized
     require(
         same, "tokenizer", config.path or "byte_level_only", f"is not the one of INIT_FROM ({path})", "leave it out"
     )

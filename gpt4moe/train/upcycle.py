@@ -57,7 +57,9 @@ def restore_upcycled(run: RunConfig, dense: ModelConfig, step: int, fresh: nnx.S
     """Returns `fresh` parameters of the run's model with those of the `dense` one at `step` of `init_from` in them."""
     abstract, order = abstract_dense(run, dense, mesh)
     source = run.train.init_from
-    abstract = adapter.without(abstract, [part for part in adapter.PARTS if part not in fresh])
+    abstract = adapter.without(
+        abstract, [part for part in (*adapter.PARTS, *adapter.GROWN) if not adapter.has(fresh, part)]
+    )
     params = checkpoint.restore(source, step, {"params": abstract}, layer_order=order)["params"]
     where = jax.tree.map(lambda leaf: leaf.sharding, fresh)
     return jax.jit(lambda params, fresh: upcycled(params, fresh, run.model.moe), out_shardings=where)(params, fresh)

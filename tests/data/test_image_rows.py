@@ -3,12 +3,15 @@
 import concurrent.futures
 import dataclasses
 import functools
+import gc
 import json
+import pathlib
 import threading
 
 import numpy as np
 import pytest
 
+from gpt4moe.config.check import RunError
 from gpt4moe.config.data import SourceConfig
 from gpt4moe.data.documents import Document
 from gpt4moe.data.image_rows import IMAGES_A_JOB, ImageDecoder
@@ -170,13 +173,13 @@ def test_held_out_targets_are_those_that_the_store_says(tmp_path):
     assert store.unigram_nats("pictures") == pytest.approx(np.mean(np.log(counts.sum()) - np.log(counts[targets])))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_are_the_same_with_any_number_of_threads_hosts_and_from_any_state(tmp_path, workers):
+@pytest.mark.parametrize("how", [{"workers": 0}, {"workers": 1}, {"workers": 3}, {"processes": 2}], ids=str)
+def test_batches_are_the_same_however_decoded_with_any_number_of_hosts_and_from_any_state(tmp_path, how):
     config = config_of(many(40))
     store = open_store(config, tmp_path)
     whole = list(TrainRows(store, config, microbatch_rows=4))
     assert len(whole) > 4
-    threads = dataclasses.replace(config, images=dataclasses.replace(IMAGES, workers=workers))
+    threads = dataclasses.replace(config, images=dataclasses.replace(IMAGES, **how))
     hosts = [TrainRows(store, threads, microbatch_rows=4, num_hosts=2, host=host) for host in range(2)]
     states = []
     for index, expected in enumerate(whole):
@@ -269,3 +272,31 @@ def test_bytes_a_patch_and_a_token_are_counted(tmp_path):
     assert counted.stored_per_patch == pytest.approx(stored / 40)
     fed = sum(batch.images.nbytes for batch in rows)
     assert counted.fed_per_token == pytest.approx(fed / store.num_targets("pictures", "train"), rel=0.1)
+
+
+def test_processes_name_an_image_that_cannot_be_decoded_and_leave_nothing_behind():
+    class Stored:
+        path = "pictures.images"
+        files = ((picture(9),), (b"no picture",))
+
+        def __getitem__(self, number):
+            return self.files[number]
+
+    nothing = np.zeros(4, np.int32)
+    rows = [Row(0, 0, nothing, nothing, nothing, nothing, images=(number,)) for number in range(2)]
+    decoder = ImageDecoder(dataclasses.replace(IMAGES, processes=1), lambda source: Stored())
+    good = decoder.begin(rows[:1], 1)
+    batch = decoder.finish(good, stack_rows(rows[:1], 1, 4))
+    assert batch.image_valid[0].tolist() == [True, False] and reds(batch.images)[0].tolist() == [9, 0]
+    bad = decoder.begin(rows, 2)
+    with pytest.raises(RunError, match=r"^image 1 of pictures\.images cannot be decoded: not one of PNG"):
+        decoder.finish(bad, stack_rows(rows, 2, 4))
+    names = [pathlib.Path(decoding.images_BIFHW3.filename) for decoding in (good, bad)]
+    bad = None
+    gc.collect()
+    assert not any(name.exists() for name in names)
+    (process,) = decoder._processes._pool._processes.values()
+    process.kill()
+    process.join()
+    with pytest.raises(RunError, match=r"^a process that decodes images died .*ImageConfig\.processes=0 uses threads"):
+        decoder.finish(decoder.begin(rows, 2), stack_rows(rows, 2, 4))

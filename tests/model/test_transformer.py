@@ -79,7 +79,7 @@ def test_initial_deviations():
     model = _model(config)
     depth = 6**-0.5
     stated = {
-        "embedding": (model.embedding, transformer.EMBEDDING_STD),
+        "embedding": (model.embedding, config.embedding_std),
         "query": (model.blocks.attention.query, 64**-0.5),
         "output": (model.blocks.attention.output, 64**-0.5 * depth),
         "router": (model.blocks.moe.router, 0.1 * 64**-0.5),

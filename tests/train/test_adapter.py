@@ -125,6 +125,24 @@ def test_it_is_said_which_parts_are_fresh_and_training_goes_on_from_them(corpus,
     assert not (tmp_path / "text").exists()
 
 
+def test_an_encoder_of_images_goes_on_with_pages_in_tiles(corpus, text, tmp_path):
+    run = run_of(corpus, seeing(), init_from=str(text[1]))
+    loop.train(run, tmp_path / "images", config_text="")
+    tiles = dataclasses.replace(VISION, encoder=dataclasses.replace(VISION.encoder, max_frames=3))
+    paged = run_of(corpus, seeing(vision=tiles), init_from=str(tmp_path / "images"))
+    start = begin(paged, tmp_path / "pages")
+    assert adapter.new_parts(tmp_path / "images", 2, start.abstract.params) == ("vision_encoder.frames",)
+    got = by_name(beginning.first_position(start).state.params)
+    want = by_name(nnx.split(trained.restore(run, tmp_path / "images").model)[1])
+    assert got.keys() - want.keys() == {"vision_encoder.frames"} and got["vision_encoder.frames"].any()
+    assert all(np.array_equal(got[name], value) for name, value in want.items())
+    loop.train(
+        dataclasses.replace(paged, train=dataclasses.replace(paged.train, steps=1)), tmp_path / "pages", config_text=""
+    )
+    with pytest.raises(CallerError, match=r"has vision_encoder\.frames, which this model lacks"):
+        begin(run_of(corpus, seeing(), init_from=str(tmp_path / "pages")), tmp_path / "back")
+
+
 def test_any_other_difference_is_refused_as_ever(corpus, text, tmp_path):
     model = dataclasses.replace(seeing(), tie_embeddings=False)
     with pytest.raises(
