@@ -8,17 +8,19 @@ for a token), random weights. Prefill of 1 and 8 prompts of 512 tokens, logits o
 rows after prompts of 128, step by step, each step one compiled program over paged keys and values.
 
 Every row is a process of its own, which measures when it is its turn, never two at a time. Tokens per second are those
-of a fast step, the tenth percentile of all rounds; ratios are of these. `--peers` sets transformers on torch beside it
-(extra `[bench]`; benchmarks/decode_peer.py) with the same weights: its fastest experts implementation for each task.
-`bandwidth` is bytes that a step must read at least (the matrices of the experts its token goes to, the rest of the
-model, keys and values) over its time and over what this machine reads a second.
+of a fast step, the tenth percentile of all rounds; ratios are of these, and beside them of CPU seconds, which hold on a
+busy machine where both sides have one core (`taskset -c 0`; torch's threads wait for each other). `--peers` sets
+transformers on torch beside it (extra `[bench]`; benchmarks/decode_peer.py) with the same weights: its fastest experts
+implementation for each task. The share of the bandwidth is bytes that a step must read at least (the matrices of the
+experts its token goes to, the rest of the model, keys and values) over its time and over what this machine reads a
+second.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
+import itertools
 import json
 import math
 import pathlib
@@ -30,10 +32,11 @@ import time
 import decode_peer
 import peer_transformers
 from train_step import describe
-from turns import Process, serve_tasks
+from turns import Process, cpu_and_wall, serve_tasks
 
 LENGTH, PROMPT, VOCAB, PAGE_SIZE = 512, 128, 8192, 64
 MOST_ROWS = 32
+OURS = "gpt4moe"
 READ_BYTES = 1 << 30
 LARGEST_PROBE_ERROR = 1e-4
 
@@ -107,7 +110,7 @@ def compare(arguments: argparse.Namespace, directory: str) -> dict:
     for _ in range(max(arguments.rounds, 1)):
         for task in tasks:
             for dtype, process in ours.items():
-                ask(process, task, (dtype, "gpt4moe"), arguments.steps, seconds)
+                ask(process, task, (dtype, OURS), arguments.steps, seconds)
                 for experts in decode_peer.EXPERTS if dtype in theirs else ():
                     if experts != "batched_mm" or task.tokens == 1:  # it copies the matrices of every choice
                         ask(theirs[dtype], task, (dtype, experts), arguments.steps, seconds)
@@ -138,25 +141,29 @@ def probe_error(ours: dict, theirs: dict) -> float | None:
 
 def results(seconds: dict, ours: dict, tasks: list[Task]) -> dict:
     """Rates of every row, ratios to the fastest of the peer's and of int8 to bfloat16, share of the bandwidth."""
-    by_task = {task.name: task for task in tasks}
-    rates = {key: by_task[key[2]].tokens / fast(steps) for key, steps in seconds.items()}
+    tokens = {task.name: task.tokens for task in tasks}
+    cpu, wall = (
+        {key: tokens[key[2]] / fast([step[which] for step in steps]) for key, steps in seconds.items()}
+        for which in range(2)
+    )
     rows = [
-        {"dtype": dtype, "implementation": what, "task": task, "tokens_per_second": rate}
-        for (dtype, what, task), rate in rates.items()
+        {"dtype": key[0], "implementation": key[1], "task": key[2], "tokens_per_second": wall[key]}
+        | {"tokens_per_cpu_second": cpu[key]}
+        for key in seconds
     ]
     ratios = []
-    for dtype, task in [(dtype, task) for dtype in ours for task in by_task]:
-        peers = {key[1]: rate for key, rate in rates.items() if key[::2] == (dtype, task) and key[1] != "gpt4moe"}
-        if dtype == "int8" and ("bfloat16", "gpt4moe", task) in rates:
-            peers = {"bfloat16": rates["bfloat16", "gpt4moe", task]}
-        if peers:
-            fastest = max(peers, key=peers.get)
-            ratio = rates[dtype, "gpt4moe", task] / peers[fastest]
-            ratios.append({"dtype": dtype, "task": task, "over": fastest, "ratio": ratio})
+    for dtype, task in itertools.product(ours, tokens):
+        own, others = (dtype, OURS, task), [key for key in seconds if key[::2] == (dtype, task) and key[1] != OURS]
+        if dtype == "int8":
+            others = [key for key in seconds if key == ("bfloat16", OURS, task)]
+        if others:
+            fastest, thriftiest = max(others, key=wall.get), max(others, key=cpu.get)
+            over = {"over": fastest[1] if dtype != "int8" else "bfloat16", "ratio": wall[own] / wall[fastest]}
+            ratios.append({"dtype": dtype, "task": task, **over, "cpu_ratio": cpu[own] / cpu[thriftiest]})
     bandwidth = {}
     for dtype, process in ours.items():
-        if (dtype, "gpt4moe", "decode 1") in rates:
-            read = process.facts["bytes_per_token"] * rates[dtype, "gpt4moe", "decode 1"]
+        if (dtype, OURS, "decode 1") in wall:
+            read = process.facts["bytes_per_token"] * wall[dtype, OURS, "decode 1"]
             bandwidth[dtype] = read / process.facts["bytes_per_second"]
     return {"rows": rows, "ratios": ratios, "bandwidth": bandwidth}
 
@@ -176,7 +183,8 @@ def table(document: dict) -> str:
         cells = [rates.get((*name, task)) for task in tasks]
         lines.append(" ".join([f"{' '.join(name):20}", *(f"{'-' if c is None else f'{c:,.0f}':>14}" for c in cells)]))
     for ratio in document["ratios"]:
-        lines.append(f"{ratio['dtype']} {ratio['task']}: {ratio['ratio']:.2f}x {ratio['over']}")
+        cpu = f"by CPU seconds {ratio['cpu_ratio']:.2f}x"
+        lines.append(f"{ratio['dtype']} {ratio['task']}: {ratio['ratio']:.2f}x {ratio['over']}, {cpu}")
     for dtype, share in document["bandwidth"].items():
         lines.append(f"{dtype} decode 1: {share:.0%} of the memory bandwidth")
     return "\n".join(lines)
@@ -220,12 +228,10 @@ def write_weights(directory: pathlib.Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from gpt4moe.model.transformer import EMBEDDING_STD
-
     model, config = make_model("float32"), model_config("float32")
     attention, moe = model.blocks.attention, model.blocks.moe
     tensors = {
-        "model.embed_tokens.weight": model.embedding[...] / EMBEDDING_STD,
+        "model.embed_tokens.weight": model.embedding[...] / config.embedding_std,
         "model.norm.weight": model.final_norm.scale[...],
         "lm_head.weight": model.unembedding(),
     }
@@ -271,14 +277,13 @@ def measure(name: str) -> None:
     dtype, quantize = ("bfloat16", "int8") if name == "int8" else (name, None)
     decoder = Decoder.of(make_model(dtype), quantize=quantize)
     bench = Bench(decoder)
-    programs = functools.cache(bench.compiled)
     probe = bench.probe().tolist() if name == "float32" else None
     ready = {"probe": probe, "bytes_per_token": bench.bytes_per_token(), "bytes_per_second": read_rate()}
 
-    def answer(line: str) -> list[float]:
+    def answer(line: str) -> list[list[float]]:
         asked = json.loads(line)
         task = Task(**{field.name: asked[field.name] for field in dataclasses.fields(Task)})
-        return bench.run(task, programs(task), asked["steps"])
+        return bench.run(task, asked["steps"])
 
     jax.block_until_ready(decoder.weights)
     serve_tasks(ready, answer)
@@ -290,7 +295,7 @@ class Bench:
     def __init__(self, decoder):
         import jax.numpy as jnp
 
-        self.decoder, self.tokens = decoder, jnp.array(random_tokens(), jnp.int32)
+        self.decoder, self.tokens, self.programs = decoder, jnp.array(random_tokens(), jnp.int32), {}
 
     def step(self, weights, tokens_BT, start, pages, table_BX):
         """(next tokens [B, 1], pages) after `tokens_BT`, which begin at position `start`."""
@@ -302,46 +307,50 @@ class Bench:
         logits_BV = self.decoder.logits(weights, x_BTD[:, -1])
         return jnp.argmax(logits_BV, axis=-1)[:, None].astype(jnp.int32), pages
 
-    def inputs(self, task: Task, length: int):
-        """(tokens, pages, table) of a call of `length` tokens of each row."""
+    def inputs(self, task: Task):
+        """(pages, table) for the rows of a task."""
         import jax.numpy as jnp
 
         pages_of_row = max(task.length, 2 * PROMPT) // PAGE_SIZE
         table_BX = jnp.arange(task.rows * pages_of_row, dtype=jnp.int32).reshape(task.rows, -1)
-        pages = self.decoder.init_pages(task.rows * pages_of_row, PAGE_SIZE)
-        return self.tokens[: task.rows, :length], pages, table_BX
+        return self.decoder.init_pages(task.rows * pages_of_row, PAGE_SIZE), table_BX
 
-    def compiled(self, task: Task) -> tuple:
-        """(prefill, decode step or None) of a task."""
+    def program(self, rows: int, length: int, pages, table_BX):
+        """The compiled step of `length` tokens of each row."""
         import jax
         import jax.numpy as jnp
 
-        def program(length: int):
-            tokens, pages, table = self.inputs(task, length)
-            given = (self.decoder.weights, tokens, jnp.int32(0), pages, table)
-            return jax.jit(self.step, donate_argnums=3).lower(*given).compile()
+        key = rows, length, pages.keys[0].shape
+        if key not in self.programs:
+            given = (self.decoder.weights, self.tokens[:rows, :length], jnp.int32(0), pages, table_BX)
+            self.programs[key] = jax.jit(self.step, donate_argnums=3).lower(*given).compile()
+        return self.programs[key]
 
-        return program(task.length), program(1) if task.kind == "decode" else None
-
-    def run(self, task: Task, programs: tuple, steps: int) -> list[float]:
-        """Seconds of each prefill, or of each step of decode after one."""
+    def run(self, task: Task, steps: int) -> list[list[float]]:
+        """CPU and wall seconds of each prefill, or of each step of decode after one."""
         import jax
+        import jax.numpy as jnp
         import numpy as np
 
-        prefill, decode = programs
-        tokens, pages, table = self.inputs(task, task.length)
-        weights, seconds, start = self.decoder.weights, [], 0
-        for _ in range(steps if task.kind == "prefill" else 1):
-            began = time.perf_counter()
-            last, pages = jax.block_until_ready(prefill(weights, tokens, np.int32(0), pages, table))
-            seconds.append(time.perf_counter() - began)
+        pages, table_BX = self.inputs(task)
+        weights, seconds = self.decoder.weights, []
         if task.kind == "prefill":
-            return seconds
-        seconds.clear()
+            prefill, tokens = self.program(task.rows, task.length, pages, table_BX), self.tokens[: task.rows]
+            for _ in range(steps + 1):  # the first does not count
+                before = cpu_and_wall()
+                _, pages = jax.block_until_ready(prefill(weights, tokens, np.int32(0), pages, table_BX))
+                seconds.append([after - start for after, start in zip(cpu_and_wall(), before, strict=True)])
+            return seconds[1:]
+        prefill, last = self.program(1, task.length, pages, table_BX[:1]), []
+        for row in range(task.rows):
+            prompt, own = self.tokens[row : row + 1, : task.length], table_BX[row : row + 1]
+            token, pages = prefill(weights, prompt, np.int32(0), pages, own)
+            last.append(token)
+        last, decode = jnp.concatenate(last), self.program(task.rows, 1, pages, table_BX)
         for start in range(task.length, task.length + steps):
-            began = time.perf_counter()
-            last, pages = jax.block_until_ready(decode(weights, last, np.int32(start), pages, table))
-            seconds.append(time.perf_counter() - began)
+            before = cpu_and_wall()
+            last, pages = jax.block_until_ready(decode(weights, last, np.int32(start), pages, table_BX))
+            seconds.append([after - begun for after, begun in zip(cpu_and_wall(), before, strict=True)])
         return seconds
 
     def probe(self):
@@ -349,7 +358,7 @@ class Bench:
         import jax
         import jax.numpy as jnp
 
-        tokens, pages, table = self.inputs(TASKS[0], 16)
+        tokens, (pages, table) = self.tokens[:1, :16], self.inputs(TASKS[0])
         given = (jnp.arange(16)[None], jnp.ones((1, 16), bool), pages, table)
         x_BTD, _, _ = jax.jit(self.decoder.forward)(self.decoder.weights, tokens, *given)
         return self.decoder.logits(self.decoder.weights, x_BTD)[0]

@@ -10,9 +10,8 @@ import json
 import os
 import pathlib
 import sys
-import time
 
-from turns import serve_tasks
+from turns import cpu_and_wall, serve_tasks
 
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
 
@@ -42,8 +41,8 @@ def load(directory: str, dtype):
     return model.to(dtype).eval()
 
 
-def answer(model, tokens, task: dict) -> list[float]:
-    """Seconds of each prefill, or of each step of decoding after an unmeasured prefill."""
+def answer(model, tokens, task: dict) -> list[list[float]]:
+    """CPU and wall seconds of each prefill, or of each step of decoding after an unmeasured prefill."""
     model.set_experts_implementation(task["experts"])
     prompt = tokens[: task["rows"], : task["length"]]
     if task["kind"] == "prefill":
@@ -57,10 +56,10 @@ def answer(model, tokens, task: dict) -> list[float]:
 
 
 def timed(function):
-    """(seconds, result) of a call."""
-    started = time.perf_counter()
+    """((CPU seconds, wall seconds), result) of a call."""
+    before = cpu_and_wall()
     result = function()
-    return time.perf_counter() - started, result
+    return [after - start for after, start in zip(cpu_and_wall(), before, strict=True)], result
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What speculative decoding gains inside the engine, beside what the planner's formula for experts says.
 
-    python benchmarks/speculative.py [--slots 1,8] [--draft_tokens 4] [--new_tokens 128] [--seed 0] [--json]
+    python benchmarks/speculative.py [--slots 1,8] [--draft_tokens 4] [--new_tokens 96] [--seed 0] [--json]
 
 A model with experts (random weights, float32) continues texts greedily, which repeat themselves before long, with
 proposals and without, in turns. Proposals are looked up in the row's own text, or come from a draft model: a copy of
@@ -49,8 +49,11 @@ def main() -> None:
     decoder = Decoder.of(model)
     document = {"machine": machine(), "draft_tokens": args.draft_tokens, "rows": []}
     for slots in args.slots:
+        plain = make_engine(decoder, slots, args)
         for kind in ("lookup", "model"):
-            document["rows"].append(measured(decoder, kind, slots, args))
+            draft = moved(decoder, args.seed) if kind == "model" else None
+            judging = make_engine(decoder, slots, args, draft_tokens=args.draft_tokens, draft=draft)
+            document["rows"].append(measured(decoder.config, kind, plain, judging, args))
     print(json.dumps(document, indent=2) if args.json else text_of(document))
 
 
@@ -59,10 +62,13 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--slots", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8])
     parser.add_argument("--draft_tokens", type=int, default=4)
-    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--new_tokens", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    most = CONTEXT - PROMPT
+    if args.new_tokens > most:
+        parser.error(f"--new_tokens={args.new_tokens} must be at most {most}")
     for name in ("draft_tokens", "new_tokens"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name}={getattr(args, name)} must be at least 1")
@@ -81,32 +87,32 @@ def make_config() -> ModelConfig:
     )
 
 
-def measured(decoder: Decoder, kind: str, slots: int, args: argparse.Namespace) -> dict:
+def make_engine(
+    decoder: Decoder, slots: int, args: argparse.Namespace, draft_tokens: int = 0, draft: Decoder | None = None
+) -> Engine:
+    sizes = {"slots": slots, "prefill_chunk": PROMPT, "prefix_caching": False}
+    config = EngineConfig(**sizes, max_length=PROMPT + args.new_tokens, draft_tokens=draft_tokens)
+    engine = Engine(decoder, byte_tokenizer(), config, draft=draft)
+    engine.warm_up()
+    return engine
+
+
+def measured(model: ModelConfig, kind: str, plain: Engine, judging: Engine, args: argparse.Namespace) -> dict:
     """One way to propose at one number of rows, in turns with none."""
-    length = 1 << (PROMPT + args.new_tokens - 1).bit_length()
-    sizes = {"slots": slots, "prefill_chunk": PROMPT, "prefix_caching": False, "max_length": min(length, CONTEXT)}
-    draft = moved(decoder, args.seed) if kind == "model" else None
-    config = EngineConfig(**sizes, draft_tokens=args.draft_tokens)
-    engines = [
-        Engine(decoder, byte_tokenizer(), EngineConfig(**sizes)),
-        Engine(decoder, byte_tokenizer(), config, draft=draft),
-    ]
+    slots, times, texts = plain.config.slots, ([], []), ([], [])
     prompts = np.random.default_rng(args.seed).integers(16, 1024, (slots, PROMPT)).tolist()
-    times, texts = ([], []), ([], [])
-    for engine in engines:
-        engine.warm_up()
     for _ in range(TURNS):
-        for index, engine in enumerate(engines):
+        for index, engine in enumerate((plain, judging)):
             seconds, made = run(engine, prompts, args.new_tokens)
             times[index].append(seconds)
             texts[index].append(made)
     assert texts[0] == texts[1], "speculation changed greedy tokens"
-    metrics = engines[1].metrics()
+    metrics = judging.metrics()
     per_pass = metrics.proposed_tokens / metrics.decode_steps / slots
     accepted = metrics.accepted_tokens / max(metrics.proposed_tokens, 1)
     drawn = metrics.new_tokens - TURNS * slots  # the first tokens come from the prompts' passes
     tokens = round(per_pass)
-    verification = weight_bound_verification(shape_of(decoder.config), slots, tokens)
+    verification = weight_bound_verification(shape_of(model), slots, tokens)
     formula = speed_up(Draft(tokens, acceptance_of(accepted, tokens), float(kind == "model")), verification)
     return {
         "proposals": kind,

@@ -106,10 +106,11 @@ def _checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _trained_flags(parser)
+    instead = parser.add_mutually_exclusive_group()
     quantize = "also with matrices of experts and attention in this format, and by how much the loss is more"
-    parser.add_argument("--quantize", choices=QUANTIZED, help=quantize)
+    instead.add_argument("--quantize", choices=QUANTIZED, help=quantize)
     golden = "compare logits and greedy tokens in float32 with those of a foreign model, arrays tokens, logits, greedy"
-    parser.add_argument("--golden", type=_folder, metavar="FILE.npz", help=golden)
+    instead.add_argument("--golden", type=_folder, metavar="FILE.npz", help=golden)
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:

@@ -163,12 +163,12 @@ def _read_table(read: dict) -> list[str]:
 def _evaluate(args: argparse.Namespace) -> int:
     if args.golden:
         return _foreign(args)
+    from gpt4moe.analysis.quantized_loss import add_quantized
     from gpt4moe.infer import trained
     from gpt4moe.train import evaluate
 
     run, _ = saved_run(args.workdir)
-    text_only = run.model.vision is None or not args.quantize
-    require(text_only, "--quantize", args.quantize, "is for models that read no images", "evaluate it without")
+    require(not (args.quantize and run.model.vision), "--quantize", args.quantize, "is for models that read no images")
     mesh = _mesh(args).for_generation()
     run = dataclasses.replace(run, mesh=mesh)  # evaluation lays its batches over it
     model = trained.restore(run, args.workdir, step=args.step, mesh=mesh)
@@ -180,15 +180,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         document[source] |= {"read": _plain(result)}
     lines = [evaluate.format_evaluation(evaluation), *_read_table(read)]
     if args.quantize:
-        from gpt4moe.data.pipeline import held_out_batches
-        from gpt4moe.infer.quantized_loss import format_losses, quantized_losses
-
-        _progress(f"computing it with weights in {args.quantize}")
-        batches = held_out_batches(evaluate.trained_store(run, args.workdir, model.step), run.data, rows=1)
-        quantized = quantized_losses(model.model, batches, args.quantize)
-        for source, result in quantized.items():
-            document[source] |= {"quantized": _plain(result)}
-        lines.append(format_losses(quantized))
+        lines.append(add_quantized(document, model, run, args.quantize, _progress))
     _print(args, document, lambda _: "\n".join(lines))
     return DONE
 

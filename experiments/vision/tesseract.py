@@ -3,8 +3,8 @@
     python experiments/vision/tesseract.py runs/lines [--limit 256]
 
 The same images, references and counting as the table that `gpt4moe train` ends with. Needs the program `tesseract`
-(apt-get install tesseract-ocr). A source whose name has "pages" in it is read as a page, "strips" as one block, any other
-as one line.
+(apt-get install tesseract-ocr). A source whose name has "pages" in it is read as a page, "strips" as one block, any
+other as one line.
 """
 
 from __future__ import annotations

@@ -109,12 +109,12 @@ def take_apart(model: Transformer, form: Form) -> DecoderWeights:
             state = jax.tree.map(lambda leaf, slot=slot: leaf[slot], nnx.state(block))
             reads = crossing is not None and number == 0 and index % each == before
             layers.append(as_matrix.layer(state, config, crossing[index // each] if reads else None))
-    embedding_VD = (model.embedding[...] / model.config.embedding_std).astype(dtype)
+    embedding_VD = (model.embedding[...] / config.embedding_std).astype(dtype)
     eyes = None
     if config.vision:
         eyes = tuple(None if part is None else nnx.state(part) for part in (model.vision_encoder, model.resampler))
     head_DV = make_matrix(model.unembedding().T, dtype, None, form.product)
-    return DecoderWeights(embedding_VD, tuple(layers), model.final_norm.scale[...], head_DV, eyes)
+    return DecoderWeights(embedding_VD, tuple(layers), _in_float(model.final_norm.scale), head_DV, eyes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +126,14 @@ class _Maker:
     def layer(self, state: nnx.State, config: ModelConfig, cross: nnx.State | None = None) -> LayerWeights:
         has_experts = "moe" in state
         part = self._moe(state["moe"]) if has_experts else self._feed_forward(state["dense"])
-        norms = state["attention_norm"]["scale"][...], state["feed_forward_norm"]["scale"][...]
+        norms = [_in_float(state[name]["scale"]) for name in ("attention_norm", "feed_forward_norm")]
         return LayerWeights(norms[0], self._attention(state["attention"], config), norms[1], part, cross)
 
     def _attention(self, state: nnx.State, config: ModelConfig) -> AttentionWeights:
         dim = config.model_dim
         inward = [state[name][...].reshape(dim, -1) for name in ("query", "key", "value")]
-        norms = [state[name]["scale"][...] if config.attention.qk_norm else None for name in ("query_norm", "key_norm")]
+        names = ("query_norm", "key_norm")
+        norms = [_in_float(state[name]["scale"]) if config.attention.qk_norm else None for name in names]
         return AttentionWeights(self._joined(inward), self._matrix(state["output"][...].reshape(-1, dim)), *norms)
 
     def _moe(self, state: nnx.State) -> MoeWeights:
@@ -143,7 +144,7 @@ class _Maker:
             num = experts["up"][...].shape[0]
             every = tuple(self._feed_forward(jax.tree.map(lambda leaf, e=e: leaf[e], experts)) for e in range(num))
         shared = self._feed_forward(state["shared_expert"]) if "shared_expert" in state else None
-        return MoeWeights(state["router"][...], None if bias is None else bias[...], every, shared)
+        return MoeWeights(_in_float(state["router"]), None if bias is None else _in_float(bias), every, shared)
 
     def _feed_forward(self, state: nnx.State) -> FeedForwardWeights:
         inward = [state[name][...] for name in ("gate", "up") if name in state]
@@ -155,6 +156,11 @@ class _Maker:
 
     def _joined(self, matrices: list[Array]) -> Matrix:
         return joined([self._matrix(w_IJ) for w_IJ in matrices])
+
+
+def _in_float(parameter: nnx.Variable) -> Array:
+    """float32, as norms and router are computed, however parameters are kept."""
+    return parameter[...].astype(jnp.float32)
 
 
 def _offset(config: ModelConfig) -> int:

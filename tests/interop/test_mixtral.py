@@ -164,9 +164,8 @@ def test_one_parameter_at_a_time_is_in_memory(tmp_path, capsys):
         document_of(capsys, *words, f"--workdir={tmp_path / 'work'}")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    beyond = 4 * dim * max(vocab, hidden) + 4 * 2**20  # the largest tensor, and what is no array
-    assert largest < peaks[0] < largest + beyond
-    assert peaks[1] < largest + beyond + 10**6  # a shard
+    # Beyond it a tensor or a shard, and what the first call of anything allocates.
+    assert all(largest < peak < 2 * largest for peak in peaks)
 
 
 def overrides_of(folder) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -47,7 +48,7 @@ class RequestHandle:
             wake = self._wake
         if wake is not None:
             loop, event = wake
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(event.set)
 
     def __iter__(self) -> Iterator[Chunk]:

@@ -83,7 +83,7 @@ def test_greedy_tokens_and_their_logprobs_are_those_of_whole_passes(engine, whol
 
 
 def test_experts_of_every_token_and_scores_of_the_prompt_are_those_of_whole_passes(engine, whole, prompts):
-    ids = prompts[3]
+    ids, before = prompts[3], engine.metrics()
     sampling = greedy(prompt_logprobs=True, logprobs=2)
     (made,) = engine.submit(EngineRequest(ids, sampling, with_expert_ids=True)).result()
     all_ids = [*ids, *made.token_ids]
@@ -91,6 +91,10 @@ def test_experts_of_every_token_and_scores_of_the_prompt_are_those_of_whole_pass
     assert made.prompt.expert_ids_TLK.shape == (len(ids), LAYERS, CHOICES)
     assert (np.sort(made.prompt.expert_ids_TLK) == np.sort(experts_TLK[: len(ids)])).all()
     assert (np.sort(made.expert_ids_TLK) == np.sort(experts_TLK[len(ids) - 1 : -1])).all()
+    after, routed_TLK = engine.metrics(), experts_TLK[:-1]  # the last token is never read
+    load_LE = [np.bincount(routed_TLK[:, layer].reshape(-1), minlength=EXPERTS) for layer in range(LAYERS)]
+    assert (after.expert_load_LE - before.expert_load_LE == load_LE).all()
+    assert after.last_distinct_experts_L.tolist() == [CHOICES] * LAYERS  # of a step with one row
     logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
     expected = [logprobs_TV[place, ids[place + 1]] for place in range(len(ids) - 1)]
     np.testing.assert_allclose(made.prompt.logprobs, expected, atol=1e-5)

@@ -15,9 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt4moe.config.run import RunConfig
+from gpt4moe.data.pipeline import held_out_batches
 from gpt4moe.infer.decode_weights import DecoderWeights
 from gpt4moe.infer.decoder import Decoder
+from gpt4moe.infer.trained import Trained
 from gpt4moe.model.transformer import Transformer
+from gpt4moe.train.evaluate import trained_store
 from gpt4moe.types import Array, Batch
 
 # Tokens of one call, texts of one length bucket at a time.
@@ -40,6 +44,18 @@ class _Text:
     tokens: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+
+
+def add_quantized(
+    document: dict[str, dict], trained: Trained, run: RunConfig, quantize: str, progress: Callable[[str], None]
+) -> str:
+    """Adds to the results by source of `trained` what quantising costs, under `quantized`; returns it as lines."""
+    progress(f"computing the loss of held-out text with weights in {quantize}")
+    store = trained_store(run, trained.workdir, trained.step)
+    losses = quantized_losses(trained.model, held_out_batches(store, run.data, rows=1), quantize)
+    for source, loss in losses.items():
+        document[source] |= {"quantized": dataclasses.asdict(loss)}
+    return format_losses(losses)
 
 
 def quantized_losses(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpt4moe.infer.quantized_loss import format_losses, quantized_losses
+from gpt4moe.analysis.quantized_loss import format_losses, quantized_losses
 from gpt4moe.model.vocabulary import cross_entropy
 from gpt4moe.types import Batch
 from tests.infer.test_decoder import TINY, _model
