@@ -83,8 +83,7 @@ def _post(summary: str, asked: Kind, answered: Kind, streamed: Kind) -> dict[str
 
 
 def _event(kind: Kind) -> dict[str, Any]:
-    """An event of a stream; the last says [DONE]."""
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(kind)}
+    data = {"type": "string", "description": f"{kind.__name__} or Failure as JSON; [DONE] in the last event"}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
