@@ -2,7 +2,8 @@
 
     python benchmarks/serve_load.py [--clients 64] [--seconds 60] [--slots 16] [--json]
 
-A small model (random weights, float32, the engine's deterministic mode) behind `gpt4moe.serve` in a process of its own.
+Needs httpx2 (extra [test]) and /proc. A small model (random weights, float32, the engine's deterministic mode) is behind
+`gpt4moe.serve` in a process of its own.
 Every request is answered once alone; then each client streams one after another, all at once, for so many seconds,
 beside a few callers that leave in the middle of their streams. Counted: errors, texts that differ from those of the
 lone run, memory of the server at the start, in the middle and at the end, tokens a second, seconds to the first text
