@@ -17,7 +17,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["gpt4moe", "gpt4moe.*", "gin_configs", "gin_configs.*"]),
-    package_data={"gpt4moe.analysis": ["*.html"], "gpt4moe.plan": ["*.csv"], "gin_configs": ["*/*.gin"]},
+    package_data={
+        "gpt4moe.analysis": ["*.html"],
+        "gpt4moe.plan.article": ["*.csv"],
+        "gpt4moe.plan.published": ["*.csv"],
+        "gin_configs": ["*/*.gin"],
+    },
     install_requires=[
         "jax>=0.10.2,<0.12",
         "numpy>=2.0",

@@ -19,6 +19,12 @@ RANKS = {
     **dict.fromkeys(("serve", "interop", "plan", "sweep", "analysis"), 5),
     **dict.fromkeys(("configure", "flags", "flags_plan", "launch"), 6),
 }
+PLAN_RANKS = {
+    **dict.fromkeys(("compiled", "training", "serving"), 0),
+    **dict.fromkeys(("search", "money", "article"), 1),
+    "published": 2,
+    "words": 3,
+}
 STANDARD_LIBRARY_ONLY = ("config", "accounting")
 TOP_LEVEL = {
     "gpt4moe", "experiments", "gin_configs", "tests", "benchmarks", "notebooks", "docs", "setup.py", "pyproject.toml",
@@ -59,6 +65,15 @@ def test_imports_only_lower_ranks_or_its_own_folder(path):
             ("launch", "configure"),
         }  # one rank, one way
         assert lower or parts[1] == folder or counts_configs, f"{path.relative_to(ROOT)} ({folder}) imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "plan").glob("*/*.py")), ids=str)
+def test_folders_of_the_planner_import_one_way(path):
+    folder = path.parent.name
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[:2] == ["gpt4moe", "plan"]:
+            assert parts[2] == folder or PLAN_RANKS[parts[2]] < PLAN_RANKS[folder], f"{folder} imports {name}"
 
 
 @pytest.mark.parametrize("folder", STANDARD_LIBRARY_ONLY)

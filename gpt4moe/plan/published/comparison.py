@@ -1,0 +1,120 @@
+"""One measured row beside its prediction: training steps, bytes of a chip, and inference.
+
+In: a `Row`. Out: a `Compared`, or a `Skipped` with the reason. Each kind of row has its predictor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+
+from gpt4moe.plan.published import conventions
+from gpt4moe.plan.published.calibration import Entry, calibrated
+from gpt4moe.plan.published.measurements import NotTold, Row
+from gpt4moe.plan.published.serving_rows import predict_row
+from gpt4moe.plan.published.setups import Setup, setup_of
+
+# A stack's rows of hours of whole runs are apart: restarts and stops are in them, which are no matter of a step.
+WHOLE_RUN = ", whole runs"
+PER_SECOND = ("tokens_per_s", "tokens_per_s_per_gpu", "tokens_per_s_per_node", "max_context")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A row and what was predicted, in the row's unit. seconds: of a step, None for what is no training step.
+
+    error: of the time, predicted over measured minus one (of the value, where it is no time or rate). is_whole_run: the
+    measured number has restarts and stops in it. layout_key: None where nothing tells the layout. fits: whether the
+    prediction's bytes fit the chip.
+    """
+
+    row: Row
+    source: str
+    stack: str
+    predicted: float
+    error: float
+    predicted_seconds: float | None = None
+    measured_seconds: float | None = None
+    utilization: tuple[float, float] | None = None
+    setup: Setup | None = None
+    is_whole_run: bool = False
+
+    @property
+    def job(self) -> Hashable:
+        """The same for rows that tell one measurement in two ways."""
+        setup = self.setup
+        return (setup.shape, setup.layout, setup.batch_tokens, setup.sequence_length) if setup else self.row.name
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the bytes fit."""
+        return self.setup.memory.fits if self.setup else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A row without a prediction, and why."""
+
+    name: str
+    reason: str
+
+
+def compare(row: Row, calibration: Mapping[str, Entry] | None = None) -> Compared | Skipped:
+    """Returns the row beside its prediction; raises `CallerError` for a row that cannot be a run.
+
+    calibration: constants by stack and chip (`calibration`), None for the uncalibrated model.
+    """
+    try:
+        return PREDICTORS[row.kind](row, calibration or {})
+    except NotTold as reason:
+        return Skipped(row.name, str(reason))
+
+
+def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared | Skipped:
+    metric = row.measured_metric
+    if conventions.is_memory(metric):
+        return _compare_memory(row)
+    if metric not in conventions.SECONDS:
+        return Skipped(row.name, f"measured_metric {metric!r} is no time, rate or memory of a step")
+    setup = setup_of(row)
+    source, chip_name = setup.source, setup.chip.name
+    stack = calibrated(source.stack, chip_name, calibration)
+    setup = dataclasses.replace(setup, source=dataclasses.replace(source, stack=stack))
+    measured, predicted = conventions.measured_seconds(setup), setup.step.seconds
+    ratio = predicted / measured
+    is_time = metric in ("step_time", "gpu_hours")
+    work = conventions.model_flops_per_token(setup, causal=False) * setup.batch_tokens
+    peak = setup.chips * setup.chip.peak_flops
+    return Compared(
+        row, source.name, f"{stack.name}/{chip_name}{WHOLE_RUN if metric == 'gpu_hours' else ''}",
+        row.value * ratio if is_time else row.value / ratio, ratio - 1, predicted, measured,
+        (work / predicted / peak, work / measured / peak), setup, metric == "gpu_hours",
+    )  # fmt: skip
+
+
+def _compare_memory(row: Row) -> Compared | Skipped:
+    if row.unit not in conventions.MEMORY_UNITS:
+        return Skipped(row.name, f"unit {row.unit!r} of a memory must be in {tuple(conventions.MEMORY_UNITS)}")
+    setup = setup_of(row)
+    predicted = setup.memory.total_bytes / conventions.MEMORY_UNITS[row.unit]
+    source = f"{setup.source.name}-memory"
+    return Compared(row, source, f"{source}/{setup.chip.name}", predicted, predicted / row.value - 1, setup=setup)
+
+
+def _compare_inference(row: Row, calibration: Mapping[str, Entry]) -> Compared | Skipped:
+    predicted = predict_row(dataclasses.asdict(row))
+    higher_is_better = row.measured_metric in PER_SECOND and row.measured_metric != "max_context"
+    ratio = row.value / predicted if higher_is_better else predicted / row.value
+    source = row.source.split("(")[0].strip() if not row.name else _first_words(row)
+    return Compared(row, source, f"{source}/{row.chip.name}", predicted, ratio - 1)
+
+
+def _first_words(row: Row) -> str:
+    """Source of an inference row: its name's first word and what it measures."""
+    return f"{row.name.split('-')[0]}-{row.measured_metric}"
+
+
+PREDICTORS: dict[str, Callable[[Row, Mapping[str, Entry]], Compared | Skipped]] = {
+    "train": _compare_training,
+    "infer": _compare_inference,
+}

@@ -1,0 +1,268 @@
+"""Bytes on the fullest chip: weights, gradients, optimizer under ZeRO, activations by remat and schedule, cache.
+
+In: shape, layout, chip, sequence length, numerics. Out: `MemoryEstimate`, per part and with the stage named. Sources:
+Korthikanti et al. 2022 (2205.05198), equations 1 to 5; Rajbhandari et al. 2020 (1910.02054); Pope et al. 2022
+(2211.05102), section 3.3, for the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gpt4moe.accounting import memory as exact
+from gpt4moe.accounting import parameters
+from gpt4moe.accounting.chips import Chip
+from gpt4moe.accounting.shape import Shape, shape_of
+from gpt4moe.config.check import require_count
+from gpt4moe.config.model import ModelConfig
+from gpt4moe.plan.training.layout import Layout
+from gpt4moe.plan.training.schedules import SCHEDULES
+
+# CUDA's context, NCCL's buffers, fragments: BLOOM's measured bytes exceed the formulas by 3.6 GB. A TPU's runtime takes
+# less, and its compiler lays out all buffers before the program runs.
+RESERVED_BYTES, TPU_RESERVED_BYTES = 3.6e9, 0.5e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """Bytes that training holds for one parameter, and for one activation.
+
+    master: a copy in float32 beside 16-bit weights. moments: the optimizer's state. logit: of one logit, loss and its
+    gradient among it. dropout: masks of a byte are kept. flash: scores are not kept.
+    """
+
+    name: str
+    weight_bytes: float
+    gradient_bytes: float
+    master_bytes: float
+    moment_bytes: float
+    activation_bytes: float = 2
+    logit_bytes: float = 10
+    dropout: bool = False
+    flash: bool = True
+
+    @property
+    def optimizer_bytes(self) -> float:
+        """What ZeRO-1 shards."""
+        return self.master_bytes + self.moment_bytes
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """All of it, nothing sharded."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+_OURS = exact.FLOAT32_BYTES
+NUMERICS = {
+    item.name: item
+    for item in (
+        Numerics("mixed_adam", 2, 4, 4, 8),  # bf16 with float32 gradients, as Megatron: 18
+        Numerics("mixed_adam_16", 2, 2, 4, 8),  # gradients in 16 bits: 16
+        Numerics("float32_adam", _OURS, _OURS, 0, exact.TRAIN_BYTES_BESIDE_PARAMETER - _OURS),  # our trainer: 16
+        Numerics("fp8_adam", 1, 4, 4, 4),  # DeepSeek-V3: 8-bit weights, moments in bf16
+        Numerics("bfloat16", 2, 2, 0, 4),  # weights and moments all in 16 bits
+        Numerics("adafactor", 4, 4, 0, 0.01),  # factored second moments
+        Numerics("korthikanti", 2, 4, 4, 8, dropout=True, flash=False),
+    )
+}
+MIXED_ADAM = NUMERICS["mixed_adam"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one chip of `most_loaded_stage`, counted from 0. fits and spare_bytes: against the chip's memory.
+
+    gathered: two layers whole, under ZeRO-3. working: the layer that is being computed again.
+    """
+
+    weight_bytes: float
+    gradient_bytes: float
+    optimizer_bytes: float
+    activation_bytes: float
+    logit_bytes: float
+    gathered_bytes: float
+    working_bytes: float
+    reserved_bytes: float
+    most_loaded_stage: int
+    chip_bytes: float
+    stage_bytes: tuple[float, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by what they are for."""
+        names = ("weight", "gradient", "optimizer", "activation", "logit", "gathered", "working", "reserved")
+        return {name: getattr(self, f"{name}_bytes") for name in names}
+
+    @property
+    def total_bytes(self) -> float:
+        """Everything that is there at once."""
+        return sum(self.parts.values())
+
+    @property
+    def state_bytes(self) -> float:
+        """What no smaller batch makes smaller: weights, gradients, optimizer, gathered layers, what is reserved."""
+        return self.total_bytes - self.activation_bytes - self.logit_bytes - self.working_bytes
+
+    @property
+    def spare_bytes(self) -> float:
+        """What stays free; negative where it does not fit."""
+        return self.chip_bytes - self.total_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does."""
+        return self.spare_bytes >= 0
+
+
+def estimate(
+    shape: Shape | ModelConfig, layout: Layout, chip: Chip, *, sequence_length: int, microbatches: int | None = None,
+    numerics: Numerics = MIXED_ADAM, reserved_bytes: float | None = None,
+) -> MemoryEstimate:  # fmt: skip
+    """Returns the bytes of training on a chip of the fullest stage.
+
+    microbatches: of one replica in a step, None for more than are ever in flight. reserved_bytes: what runtime and
+    libraries take, None for the usual of the chip's kind.
+    """
+    shape = shape_of(shape)
+    layout.check(shape)
+    require_count("sequence_length", sequence_length)
+    if reserved_bytes is None:
+        reserved_bytes = reserved_bytes_of(chip)
+    most = microbatches or 4 * layout.stage * layout.virtual_stages
+    found = {}
+    for stage in _stages_to_look_at(shape, layout):
+        found[stage] = _stage(shape, layout, numerics, sequence_length, most, stage)
+    fullest = max(found, key=lambda stage: sum(found[stage].values()))
+    totals = tuple(sum(parts.values()) + reserved_bytes for parts in found.values())
+    return MemoryEstimate(
+        **found[fullest], reserved_bytes=reserved_bytes, most_loaded_stage=fullest,
+        chip_bytes=chip.memory_bytes, stage_bytes=totals,
+    )  # fmt: skip
+
+
+def reserved_bytes_of(chip: Chip) -> float:
+    """Returns what runtime and libraries usually take of a chip."""
+    return TPU_RESERVED_BYTES if chip.name.startswith("tpu") else RESERVED_BYTES
+
+
+def _stages_to_look_at(shape: Shape, layout: Layout) -> list[int]:
+    """The first, the second, the last, and the first with experts; those between hold less than one of these."""
+    counts, start = layout.stage_layers(shape.num_layers), 0
+    chosen = {0, min(1, layout.stage - 1), layout.stage - 1}
+    for index, count in enumerate(counts):
+        if start + count > shape.num_dense_layers and shape.num_moe_layers:
+            chosen |= {index, min(index + 1, layout.stage - 1)}
+            break
+        start += count
+    return sorted(chosen)
+
+
+def _stage(
+    shape: Shape, layout: Layout, numerics: Numerics, sequence_length: int, microbatches: int, stage: int
+) -> dict[str, float]:
+    dense_layers, moe_layers = layers_of_stage(shape, layout, stage)
+    dense, routed, layer = stage_parameters(shape, layout, stage)
+    schedule = SCHEDULES[layout.schedule]
+    degree, expert_degree = layout.zero_degree, layout.expert_zero_degree
+    shards = [(dense, degree), (routed, expert_degree)]
+    kept = {level: sum(count / (over if layout.zero >= level else 1) for count, over in shards) for level in (1, 2, 3)}
+    in_flight = schedule.in_flight(layout.stage, microbatches, layout.virtual_stages, stage)
+    tokens = layout.microbatch_rows * sequence_length / layout.context
+    per_token = dense_layers * activation_bytes_per_token(shape, layout, numerics, sequence_length)
+    per_token += moe_layers * activation_bytes_per_token(shape, layout, numerics, sequence_length, experts=True)
+    of_one = 0.0
+    if layout.remat == "full":  # the layer that is computed again, once
+        of_one = _whole_layer(shape, layout, numerics, 0, experts=moe_layers > 0) * tokens
+    gathered = 2 * layer * numerics.weight_bytes if layout.zero == 3 and degree > 1 else 0.0
+    last = stage == layout.stage - 1
+    return {
+        "weight_bytes": kept[3] * numerics.weight_bytes * schedule.weight_copies,
+        "gradient_bytes": kept[2] * numerics.gradient_bytes,
+        "optimizer_bytes": kept[1] * numerics.optimizer_bytes,
+        "activation_bytes": in_flight * tokens * per_token,
+        "logit_bytes": tokens * shape.vocab_size / layout.tensor * numerics.logit_bytes if last else 0.0,
+        "gathered_bytes": gathered,
+        "working_bytes": of_one,
+    }
+
+
+def layers_of_stage(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
+    """Returns the layers of a stage without experts and with them; those without come first in the model."""
+    counts = layout.stage_layers(shape.num_layers)
+    before = sum(counts[:stage])
+    dense = min(max(shape.num_dense_layers - before, 0), counts[stage])
+    return dense, counts[stage] - dense
+
+
+def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[float, float, float]:
+    """Returns parameters of a stage on one chip: those of all but experts, those of experts, of the largest layer.
+
+    A table that head and embedding share is on the first stage and on the last.
+    """
+    counted = parameters.count(shape)
+    dense_layers, moe_layers = layers_of_stage(shape, layout, stage)
+    attention = (counted.attention + counted.norms) / shape.num_layers
+    plain = attention + counted.dense / max(shape.num_dense_layers, 1)
+    beside = attention + (counted.shared_experts + counted.router) / max(shape.num_moe_layers, 1)
+    first, last = stage == 0, stage == layout.stage - 1
+    table = shape.vocab_size * shape.model_dim
+    ends = counted.embedding * first + table * (last and (layout.stage > 1 or not shape.tied))
+    dense = (dense_layers * plain + moe_layers * beside + ends) / layout.tensor
+    routed = counted.experts / max(shape.num_moe_layers, 1) / (layout.expert * layout.expert_tensor)
+    widest = max(plain / layout.tensor, beside / layout.tensor + routed if moe_layers else 0.0)
+    return dense, moe_layers * routed, widest
+
+
+def activation_bytes_per_token(
+    shape: Shape, layout: Layout, numerics: Numerics, sequence_length: int, *, experts: bool = False
+) -> float:
+    """Returns what one layer keeps of one token of the microbatch for the backward pass, on one chip.
+
+    A GPT layer without SwiGLU keeps s b h (34 + 5 a s / h) in 16 bits with dropout (Korthikanti et al., equation 1);
+    over t chips 10 + 24 / t + 5 a s / (h t), with sequence parallelism all over t; selective drops the score term.
+    """
+    if layout.remat == "full":
+        return numerics.activation_bytes * shape.model_dim / (layout.tensor if layout.sequence_parallel else 1)
+    scores = sequence_length if layout.remat == "none" and not numerics.flash else 0
+    return _whole_layer(shape, layout, numerics, scores, experts=experts)
+
+
+def _whole_layer(shape: Shape, layout: Layout, numerics: Numerics, scores: int, *, experts: bool) -> float:
+    """Bytes a token of a layer of which nothing is computed again, but the scores with so many keys."""
+    a, dim, tensor = numerics.activation_bytes, shape.model_dim, layout.tensor
+    spread = tensor if layout.sequence_parallel else 1
+    masks = 1 if numerics.dropout else 0
+    whole = 4 * a * dim + 2 * masks * dim  # inputs of two norms, of query-key-value and of the feed-forward; two masks
+    width = shape.core_width
+    inside = a * width + a * width + a * kept_keys(shape)  # queries, input of the output projection, keys and values
+    inside += (2 * a + masks) * shape.num_heads * scores
+    if not experts:
+        return whole / spread + (inside + _hidden(shape, shape.hidden_dim) * a) / tensor
+    factor = shape.experts_per_token * (shape.capacity_factor or 1)
+    routed = factor * (2 * a * dim + a * _hidden(shape, shape.expert_hidden_dim))
+    shared = a * _hidden(shape, shape.shared_hidden_dim)
+    return whole / spread + (inside + shared) / tensor + (routed + exact.FLOAT32_BYTES * shape.num_experts) / tensor
+
+
+def kept_keys(shape: Shape) -> float:
+    """Returns the values of keys and values of one token in one layer that training keeps."""
+    if shape.latent:
+        return shape.num_heads * (shape.latent.plain_dim + shape.latent.value_dim) + shape.cache_width
+    return shape.cache_width
+
+
+def _hidden(shape: Shape, hidden_dim: int) -> int:
+    """Values kept of a feed-forward: input and output of its nonlinearity, the gate where there is one."""
+    return shape.matrices * hidden_dim
+
+
+def cache_bytes_per_token(shape: Shape, tensor: int = 1, *, batch_sharded: bool = False, value_bytes: int = 2) -> float:
+    """Returns the cache of one token over all layers, on one chip of a tensor group.
+
+    Key heads are sharded over tensor; fewer heads than chips are stored several times, a latent on every chip. Batch
+    sharded (Pope et al., section 3.3): each chip holds all heads of its part of the batch, nothing twice.
+    """
+    values = shape.num_layers * shape.cache_width * value_bytes
+    if batch_sharded:
+        return values / tensor
+    return values if shape.latent else values / min(tensor, shape.num_kv_heads)

@@ -1,0 +1,204 @@
+"""`gpt4moe plan search`: the best layouts of a model on a cluster, why the others lose, the best one as a run file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gpt4moe.accounting.chips import Chip, chip_named
+from gpt4moe.accounting.published import shape_named
+from gpt4moe.accounting.shape import shape_of
+from gpt4moe.config.check import CallerError, require, require_count, require_not_negative, require_positive
+from gpt4moe.config.run import RunConfig
+from gpt4moe.plan.money import goodput
+from gpt4moe.plan.money.goodput import Reliability
+from gpt4moe.plan.published import own_runs
+from gpt4moe.plan.published.calibration import calibrated, read_calibration
+from gpt4moe.plan.published.sources import stack_named
+from gpt4moe.plan.search import gin_export, table
+from gpt4moe.plan.search.layouts import OUR_SCHEDULE, SPACES, Candidate, Job, Space
+from gpt4moe.plan.search.ranking import Costed, cost_all, cost_one, rank, search
+from gpt4moe.plan.training.layout import DEGREES, Layout
+from gpt4moe.plan.training.memory import NUMERICS
+from gpt4moe.plan.training.stacks import Stack
+from gpt4moe.plan.words.chosen import usual_stack
+
+SHAPE_TOLERANCE = 0.05
+
+
+def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict], str]]:
+    """Returns the JSON document of `plan search` and the function that makes text of it."""
+    given = (bool(args.shape), bool(args.gin_file))
+    mend = "e.g. --shape=gpt4_1p8t"
+    require(sum(given) == 1, "--shape", args.shape, "must be given, or a --gin_file instead", mend)
+    require_count("--top", args.top)
+    run = build.run() if args.gin_file else None
+    space = SPACES[args.space or ("ours" if run else "megatron")]
+    ours = run is not None and space.name == "ours"
+    for flag in ("export", "verify"):
+        value, constraint = getattr(args, flag), "needs a run file and what our trainer can run"
+        require(not value or ours, f"--{flag}", value, constraint, "give --gin_file, without --space=megatron")
+    job = _job(args, run, space)
+    asked = _asked(args, job, run if ours else None, space)
+    found = search(job, space, args.objective)
+    document = table.to_document(found, space, args.objective, args.top, asked)
+    best = next(iter(found.ranked), None)
+    if best is not None:
+        document["checkpoint"] = _checkpoint(args, best)
+        document["ramp"] = table.ramp_rows(best, _ramp(args, run))
+    if args.export:
+        document["exported"] = _export(args, run, best, document)
+    if args.verify:
+        from gpt4moe.plan.search import verify
+
+        document["verified"] = [verify.verify(run, item) for item in found.ranked[: args.verify]]
+    return document, table.format_document
+
+
+def _job(args: argparse.Namespace, run: RunConfig | None, space: Space) -> Job:
+    chip = chip_named(args.chip)
+    if args.memory_gb is not None:
+        require_positive("--memory_gb", args.memory_gb)
+        chip = dataclasses.replace(chip, memory_bytes=args.memory_gb * 1e9)
+    if args.price is not None:
+        require_not_negative("--price", args.price)
+    shape = shape_of(run.model) if run else shape_named(args.shape)
+    if run:
+        shape = dataclasses.replace(shape, name=pathlib.Path(args.gin_file[-1]).stem)
+    length = args.sequence_length or (run.data.sequence_length if run else None)
+    require(length is not None, "--sequence_length", None, "must be given with --shape")
+    require(length > 0, "--sequence_length", length, "must be an integer of at least 1")
+    ramp = [_rows("--ramp" if args.ramp else "--batch_tokens", batch, length, args) for _, batch in _ramp(args, run)]
+    tolerance = args.batch_tolerance
+    if tolerance is None:
+        tolerance = 0.0 if run else SHAPE_TOLERANCE
+    return Job(
+        shape=shape,
+        chip=chip,
+        num_chips=_num_chips(args, run),
+        batch_rows=ramp[-1],
+        sequence_length=length,
+        stack=_stack(args, space, chip),
+        numerics=_numerics(args, space),
+        tolerance=tolerance,
+        ramp_rows=tuple(ramp[:-1]),
+        dollars_per_hour=chip.dollars_per_hour if args.price is None else args.price,
+    )
+
+
+def _ramp(args: argparse.Namespace, run: RunConfig | None) -> Sequence[tuple[float, float]]:
+    """Tokens seen, and batch tokens from there on; one entry where the batch is constant."""
+    if args.ramp:
+        return args.ramp
+    if args.batch_tokens is not None:
+        return ((0, args.batch_tokens),)
+    require(run is not None, "--batch_tokens", None, "must be given with --shape")
+    return run.train.ramp
+
+
+def _rows(flag: str, batch_tokens: float, length: int, args: argparse.Namespace) -> int:
+    """Sequences of a batch: whole ones, nearest to the tokens asked for where the batch has a tolerance."""
+    require_positive(flag, batch_tokens)
+    exact = bool(args.gin_file) and args.batch_tolerance is None
+    whole = batch_tokens % length == 0
+    mend = "or give a --batch_tolerance"
+    require(whole or not exact, flag, batch_tokens, f"must be a multiple of the sequence length ({length})", mend)
+    require(batch_tokens >= length, flag, batch_tokens, f"must be at least one sequence ({length} tokens)")
+    return round(batch_tokens / length)
+
+
+def _num_chips(args: argparse.Namespace, run: RunConfig | None) -> int:
+    if args.num_chips is not None:
+        return args.num_chips
+    sizes = [size for _, size in run.mesh.axes] if run else []
+    known = bool(sizes) and -1 not in sizes
+    require(known, "--num_chips", None, "must be given: no run file's MESH tells it")
+    return math.prod(sizes)
+
+
+def _stack(args: argparse.Namespace, space: Space, chip: Chip) -> Stack:
+    stack = (
+        own_runs.STACK if space.name == "ours" and args.stack is None else stack_named(args.stack or usual_stack(chip))
+    )
+    return calibrated(stack, chip.name, read_calibration(args.calibration)) if args.calibration else stack
+
+
+def _numerics(args: argparse.Namespace, space: Space):
+    name = args.numerics or space.numerics
+    require(name in NUMERICS, "--numerics", name, f"must be in {', '.join(NUMERICS)}")
+    return NUMERICS[name]
+
+
+def _asked(args: argparse.Namespace, job: Job, run: RunConfig | None, space: Space) -> Costed | None:
+    """The layout of --layout, or the run file's own where it has so many chips."""
+    if args.layout is None:
+        own = run is not None and math.prod(size for _, size in run.mesh.axes) == job.num_chips and run.mesh.axes
+        same = own and run.train.ramp[-1][1] == job.batch_tokens
+        return cost_one(job, gin_export.layout_of(run, job.num_chips), job.batch_rows) if same else None
+    layout, has_remat = _layout(args.layout, job, space)
+    layout.check(job.shape)
+    batch_rows = job.rows_near(layout.data, layout.microbatch_rows)
+    if batch_rows is None:
+        layout.microbatches(job.batch_rows)  # says why, if it does not divide
+        batch_rows = job.batch_rows
+    if has_remat:
+        return cost_one(job, layout, batch_rows)
+    ways = cost_all(job, [Candidate(layout, batch_rows)], several_passes=space.several_passes)
+    return next(iter(rank(ways)), ways[-1])
+
+
+def _layout(text: str, job: Job, space: Space) -> tuple[Layout, bool]:
+    """The layout of `tensor=8,stage=15`: replicas fill the chips, experts lie over tensor unless it says otherwise."""
+    given: dict[str, Any] = {}
+    numbers = {*DEGREES, "zero", "zero_group", "expert_zero_group"}
+    for item in text.split(","):
+        name, _, value = item.strip().partition("=")
+        known = name in numbers or name in ("remat", "schedule")
+        require(known, "--layout", text, f"has unknown {name!r}", f"known are {', '.join([*DEGREES, 'zero', 'remat'])}")
+        if name in numbers and not value.isdigit():
+            raise CallerError(f"--layout={text!r} needs a whole number for {name}, not {value!r}")
+        given[name] = int(value) if name in numbers else value
+    tensor, several = given.get("tensor", 1), given.get("virtual_stages", 1) > 1
+    own = math.prod(given.get(name, 1) for name in ("tensor", "context", "stage"))
+    require(0 < own <= job.num_chips, "--layout", text, f"needs {own} chips, there are {job.num_chips}")
+    usual = {
+        "data": job.num_chips // own,
+        "expert_tensor": tensor if job.shape.num_moe_layers else 1,
+        "sequence_parallel": tensor > 1,
+        "schedule": OUR_SCHEDULE if space.name == "ours" else "interleaved" if several else "1f1b",
+    }
+    return Layout(**(usual | given)), "remat" in given
+
+
+def _checkpoint(args: argparse.Namespace, best: Costed) -> dict:
+    """Steps between saves: Young's interval for the job's failures."""
+    mtbf = goodput.job_mtbf_seconds(args.chip_mtbf_hours, best.layout.chips)
+    reliability = Reliability(mtbf, args.save_seconds, args.restart_seconds, args.write_seconds)
+    seconds = goodput.best_interval_seconds(reliability)
+    return {
+        "job_mtbf_hours": mtbf / goodput.HOUR_SECONDS,
+        "interval_seconds": seconds,
+        "checkpoint_every": max(round(seconds / best.step.seconds), 1),
+        "goodput": goodput.goodput(reliability),
+    }
+
+
+def _export(args: argparse.Namespace, run: RunConfig, best: Costed | None, document: dict) -> str:
+    require(best is not None, "--export", args.export, "has nothing to write: no layout fits", "take more chips")
+    if args.ramp:
+        ramp = tuple((int(start), rows * best.job.sequence_length) for (start, _), rows in _ramp_rows(args, best))
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_tokens=ramp))
+    files = [os.path.relpath(path) if os.path.exists(path) else path for path in args.gin_file]
+    every = document["checkpoint"]["checkpoint_every"]
+    text = gin_export.export_text(best, run, every, files, args.overrides)
+    pathlib.Path(args.export).write_text(text, encoding="utf-8")
+    return args.export
+
+
+def _ramp_rows(args: argparse.Namespace, best: Costed) -> zip:
+    return zip(args.ramp, (*best.job.ramp_rows, best.batch_rows), strict=True)

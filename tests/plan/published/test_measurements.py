@@ -1,0 +1,188 @@
+"""Rows of measurements: what is read, what is refused with its place, what a row leaves open."""
+
+import pytest
+
+from gpt4moe.accounting import parameters
+from gpt4moe.config.check import CallerError
+from gpt4moe.plan.published import conventions
+from gpt4moe.plan.published.measurements import COLUMNS, PUBLISHED_RUNS, NotTold, chip_of, read_rows
+from gpt4moe.plan.published.setups import setup_of
+from gpt4moe.plan.published.sources import source_of
+
+ROW = {
+    "name": "some-13b", "kind": "train", "params_total": "13e9", "params_active": "13e9", "layers": "40",
+    "d_model": "5120", "n_heads": "40", "seq": "2048", "global_batch_tokens": "1048576", "gpus": "64",
+    "gpu_type": "A100-80GB", "tp": "8", "pp": "1", "dp": "8", "measured_metric": "step_time", "value": "10",
+    "unit": "s", "source": "nobody",
+}  # fmt: skip
+
+
+def write(path, *rows, columns=COLUMNS):
+    """A CSV file of rows that change `ROW`."""
+    lines = [",".join(columns)]
+    lines += [",".join(str((ROW | row).get(name, "")) for name in columns) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"layers": "forty"}, r"line 3, column layers: 'forty' must be a whole number above 0"),
+        ({"d_model": "512.5"}, r"line 3, column d_model: '512.5' must be a whole number above 0"),
+        ({"value": "-3"}, r"line 3, column value: '-3' must be a number above 0"),
+        ({"value": "nan"}, r"line 3, column value: 'nan' must be a number above 0"),
+        ({"value": ""}, r"line 3, column value: '' must be a number above 0"),
+        ({"params_total": ""}, r"line 3, column params_total: '' must be a number above 0"),
+        ({"params_active": "14e9"}, r"line 3, column params_active: 1.4e\+10 must be at most params_total"),
+        ({"gpu_type": "X100"}, r"line 3, column gpu_type: 'X100': chip='x100' is not in the table; near: "),
+        ({"kind": "tune"}, r"line 3, column kind: 'tune' must be in \('train', 'infer'\)"),
+        ({"name": ""}, r"line 3, column name: '' must not be empty"),
+        ({"name": "first"}, r"column name: 'first' is there twice; names must differ"),
+        ({"source": "one, two"}, r"line 3: not as many cells as the 18 columns; quote cells with commas"),
+    ],
+)
+def test_a_bad_row_names_its_place(tmp_path, changes, says):
+    path = write(tmp_path / "rows.csv", {"name": "first"}, changes)
+    with pytest.raises(CallerError, match=says) as caught:
+        read_rows(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dp": "5"}, r"line 2, column dp: 5 times tp \(8\) and pp \(1\) must divide gpus \(64\)"),
+        (
+            {"tp": "7", "gpus": "56", "dp": "8"},
+            r"line 2, columns tp, pp, dp: num_heads=40 must be divisible by the tensor",
+        ),
+        ({"global_batch_tokens": "100"}, r"line 2, column global_batch_tokens: 100 must be at least seq \(2048\)"),
+        ({"params_active": "2e9"}, r"no model we know, and the name does not say its experts, as in moe-16e2 .*line 2"),
+        ({"params_active": "2e9", "name": "some-2e4"}, r"line 2, column name: '2e4' must have more experts than"),
+        ({"params_total": "1e9", "params_active": "1e9"}, r"line 2, column params_total: 1e\+09 must be above what"),
+    ],
+)
+def test_a_row_that_is_no_run(tmp_path, changes, says):
+    (row,) = read_rows(write(tmp_path / "rows.csv", changes))
+    with pytest.raises(CallerError, match=says) as caught:
+        setup_of(row)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(CallerError, match=r"line 1: no column value; the columns are name,kind,"):
+        read_rows(write(tmp_path / "a.csv", {}, columns=[name for name in COLUMNS if name != "value"]))
+    with pytest.raises(CallerError, match="line 2: no rows"):
+        read_rows(write(tmp_path / "b.csv"))
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        ("A100-80GB", "a100_80"), ("A100-40GB", "a100_40"), ("a100_40gb", "a100_40"), ("A100", "a100_80"),
+        ("NVIDIA A100-SXM4-80GB", "a100_80"), ("A800-80GB", "a800"), ("H100-80GB", "h100"), ("H100 SXM5", "h100"),
+        ("H800", "h800"), ("H200", "h200"), ("V100", "v100"), ("TPUv4", "tpu_v4"), ("TPUv5p", "tpu_v5p"),
+        ("TPU v5e", "tpu_v5e"), ("v5p", "tpu_v5p"), ("TPUv6e", "tpu_v6e"), ("trillium", "tpu_v6e"), ("B200", "b200"),
+    ],
+)  # fmt: skip
+def test_chips_variously_spelt(name, chip):
+    assert chip_of(name).name == chip
+
+
+def test_shapes_have_the_parameters_of_their_rows():
+    """All published rows: within 3 % of the total, 4 % of the active ones, or the vocabulary is not counted."""
+    for row in read_rows(PUBLISHED_RUNS):
+        if row.kind == "train":
+            shape = setup_of(row).shape
+            total, active = parameters.count(shape).total, parameters.count_active(shape)
+            assert total / row.params_total == pytest.approx(1, abs=0.03), row.name
+            assert active / row.params_active == pytest.approx(1, abs=0.04), row.name
+
+
+def _setup(tmp_path, **changes):
+    (row,) = read_rows(write(tmp_path / "rows.csv", changes))
+    return setup_of(row)
+
+
+def test_names_tell_experts_and_capacity(tmp_path):
+    changes = {"params_total": "754e9", "params_active": "123e9", "layers": 56, "d_model": 8192, "n_heads": 128}
+    setup = _setup(tmp_path, name="new-16e2-cf1.5", tp="", pp="", dp="", gpus="256", gpu_type="TPUv6e", **changes)
+    shape = setup.shape
+    assert (shape.num_experts, shape.experts_per_token, shape.capacity_factor) == (16, 2, 1.5)
+    assert (shape.expert_hidden_dim, shape.head_dim) == (32_768, 256)
+    assert setup.guessed == ("tp", "pp", "dp") and setup.layout.chips == 256
+
+
+def test_names_tell_microbatch_zero_and_remat(tmp_path):
+    layout = _setup(tmp_path, name="bloom-x-mbs4-zero0-selective").layout
+    assert (layout.microbatch_rows, layout.zero, layout.remat) == (4, 0, "selective")
+    layout = _setup(tmp_path, name="korthikanti-x-full").layout
+    assert (layout.remat, layout.sequence_parallel) == ("full", False)
+
+
+def test_what_a_layout_does_not_take_splits_the_sequence(tmp_path):
+    assert _setup(tmp_path, gpus="128").layout.context == 2
+
+
+def test_a_slice_of_a_pod_is_its_domain(tmp_path):
+    setup = _setup(tmp_path, name="maxtext-13b-4x16", gpu_type="TPUv5p")
+    assert setup.chip.network.domain_chips == 16
+
+
+def test_known_sources_and_others(tmp_path):
+    (known, other, tpu, eight) = read_rows(
+        write(
+            tmp_path / "rows.csv",
+            {"name": "megatron-sc21-t2-x-zero3-384"},
+            {"name": "nobody-7b"},
+            {"name": "nobody-7b-tpu", "gpu_type": "TPUv4"},
+            {"name": "mpt-7b-fp8", "gpu_type": "H100"},
+        )
+    )
+    assert source_of(known).stack.name == "deepspeed-zero3"
+    assert (source_of(other).name, source_of(other).zero, source_of(tpu).zero) == ("nobody", 1, 3)
+    assert source_of(eight).stack.matmul_bits == 8
+
+
+def test_conventions_of_one_step_agree(tmp_path):
+    """A step told in every way it can be is the same number of seconds."""
+    setup = _setup(tmp_path, name="nobody-13b")
+    seconds = 10.0
+    layers, dim, heads = 40, 5120, 40
+    work = {}
+    for causal in (False, True):
+        core = 12 * layers * heads * (dim // heads) * 2048 / (2 if causal else 1)
+        matrices = 6 * (parameters.count(setup.shape).total - parameters.count(setup.shape).norms)
+        work[causal] = (matrices + core) * setup.batch_tokens
+    told = {
+        "step_time": seconds,
+        "mfu": 100 * work[False] / seconds / 64 / 312e12,
+        "model_tflops_per_gpu": work[False] / seconds / 64 / 1e12,
+        "tokens_per_s_per_gpu": setup.batch_tokens / seconds / 64,
+        "tokens_per_s": setup.batch_tokens / seconds,
+    }
+    for metric, value in told.items():
+        assert conventions.SECONDS[metric](setup, value) == pytest.approx(seconds, rel=0.03), metric
+    assert work[True] < work[False]
+
+
+def test_recomputation_is_counted_where_the_paper_does(tmp_path):
+    """96 B s l h^2 (1 + s/6h + V/16lh), Narayanan et al. 2021, equation 3: the head is not computed again."""
+    setup = _setup(tmp_path, name="megatron-sc21-x")
+    assert setup.layout.remat == "full"
+    layers, dim, vocab = 40, 5120, 51_200
+    rows = setup.batch_tokens / 2048
+    work = 96 * rows * 2048 * layers * dim**2 * (1 + 2048 / (6 * dim) + vocab / (16 * layers * dim))
+    found = conventions.SECONDS["hw_tflops_per_gpu"](setup, 140.0)
+    assert found == pytest.approx(work / (64 * 140e12), rel=1e-3)
+
+
+def test_hours_need_the_tokens_of_the_run(tmp_path):
+    setup = _setup(tmp_path, name="llama2-13B-x", measured_metric="gpu_hours")
+    hours = 64 * 10 * (2e12 / setup.batch_tokens) / 3600
+    assert conventions.SECONDS["gpu_hours"](setup, hours) == pytest.approx(10)
+    with pytest.raises(NotTold, match=r"gpu_hours need the tokens of the run, .*line 2"):
+        conventions.SECONDS["gpu_hours"](_setup(tmp_path, name="nobody-13B"), hours)

@@ -1,0 +1,224 @@
+"""Time of a step: products by hand, what may only fall, parts that add up, experts."""
+
+import dataclasses
+
+import pytest
+
+from gpt4moe.accounting import flops
+from gpt4moe.accounting.chips import chip_named
+from gpt4moe.accounting.published import gpt, shape_named
+from gpt4moe.accounting.shape import Shape
+from gpt4moe.config.check import CallerError
+from gpt4moe.configure import build_model
+from gpt4moe.plan.training import layer_time, step_time
+from gpt4moe.plan.training.layer_time import Place, expert_rows, product_seconds
+from gpt4moe.plan.training.layout import Layout
+from gpt4moe.plan.training.stacks import MEMORY_EFFICIENCY, Stack, matmul_efficiency
+
+A100, H100 = chip_named("a100_80"), chip_named("h100")
+GPT, MIXTRAL = gpt("gpt", 96, 12_288, 96), shape_named("mixtral_8x22b")
+PIPELINE = Layout(tensor=8, stage=8, data=4, virtual_stages=3, schedule="interleaved", zero=1)
+JOBS = {
+    "pipeline": (GPT, PIPELINE, 128 * 2048, 2048),
+    "fsdp": (shape_named("llama3_70b"), Layout(data=256, zero=3), 256 * 8192, 8192),
+    "context": (shape_named("llama3_70b"), Layout(tensor=8, context=8, data=4), 8 * 65_536, 65_536),
+    "experts": (MIXTRAL, Layout(tensor=2, stage=8, data=8, expert=8, expert_tensor=1), 256 * 4096, 4096),
+}
+
+
+def _estimate(shape=GPT, layout=PIPELINE, chip=A100, tokens=128 * 2048, length=2048, **stack):
+    return step_time.estimate(shape, layout, chip, tokens, length, Stack(**stack))
+
+
+def test_a_product_by_hand():
+    """1024 x 2048 x 512: the smallest dimension costs 512 / 576."""
+    found = product_seconds(A100, Stack(), 1024, 2048, 512)
+    assert found == pytest.approx(2 * 1024 * 2048 * 512 / (312e12 * 0.72 * 512 / 576))
+    assert product_seconds(H100, Stack(matmul_bits=8), 4096, 4096, 4096) < product_seconds(H100, Stack(), *(4096,) * 3)
+
+
+def test_without_inefficiencies_it_is_the_flops_over_the_peak():
+    """Products alone, at efficiencies that are counted: 3 forward passes of the layers' matrices and the head."""
+    step = _estimate(layout=Layout(), tokens=2048)
+    wanted = 3 * flops.forward_flops_per_token(GPT) * 2048 / (312e12 * matmul_efficiency("a100_80"))
+    assert wanted < step.parts["matmul"] + step.parts["head"] < 1.1 * wanted
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_parts_add_up(job):
+    shape, layout, tokens, length = JOBS[job]
+    step = _estimate(shape, layout, H100, tokens, length)
+    assert step.seconds == pytest.approx(sum(step.parts.values()))
+    assert min(step.parts.values()) >= 0
+    assert set(step.parts) == set(step_time.KIND_OF)
+    assert step.tokens_per_second == pytest.approx(tokens / step.seconds)
+    peak = layout.chips * H100.peak_flops
+    assert step.model_flops_utilization == pytest.approx(
+        flops.train_flops_per_token(shape) * step.tokens_per_second / peak
+    )
+    assert 0.1 < step.model_flops_utilization < 0.61
+
+
+def test_the_head_is_three_products():
+    """Twice the vocabulary adds three products of it and 16 bytes a logit through memory; the layers stay."""
+    once, twice = (dataclasses.replace(GPT, vocab_size=size) for size in (2**17, 2**18))
+    step, wide = (_estimate(shape, Layout(), tokens=2048) for shape in (once, twice))
+    product = product_seconds(A100, Stack(), 2048, 12_288, 2**17)
+    traffic = 2048 * 2**17 * 16 / (A100.bandwidth_bytes_per_second * 0.8)
+    assert wide.parts["head"] - step.parts["head"] == pytest.approx(3 * product + traffic)
+    assert wide.parts["matmul"] == step.parts["matmul"]
+
+
+def _better(field, factor):
+    network = dataclasses.replace(H100.network, **{field: factor * getattr(H100.network, field)})
+    return dataclasses.replace(H100, network=network)
+
+
+FASTER = {
+    "peak": lambda factor: dataclasses.replace(H100, peak_flops=factor * H100.peak_flops),
+    "memory": lambda factor: dataclasses.replace(
+        H100, bandwidth_bytes_per_second=factor * H100.bandwidth_bytes_per_second
+    ),
+    "inside": lambda factor: _better("domain_bytes_per_second", factor),
+    "outside": lambda factor: _better("outside_bytes_per_second", factor),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("what", FASTER)
+def test_a_faster_chip_or_network_is_never_slower(job, what):
+    shape, layout, tokens, length = JOBS[job]
+    times = [_estimate(shape, layout, FASTER[what](factor), tokens, length).seconds for factor in (0.1, 0.5, 1, 2, 10)]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > times[-1]
+
+
+@pytest.mark.parametrize("data", [1, 2, 8, 32])
+def test_more_replicas_are_never_slower(data):
+    """The same batch on more chips, microbatches of one row."""
+    once, twice = (_estimate(layout=Layout(8, 1, 4, data=number), tokens=64 * 2048) for number in (data, 2 * data))
+    assert twice.seconds < once.seconds
+    assert twice.bubble_fraction > once.bubble_fraction
+
+
+def test_the_bubble_is_that_of_the_schedule():
+    """p = 4, m = 8 of equal stages: 3/8 of the work, 3/16 with two chunks; the head makes the last stage longer."""
+    shape = dataclasses.replace(GPT, vocab_size=64)
+    plain = _estimate(shape, Layout(8, 1, 4), tokens=8 * 2048)
+    again = _estimate(shape, Layout(8, 1, 4, 2, schedule="interleaved"), tokens=8 * 2048)
+    outside = ("bubble", "stage_communication", "data_communication", "optimizer")
+    busy = sum(seconds for name, seconds in plain.parts.items() if name not in outside)
+    assert plain.parts["bubble"] / busy == pytest.approx(3 / 8, rel=1e-3)
+    assert again.parts["bubble"] == pytest.approx(plain.parts["bubble"] / 2, rel=1e-3)
+    assert again.parts["stage_communication"] == pytest.approx(2 * plain.parts["stage_communication"])
+
+
+def test_the_slowest_stage_sets_the_pace():
+    """7 layers over 4 stages take as long a microbatch as 8."""
+    seven, eight = (dataclasses.replace(GPT, num_layers=number, vocab_size=64) for number in (7, 8))
+    busy = [_estimate(shape, Layout(8, 1, 4), tokens=512 * 2048).parts["matmul"] for shape in (seven, eight)]
+    assert busy[0] == pytest.approx(busy[1])
+
+
+def test_a_wide_head_slows_the_last_stage_and_a_folded_schedule_halves_that():
+    shape = gpt("wide", 16, 4096, 32, 400_000)
+    plain, folded = (
+        _estimate(shape, Layout(stage=4, schedule=schedule), tokens=64 * 2048) for schedule in ("1f1b", "dualpipe")
+    )
+    assert folded.parts["head"] == pytest.approx(plain.parts["head"] / 2)
+
+
+def test_what_is_computed_again():
+    none, selective, full = (
+        _estimate(layout=dataclasses.replace(PIPELINE, remat=remat), flash=False)
+        for remat in ("none", "selective", "full")
+    )
+    assert none.parts["recompute"] == 0
+    assert selective.parts["recompute"] < 0.1 * selective.seconds
+    layers = full.parts["matmul"] + full.parts["attention_core"] + full.parts["elementwise"]
+    assert full.parts["recompute"] == pytest.approx(layers / 3, rel=1e-6)
+    assert full.parts["tensor_communication"] == pytest.approx(1.5 * none.parts["tensor_communication"])
+
+
+def test_sequence_parallel_spreads_norms_and_costs_no_more_to_send():
+    whole, spread = (
+        _estimate(layout=dataclasses.replace(PIPELINE, sequence_parallel=parallel)) for parallel in (False, True)
+    )
+    assert spread.parts["elementwise"] < 0.5 * whole.parts["elementwise"]
+    assert spread.parts["tensor_communication"] == whole.parts["tensor_communication"]
+
+
+def test_overlap_hides_no_more_than_there_is_to_compute():
+    shape, layout = shape_named("llama3_70b"), Layout(data=1024, zero=3)
+    bare, hidden = (_estimate(shape, layout, H100, 1024 * 256, 256, data_overlap=overlap) for overlap in (0.0, 1.0))
+    computed = bare.seconds - bare.parts["data_communication"] - bare.parts["optimizer"]
+    assert bare.parts["data_communication"] - hidden.parts["data_communication"] == pytest.approx(computed)
+    assert hidden.parts["data_communication"] > 0
+
+
+def test_rows_of_an_expert_by_hand():
+    """8 replicas x 4,096 tokens, 2 of 8 experts each: 8,192 rows; a capacity factor of 1.25 executes as many more."""
+    place = Place(MIXTRAL, Layout(data=8, expert=8), H100, Stack(), 4096)
+    assert expert_rows(place) == 8 * 4096 * 2 / 8
+    roomy = dataclasses.replace(MIXTRAL, capacity_factor=1.25)
+    assert expert_rows(dataclasses.replace(place, shape=roomy)) == 1.25 * expert_rows(place)
+    split = dataclasses.replace(place, layout=Layout(tensor=2, data=4, expert=4, expert_tensor=2))
+    assert expert_rows(split) == 4 * 4096 * 2 / 8
+
+
+def test_capacity_is_executed_and_imbalance_waits():
+    plain = dataclasses.replace(MIXTRAL, capacity_factor=1.0)
+    layout = Layout(data=8, expert=8)
+    tight, roomy = (
+        layer_time.forward(
+            Place(dataclasses.replace(plain, capacity_factor=factor), layout, H100, Stack(), 4096), experts=True
+        )
+        for factor in (1.0, 1.5)
+    )
+    assert roomy.expert_products == pytest.approx(1.5 * tight.expert_products)
+    assert roomy.expert == pytest.approx(1.5 * tight.expert, rel=0.06)  # starts of messages stay
+    dropless = layer_time.forward(Place(MIXTRAL, layout, H100, Stack(imbalance=1.5), 4096), experts=True)
+    assert dropless.expert_products == pytest.approx((1 + 0.5 * 7 / 8) * tight.expert_products)
+
+
+def test_the_all_to_all_hides_behind_the_rest():
+    shown, hidden = (
+        _estimate(MIXTRAL, JOBS["experts"][1], H100, 256 * 4096, 4096, expert_overlap=overlap) for overlap in (0, 0.8)
+    )
+    assert hidden.parts["expert_communication"] == pytest.approx(0.2 * shown.parts["expert_communication"])
+
+
+def test_a_calibrated_stack():
+    plain = _estimate()
+    assert _estimate(seconds_scale=1.25).seconds == pytest.approx(1.25 * plain.seconds)
+    slow = _estimate(communication_scale=2.0)
+    sent = sum(plain.parts[name] for name in step_time.KINDS["communication"])
+    assert slow.seconds == pytest.approx(plain.seconds + sent)
+
+
+def test_our_configuration_is_costed_by_the_same_function():
+    model = build_model(["gin_configs/run/tiny.gin"], [])
+    step = step_time.estimate(model, Layout(data=2), H100, 32 * 256, 256)
+    assert step.parts["expert_matmul"] > 0 and step.seconds > 0
+
+
+def test_eight_bits_need_a_chip_that_has_them():
+    with pytest.raises(CallerError, match="matmul_bits=8 needs 8-bit products, which v100 lacks; take 16"):
+        _estimate(chip=chip_named("v100"), matmul_bits=8)
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(CallerError, match=r"batch_rows=6 must be a multiple of data \* microbatch_rows"):
+        _estimate(tokens=6 * 2048)
+
+
+def test_experts_move_rows_that_a_dense_layer_does_not():
+    """One expert as wide as the dense layer: a row is read and written as it goes there, read and written as it comes.
+
+    Beside its own input and output, 4 + 2 values of the model's width a token, in 16 bits.
+    """
+    shape = Shape("one", 2, 1024, 8, 8, 128, 32_000, 4096, num_moe_layers=1, expert_hidden_dim=4096)
+    place = Place(shape, Layout(), H100, Stack(), 2048)
+    dense, routed = (layer_time.forward(place, experts=experts).elementwise for experts in (False, True))
+    moved_bytes = 2 * 6 * 1024 * 2048
+    assert routed - dense == pytest.approx(moved_bytes / (H100.bandwidth_bytes_per_second * MEMORY_EFFICIENCY))
