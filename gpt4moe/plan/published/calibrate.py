@@ -17,7 +17,7 @@ from typing import Any
 from gpt4moe.config.check import CallerError, require
 from gpt4moe.plan.published import scores
 from gpt4moe.plan.published.calibration import FORMAT, LEAST_SCALE, MOST_SCALE, Entry
-from gpt4moe.plan.published.comparison import Compared, compare
+from gpt4moe.plan.published.comparison import Compared, compare_all
 from gpt4moe.plan.published.measurements import PUBLISHED_RUNS, read_rows
 from gpt4moe.plan.training.step_time import KINDS
 
@@ -56,6 +56,7 @@ class Sample:
 def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict], str]]:
     """Returns the document of `calibrate` and the function that makes text of it; writes `--out` where given."""
     require(not (args.csv and args.workdir), "--csv", args.csv, "goes without --workdir", "calibrate one at a time")
+    skipped = []
     if args.workdir:
         from gpt4moe.plan.published import own_runs
 
@@ -63,8 +64,9 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
         source = ", ".join(args.workdir)
     else:
         source = args.csv or str(PUBLISHED_RUNS)
-        samples = samples_of([compare(row) for row in read_rows(source)])
-    document = examine(samples, args.constants, args.stack) | {"source": source}
+        compared, passed = compare_all(read_rows(source))
+        samples, skipped = samples_of(compared), [dataclasses.asdict(item) for item in passed]
+    document = examine(samples, args.constants, args.stack) | {"source": source, "skipped": skipped}
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:
             json.dump({"format": FORMAT, "source": source, "stacks": document["stacks"]}, file, indent=2)
@@ -73,9 +75,9 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
     return document, format_document
 
 
-def samples_of(found: Sequence[Any]) -> list[Sample]:
+def samples_of(found: Sequence[Compared]) -> list[Sample]:
     """Returns the training steps among comparisons; hours of whole runs are none, for stops are in them."""
-    steps = [item for item in found if isinstance(item, Compared) and item.measured_seconds and not item.is_whole_run]
+    steps = [item for item in found if item.measured_seconds and not item.is_whole_run]
     return [
         Sample(item.row.name, item.stack, _by_kind(item.setup.step.parts), item.measured_seconds, item.job)
         for item in steps
@@ -209,6 +211,7 @@ def format_document(document: dict) -> str:
         lines.append(line + "".join(f"{found[f'{kind}_scale']:>15.3f}" for kind in kinds))
         lines += [f"    more constants refused: {why}" for why in list(found["refused"].values())[:1]]
         lines += ["    one row: what it does not tell is how far another would be off"] if found["rows"] == 1 else []
+    lines += [f"skipped {item['name']}: {item['reason']}" for item in document.get("skipped", ())]
     if "out" in document:
         lines.append(f"written: {document['out']}; other words read it with --calibration {document['out']}")
     return "\n".join(lines)

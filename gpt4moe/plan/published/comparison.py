@@ -6,11 +6,12 @@ In: a `Row`. Out: a `Compared`, or a `Skipped` with the reason. Each kind of row
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
+from gpt4moe.config.check import CallerError
 from gpt4moe.plan.published import conventions
 from gpt4moe.plan.published.calibration import Entry, calibrated
-from gpt4moe.plan.published.measurements import NotTold, Row
+from gpt4moe.plan.published.measurements import WIDTHS, NotTold, Row
 from gpt4moe.plan.published.serving_rows import predict_row
 from gpt4moe.plan.published.setups import Setup, setup_of
 
@@ -60,22 +61,40 @@ class Skipped:
 
 
 def compare(row: Row, calibration: Mapping[str, Entry] | None = None) -> Compared | Skipped:
-    """Returns the row beside its prediction; raises `CallerError` for a row that cannot be a run.
+    """Returns the row beside its prediction, or the reason with its place where it has none.
 
+    A row has none where it leaves out what is needed, is of a chip that we do not know, or contradicts itself.
     calibration: constants by stack and chip (`calibration`), None for the uncalibrated model.
     """
     try:
         return PREDICTORS[row.kind](row, calibration or {})
-    except NotTold as reason:
-        return Skipped(row.name, str(reason))
+    except CallerError as error:
+        reason = str(error)
+        return Skipped(row.name, reason if row.where in reason else f"{row.where}: {reason}")
 
 
-def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared | Skipped:
+def compare_all(
+    rows: Sequence[Row], calibration: Mapping[str, Entry] | None = None
+) -> tuple[list[Compared], list[Skipped]]:
+    """Returns the rows beside their predictions and those without one; raises `CallerError` where all are without."""
+    found = [compare(row, calibration) for row in rows]
+    compared = [item for item in found if isinstance(item, Compared)]
+    skipped = [item for item in found if isinstance(item, Skipped)]
+    if not compared:
+        others = f" (and {len(skipped) - 1} more rows without a prediction)" if len(skipped) > 1 else ""
+        raise CallerError(skipped[0].reason + others)
+    return compared, skipped
+
+
+def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared:
     metric = row.measured_metric
+    for name in WIDTHS:
+        if getattr(row, name) is None:
+            raise NotTold(f"{row.where}, column {name}: '' must be told of a model to train")
     if conventions.is_memory(metric):
         return _compare_memory(row)
     if metric not in conventions.SECONDS:
-        return Skipped(row.name, f"measured_metric {metric!r} is no time, rate or memory of a step")
+        raise NotTold(f"{row.where}, column measured_metric: {metric!r} is no time, rate or memory of a step")
     setup = setup_of(row)
     source, chip_name = setup.source, setup.chip.name
     stack = calibrated(source.stack, chip_name, calibration)
@@ -92,18 +111,22 @@ def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared | 
     )  # fmt: skip
 
 
-def _compare_memory(row: Row) -> Compared | Skipped:
+def _compare_memory(row: Row) -> Compared:
     if row.unit not in conventions.MEMORY_UNITS:
-        return Skipped(row.name, f"unit {row.unit!r} of a memory must be in {tuple(conventions.MEMORY_UNITS)}")
+        raise NotTold(f"{row.where}, column unit: {row.unit!r} of a memory must be in {tuple(conventions.MEMORY_UNITS)}")
     setup = setup_of(row)
     predicted = setup.memory.total_bytes / conventions.MEMORY_UNITS[row.unit]
     source = f"{setup.source.name}-memory"
     return Compared(row, source, f"{source}/{setup.chip.name}", predicted, predicted / row.value - 1, setup=setup)
 
 
-def _compare_inference(row: Row, calibration: Mapping[str, Entry]) -> Compared | Skipped:
+def _compare_inference(row: Row, calibration: Mapping[str, Entry]) -> Compared:
     predicted = predict_row(dataclasses.asdict(row))
+    if row.measured_metric == "latency":
+        predicted /= row.unit_seconds
     higher_is_better = row.measured_metric in PER_SECOND and row.measured_metric != "max_context"
+    if not predicted > 0:
+        raise NotTold(f"nothing can be served like this: predicted {row.measured_metric} {predicted:g}")
     ratio = row.value / predicted if higher_is_better else predicted / row.value
     source = row.source.split("(")[0].strip() if not row.name else _first_words(row)
     return Compared(row, source, f"{source}/{row.chip.name}", predicted, ratio - 1)
@@ -114,7 +137,7 @@ def _first_words(row: Row) -> str:
     return f"{row.name.split('-')[0]}-{row.measured_metric}"
 
 
-PREDICTORS: dict[str, Callable[[Row, Mapping[str, Entry]], Compared | Skipped]] = {
+PREDICTORS: dict[str, Callable[[Row, Mapping[str, Entry]], Compared]] = {
     "train": _compare_training,
     "infer": _compare_inference,
 }

@@ -13,6 +13,8 @@ from gpt4moe.plan.published.measurements import NotTold
 from gpt4moe.plan.published.setups import Setup
 
 HOUR_SECONDS = 3600
+HOURS = {"h": 1.0, "hours": 1.0, "kh": 1e3, "Mh": 1e6}
+TERA = {"G": 1e-3, "T": 1.0, "P": 1e3}
 
 
 def model_flops_per_token(setup: Setup, *, causal: bool, recompute: bool = False) -> float:
@@ -89,10 +91,17 @@ def measured_seconds(setup: Setup) -> float:
 
 
 def _scaled(setup: Setup) -> float:
-    """The value in the unit of its metric; milliseconds and fractions are there too."""
-    value, unit = setup.row.value, setup.row.unit
-    if setup.row.measured_metric == "step_time" and unit == "ms":
-        return value / 1e3
-    if setup.row.measured_metric.startswith(("mfu", "hfu")) and unit != "%" and value <= 1:
+    """The value in the unit of its metric: seconds, hours, percent, TFLOP/s; other prefixes and fractions are there too."""
+    row, value = setup.row, setup.row.value
+    metric, unit = row.measured_metric, row.unit
+    if metric == "step_time":
+        return value * row.unit_seconds
+    if metric == "gpu_hours":
+        if unit not in HOURS:
+            raise NotTold(f"{row.where}, column unit: {unit!r} of gpu_hours must be in {tuple(HOURS)}")
+        return value * HOURS[unit]
+    if metric.startswith(("mfu", "hfu")) and unit != "%" and value <= 1:
         return 100 * value
+    if "tflops" in metric and "flop" in unit.lower():
+        return value * TERA.get(unit[0].upper(), 1.0)
     return value

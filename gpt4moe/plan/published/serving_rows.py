@@ -1,6 +1,6 @@
 """Predicts published measurements of serving, a row of published_runs.csv at a time, from shapes, chips and layouts.
 
-In: a row as the CSV has it, kind `infer`. Out: the number that its `measured_metric` is about, in its unit. What the
+In: a row as the CSV has it, kind `infer`. Out: the number that its `measured_metric` is about, times in seconds. What the
 columns do not say (formats, layouts, how many prompt tokens were cached) is what the row's own source reports.
 """
 
@@ -40,7 +40,7 @@ NODE_CHIPS = 8
 
 
 def predict_row(row: dict[str, Any]) -> float:
-    """Returns what the model predicts of one row, in the row's unit.
+    """Returns what the model predicts of one row, a latency in seconds.
 
     Raises `CallerError` for a row it cannot read, `NotTold` for one of a source whose layouts it does not know.
     """
@@ -88,10 +88,10 @@ def _pope_layout(row: dict[str, Any], kind: str, batch: int, context: int) -> Se
 
 
 def _kipply(row: dict[str, Any]) -> float:
-    """Milliseconds of a prompt or of one token of a 13B model with GPT's plain blocks."""
+    """Seconds of a prompt or of one token of a 13B model with GPT's plain blocks."""
     server = Server(_shape(row), chip_named("a100_40"), ServeLayout(_number(row, "tp")), MEASURED)
     step = prefill_step if "prefill" in row["name"] else decode_step
-    return 1e3 * step(server, 1, _number(row, "seq")).seconds
+    return step(server, 1, _number(row, "seq")).seconds
 
 
 def _deepseek(row: dict[str, Any]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 from gpt4moe.plan.published import scores
 from gpt4moe.plan.published.calibration import read_calibration
-from gpt4moe.plan.published.comparison import Compared, Skipped, compare
+from gpt4moe.plan.published.comparison import Compared, compare_all
 from gpt4moe.plan.published.measurements import PUBLISHED_RUNS, read_rows
 
 # What makes a model and its job the same, whatever the layout.
@@ -33,12 +33,10 @@ def examine(path: str, calibration: str | None = None) -> dict:
     stacks of rows that tell the hours of all chips for a run, restarts and stops among them.
 
     calibration: a file of `plan calibrate`; scored on the rows it was fitted to, errors are no test. Raises
-    `CallerError` with file and line for a bad row.
+    `CallerError` with file and line for a bad cell, or where no row has a prediction.
     """
     constants = read_calibration(calibration) if calibration else None
-    found = [compare(row, constants) for row in read_rows(path)]
-    skipped = [item for item in found if isinstance(item, Skipped)]
-    compared = [item for item in found if isinstance(item, Compared)]
+    compared, skipped = compare_all(read_rows(path), constants)
     left_out = _left_out(compared)
     groups = _regret_groups(compared)
     by_source, by_stack = _by(compared, "source"), _by(compared, "stack")

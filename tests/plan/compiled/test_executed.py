@@ -8,7 +8,7 @@ from gpt4moe.accounting import executed
 from gpt4moe.config.data import ImageConfig
 from gpt4moe.config.mesh import MESH_AXES
 from gpt4moe.config.vision import CrossAttentionConfig, EncoderConfig, VisionConfig
-from tests.plan.test_compile import run_of
+from tests.plan.compiled.test_compile import run_of
 
 ONE = dict.fromkeys(MESH_AXES, 1)
 KERNEL = executed.CoreKernel(block=16, backward_products=5)

@@ -14,7 +14,7 @@ from gpt4moe.config.check import CallerError
 from gpt4moe.config.compile import CompileConfig
 from gpt4moe.plan.compiled import groups, hlo, topology, work
 from gpt4moe.plan.compiled.compile import compile_lowered, examine
-from tests.plan.test_compile import EIGHT, run_of
+from tests.plan.compiled.test_compile import EIGHT, run_of
 
 LAYERS, ROWS, DIM = 12, 256, 512
 ONE_PRODUCT = 2 * ROWS * DIM * DIM

@@ -14,7 +14,7 @@ from gpt4moe.plan.search import gin_export
 from gpt4moe.plan.training import step_time
 from gpt4moe.plan.training.layout import Layout
 from gpt4moe.plan.training.stacks import Stack
-from tests.plan.test_measurements import write
+from tests.plan.published.test_measurements import write
 
 
 def _samples(truth, rows=16, noise=0.0, seed=0):

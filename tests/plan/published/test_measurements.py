@@ -1,10 +1,12 @@
 """Rows of measurements: what is read, what is refused with its place, what a row leaves open."""
 
+import dataclasses
+
 import pytest
 
 from gpt4moe.accounting import parameters
 from gpt4moe.config.check import CallerError
-from gpt4moe.plan.published import conventions
+from gpt4moe.plan.published import conventions, validate
 from gpt4moe.plan.published.measurements import COLUMNS, PUBLISHED_RUNS, NotTold, chip_of, read_rows
 from gpt4moe.plan.published.setups import setup_of
 from gpt4moe.plan.published.sources import source_of
@@ -33,9 +35,8 @@ def write(path, *rows, columns=COLUMNS):
         ({"value": "-3"}, r"line 3, column value: '-3' must be a number above 0"),
         ({"value": "nan"}, r"line 3, column value: 'nan' must be a number above 0"),
         ({"value": ""}, r"line 3, column value: '' must be a number above 0"),
-        ({"params_total": ""}, r"line 3, column params_total: '' must be a number above 0"),
+        ({"layers": "1e300"}, r"line 3, column layers: '1e300' must be at most 1e\+07"),
         ({"params_active": "14e9"}, r"line 3, column params_active: 1.4e\+10 must be at most params_total"),
-        ({"gpu_type": "X100"}, r"line 3, column gpu_type: 'X100': chip='x100' is not in the table; near: "),
         ({"kind": "tune"}, r"line 3, column kind: 'tune' must be in \('train', 'infer'\)"),
         ({"name": ""}, r"line 3, column name: '' must not be empty"),
         ({"name": "first"}, r"column name: 'first' is there twice; names must differ"),
@@ -70,6 +71,53 @@ def test_a_row_that_is_no_run(tmp_path, changes, says):
     assert "\n" not in str(caught.value)
 
 
+def test_a_row_without_a_prediction_is_passed_over_with_its_place(tmp_path):
+    """The others are scored; where there is no other, its line is the answer."""
+    bad = {
+        "chip": ({"gpu_type": "X100"}, "column gpu_type: 'X100': chip='x100' is not in the table; near: "),
+        "empty": ({"layers": ""}, "column layers: '' must be told of a model to train"),
+        "heads": ({"tp": "7", "gpus": "56"}, "num_heads=40 must be divisible by the tensor degree"),
+        "unit": ({"unit": "fortnights"}, "column unit: 'fortnights' of a time must be in ('s', "),
+        "metric": ({"measured_metric": "joy"}, "column measured_metric: 'joy' is no time, rate or memory of a step"),
+        "pope-palm540B-decode": ({"kind": "infer"}, "must end in prefill-bN or decode-bN"),
+        "pope-palm540B-decode-b64": ({"kind": "infer", "measured_metric": "latency", "unit": "moons"}, "column unit: "),
+    }
+    path = write(tmp_path / "rows.csv", {"name": "good"}, *({"name": name} | row for name, (row, _) in bad.items()))
+    document = validate.examine(path)
+    assert [row["name"] for row in document["rows"]] == ["good"]
+    reasons = {item["name"]: item["reason"] for item in document["skipped"]}
+    assert list(reasons) == list(bad)
+    for number, (name, (row, says)) in enumerate(bad.items(), 3):
+        assert says in reasons[name] and f"{path}, line {number}" in reasons[name] and "\n" not in reasons[name]
+        with pytest.raises(CallerError, match="line 2") as caught:
+            validate.examine(write(tmp_path / "one.csv", {"name": name} | row))
+        assert says in str(caught.value)
+    text = validate.format_document(document)
+    assert all(f"{path}, line {number}" in text for number in range(3, 3 + len(bad)))
+
+
+def test_columns_in_another_order_beside_others(tmp_path):
+    """As a spreadsheet writes them: a byte order mark, quotes, blanks, lines without a cell."""
+    path = write(tmp_path / "rows.csv", {}, columns=[*reversed(COLUMNS), "remark"])
+    (plain,) = read_rows(path)
+    text = path.read_text().replace("nobody", '" nobody, 2024 "')
+    path.write_text("\ufeff" + text.replace(",name,", ", name ,") + "\n" + "," * len(COLUMNS) + "\n")
+    (row,) = read_rows(path)
+    assert row == dataclasses.replace(plain, source="nobody, 2024")
+
+
+@pytest.mark.parametrize(("unit", "value"), [("s", "10"), ("ms", "10000"), ("min", str(10 / 60))])
+def test_times_in_any_unit(tmp_path, unit, value):
+    setup = _setup(tmp_path, unit=unit, value=value)
+    assert conventions.measured_seconds(setup) == pytest.approx(10)
+
+
+def test_rates_in_any_unit(tmp_path):
+    told = {"measured_metric": "model_tflops_per_gpu"}
+    setups = [_setup(tmp_path, **told, unit=unit, value=value) for unit, value in (("TFLOP/s", 150), ("PFLOP/s", 0.15))]
+    assert conventions.measured_seconds(setups[0]) == pytest.approx(conventions.measured_seconds(setups[1]))
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(CallerError, match=r"line 1: no column value; the columns are name,kind,"):
         read_rows(write(tmp_path / "a.csv", {}, columns=[name for name in COLUMNS if name != "value"]))
@@ -77,6 +125,11 @@ def test_files_that_are_none(tmp_path):
         read_rows(write(tmp_path / "b.csv"))
     with pytest.raises(FileNotFoundError):
         read_rows(tmp_path / "c.csv")
+    (tmp_path / "d.csv").write_bytes(write(tmp_path / "e.csv", {}).read_bytes().replace(b"nobody", b"M\xfcller"))
+    with pytest.raises(CallerError, match=r"d\.csv: is not UTF-8"):
+        read_rows(tmp_path / "d.csv")
+    with pytest.raises(CallerError, match=r"b\.csv, line 2: is no CSV .*close its quotes"):
+        read_rows(write(tmp_path / "b.csv", {"source": '"nobody'}))
 
 
 @pytest.mark.parametrize(

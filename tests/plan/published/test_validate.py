@@ -7,7 +7,7 @@ import pytest
 from gpt4moe.launch import main
 from gpt4moe.plan.published import scores, validate
 from gpt4moe.plan.published.measurements import PUBLISHED_RUNS
-from tests.plan.test_measurements import write
+from tests.plan.published.test_measurements import write
 
 
 def test_scores_by_hand():
