@@ -113,7 +113,9 @@ def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared:
 
 def _compare_memory(row: Row) -> Compared:
     if row.unit not in conventions.MEMORY_UNITS:
-        raise NotTold(f"{row.where}, column unit: {row.unit!r} of a memory must be in {tuple(conventions.MEMORY_UNITS)}")
+        raise NotTold(
+            f"{row.where}, column unit: {row.unit!r} of a memory must be in {tuple(conventions.MEMORY_UNITS)}"
+        )
     setup = setup_of(row)
     predicted = setup.memory.total_bytes / conventions.MEMORY_UNITS[row.unit]
     source = f"{setup.source.name}-memory"

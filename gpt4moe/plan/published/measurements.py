@@ -6,6 +6,7 @@ What a row leaves open is decided in `setups`; a row that nothing can be predict
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import math
@@ -23,6 +24,8 @@ COLUMNS = ("name", "kind", *NUMBERS, *COUNTS, "gpu_type", "measured_metric", "un
 KINDS = ("train", "infer")
 # Widths without which there is no model to train.
 WIDTHS = ("params_total", "layers", "d_model", "n_heads")
+# How tables write a number that nobody told.
+EMPTY = ("", "-", "n/a", "na", "none", "?")
 # Seconds of a time's unit.
 TIME_UNITS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
 # Of counts and of other numbers: beyond it is a slip of the pen, and nothing here is reckoned with it.
@@ -56,6 +59,11 @@ class Row:
     unit: str
     source: str
     where: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What no other row of a file has: one run may tell several numbers."""
+        return self.name, self.measured_metric
 
     @property
     def chip(self) -> Chip:
@@ -93,10 +101,11 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
             raise CallerError(f"{path}: is not UTF-8 ({error.reason}); save it so") from None
     if not rows:
         raise CallerError(f"{path}, line 2: no rows; give at least one measurement")
-    names = [row.name for row in rows]
+    keys = collections.Counter(row.key for row in rows)
     for row in rows:
-        if names.count(row.name) > 1:
-            raise CallerError(f"{row.where}, column name: {row.name!r} is there twice; names must differ")
+        if keys[row.key] > 1:
+            told = f"{row.name!r} is there twice with {row.measured_metric!r}; names must differ"
+            raise CallerError(f"{row.where}, column name: {told}")
     return rows
 
 
@@ -139,8 +148,8 @@ def _read_row(cells: dict[str, str | None], where: str) -> Row:
 
 
 def _number(text: str, where: str, column: str) -> float | int | None:
-    """A number above zero, whole where the column counts something; None for an empty cell."""
-    if not text:
+    """A number above zero, whole where the column counts something; None where nobody told it."""
+    if text.lower() in EMPTY:
         return None
     try:
         number = float(text)

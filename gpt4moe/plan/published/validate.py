@@ -51,7 +51,7 @@ def examine(path: str, calibration: str | None = None) -> dict:
         "overall": _scores(compared, left_out, groups),
         "moe": _scores([item for item in compared if _has_experts(item)], left_out, groups),
         "regret_groups": groups,
-        "rows": [_row(item, left_out.get(item.row.name)) for item in compared],
+        "rows": [_row(item, left_out.get(item.row.key)) for item in compared],
         "skipped": [{"name": item.name, "reason": item.reason} for item in skipped],
     }
 
@@ -63,16 +63,16 @@ def _by(items: Sequence[Compared], key: str) -> dict[str, list[Compared]]:
     return dict(found)
 
 
-def _left_out(items: Sequence[Compared]) -> dict[str, float]:
+def _left_out(items: Sequence[Compared]) -> dict[tuple, float]:
     """Error of each row after one scalar for its stack, fitted to the stack's rows of other jobs."""
     found = {}
     for members in _by(items, "stack").values():
         errors = scores.left_out_errors([item.error for item in members], [item.job for item in members])
-        found |= {item.row.name: error for item, error in zip(members, errors, strict=True) if error is not None}
+        found |= {item.row.key: error for item, error in zip(members, errors, strict=True) if error is not None}
     return found
 
 
-def _scores(items: Sequence[Compared], left_out: dict[str, float], groups: Sequence[dict]) -> dict:
+def _scores(items: Sequence[Compared], left_out: dict[tuple, float], groups: Sequence[dict]) -> dict:
     errors = [item.error for item in items]
     ranked = [item.utilization for item in items if item.utilization]
     names = {item.row.name for item in items}
@@ -83,18 +83,18 @@ def _scores(items: Sequence[Compared], left_out: dict[str, float], groups: Seque
         "bias": scores.bias(errors),
         "spearman": scores.spearman([pair[0] for pair in ranked], [pair[1] for pair in ranked]),
         "regret": max(regrets, default=None),
-        "calibrated_mape": scores.mape([left_out[item.row.name] for item in items if item.row.name in left_out]),
+        "calibrated_mape": scores.mape([left_out[item.row.key] for item in items if item.row.key in left_out]),
     }
 
 
-def _stack_scores(items: Sequence[Compared], left_out: dict[str, float]) -> dict:
+def _stack_scores(items: Sequence[Compared], left_out: dict[tuple, float]) -> dict:
     errors = [item.error for item in items]
     return {
         "rows": len(items),
         "mape": scores.mape(errors),
         "bias": scores.bias(errors),
         "seconds_scale": scores.best_scale(errors),
-        "calibrated_mape": scores.mape([left_out[item.row.name] for item in items if item.row.name in left_out]),
+        "calibrated_mape": scores.mape([left_out[item.row.key] for item in items if item.row.key in left_out]),
     }
 
 

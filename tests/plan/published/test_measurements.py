@@ -1,6 +1,9 @@
 """Rows of measurements: what is read, what is refused with its place, what a row leaves open."""
 
+import collections
+import csv
 import dataclasses
+import random
 
 import pytest
 
@@ -39,7 +42,7 @@ def write(path, *rows, columns=COLUMNS):
         ({"params_active": "14e9"}, r"line 3, column params_active: 1.4e\+10 must be at most params_total"),
         ({"kind": "tune"}, r"line 3, column kind: 'tune' must be in \('train', 'infer'\)"),
         ({"name": ""}, r"line 3, column name: '' must not be empty"),
-        ({"name": "first"}, r"column name: 'first' is there twice; names must differ"),
+        ({"name": "first"}, r"column name: 'first' is there twice with 'step_time'; names must differ"),
         ({"source": "one, two"}, r"line 3: not as many cells as the 18 columns; quote cells with commas"),
     ],
 )
@@ -94,6 +97,53 @@ def test_a_row_without_a_prediction_is_passed_over_with_its_place(tmp_path):
         assert says in str(caught.value)
     text = validate.format_document(document)
     assert all(f"{path}, line {number}" in text for number in range(3, 3 + len(bad)))
+
+
+def test_one_run_may_tell_several_numbers(tmp_path):
+    told = ({}, {"measured_metric": "mfu", "value": "40", "unit": "%"}, {"name": "some-7", "dp": "n/a", "gpus": "32"})
+    document = validate.examine(write(tmp_path / "rows.csv", *told))
+    assert [row["metric"] for row in document["rows"]] == ["step_time", "mfu", "step_time"]
+    assert document["rows"][0]["calibrated_error"] != document["rows"][1]["calibrated_error"]
+
+
+ODD = (
+    "",
+    "0",
+    "-1",
+    "1",
+    "7",
+    "8.0",
+    "1e9",
+    "1e-9",
+    "1e400",
+    "nan",
+    "x",
+    '"a, b"',
+    "A100",
+    "MI300X",
+    "v5p",
+    "mfu",
+    "h",
+)
+
+
+def test_no_cell_makes_an_error_that_is_not_told(tmp_path):
+    """Rows of the published file with one or two cells that are something else: a result, or one line."""
+    draw = random.Random(0)
+    with open(PUBLISHED_RUNS, newline="") as file:
+        published = list(csv.DictReader(file))
+    results = collections.Counter()
+    for _ in range(400):
+        row = draw.choice(published)
+        row = row | {name: draw.choice(ODD) for name in draw.sample(COLUMNS, draw.randint(1, 2))}
+        row["source"] = "nobody"
+        try:
+            validate.format_document(validate.examine(write(tmp_path / "rows.csv", row)))
+            results["scored"] += 1
+        except CallerError as error:
+            assert "\n" not in str(error) and "rows.csv, line " in str(error)
+            results["told"] += 1
+    assert min(results["scored"], results["told"]) > 50
 
 
 def test_columns_in_another_order_beside_others(tmp_path):
