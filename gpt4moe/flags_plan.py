@@ -257,6 +257,8 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
     space = "what a trainer can run: ours (default of a gin file), or megatron (default of --shape)"
     parser.add_argument("--space", choices=("ours", "megatron"), help=space)
     parser.add_argument("--ours", action="store_const", const="ours", dest="space", help="the same as --space=ours")
+    idle = "share of the chips that may stay idle where fewer divide better (default: %(default)s)"
+    parser.add_argument("--most_idle", type=float, default=0.01, metavar="X", help=idle)
     numerics = "bytes of a parameter's state, e.g. mixed_adam, mixed_adam_16, fp8_adam (default: the space's)"
     parser.add_argument("--numerics", metavar="NAME", help=numerics)
     parser.add_argument("--stack", metavar="NAME", help="software of a known source, e.g. megatron, deepseek-v3")

@@ -21,9 +21,10 @@ RANKS = {
 }
 PLAN_RANKS = {
     **dict.fromkeys(("compiled", "training", "serving"), 0),
-    **dict.fromkeys(("search", "money", "article"), 1),
-    "published": 2,
-    "words": 3,
+    **dict.fromkeys(("money", "article"), 1),
+    "search": 2,
+    "published": 3,
+    "words": 4,
 }
 STANDARD_LIBRARY_ONLY = ("config", "accounting")
 TOP_LEVEL = {

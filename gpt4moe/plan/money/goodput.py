@@ -12,6 +12,7 @@ import math
 from gpt4moe.config.check import require, require_count, require_not_negative, require_positive
 
 HOUR_SECONDS = 3600
+MOST_CHIPS = 10_000_000
 # Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 H100 (Grattafiori et al. 2024, section 3.3.4).
 LLAMA3_FAILURES, LLAMA3_CHIPS, LLAMA3_DAYS = 419, 16_384, 54
 
@@ -46,7 +47,8 @@ def observed_chip_mtbf_hours(failures: int, chips: int, days: float) -> float:
 def job_mtbf_seconds(chip_mtbf_hours: float, num_chips: int) -> float:
     """Returns the mean time between failures of a job that stops with any of its chips."""
     require_positive("chip_mtbf_hours", chip_mtbf_hours)
-    require_count("num_chips", num_chips)
+    require_count("--num_chips", num_chips)
+    require(num_chips <= MOST_CHIPS, "--num_chips", num_chips, f"must be at most {MOST_CHIPS:,}")
     return chip_mtbf_hours * HOUR_SECONDS / num_chips
 
 

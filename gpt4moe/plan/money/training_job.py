@@ -11,6 +11,8 @@ from gpt4moe.config.check import require, require_count, require_not_negative, r
 from gpt4moe.plan.money import goodput, train_cost
 from gpt4moe.plan.money.goodput import HOUR_SECONDS, Reliability
 
+MOST_TOKENS = 1e18
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingJob:
@@ -28,8 +30,9 @@ class TrainingJob:
     write_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        require_count("num_chips", self.num_chips)
-        require_positive("tokens", self.tokens)
+        require_count("--num_chips", self.num_chips)
+        require_positive("--tokens", self.tokens)
+        require(self.tokens <= MOST_TOKENS, "--tokens", self.tokens, f"must be at most {MOST_TOKENS:g}")
         require_not_negative("price", self.dollars_per_chip_hour)
         require_positive("chip_mtbf_hours", self.chip_mtbf_hours)
         require(0 < self.utilization <= 1, "mfu", self.utilization, "must lie above 0 and be at most 1")

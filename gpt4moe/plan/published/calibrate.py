@@ -101,7 +101,7 @@ def examine(samples: Sequence[Sample], constants: int | None = None, stack: str 
     if stack is not None:
         require(stack in by_stack, "--stack", stack, f"must be in {sorted(by_stack)}")
         by_stack = {stack: by_stack[stack]}
-    require(bool(by_stack), "rows", len(samples), "must be at least one measured training step")
+    require(bool(by_stack), "measured training steps", 0, "must be at least one; others are no matter of a stack")
     return {"stacks": {name: _fit_stack(name, members, constants) for name, members in by_stack.items()}}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gpt4moe.accounting import flops
+from gpt4moe.config.check import CallerError
 from gpt4moe.plan.published.measurements import NotTold
 from gpt4moe.plan.published.setups import Setup
 
@@ -86,12 +87,19 @@ def is_memory(metric: str) -> bool:
 
 
 def measured_seconds(setup: Setup) -> float:
-    """Returns the seconds of a step that the row's value means."""
-    return SECONDS[setup.row.measured_metric](setup, _scaled(setup))
+    """Returns the seconds of a step that the row's value means; raises for more than the chips' peak."""
+    row = setup.row
+    seconds = SECONDS[row.measured_metric](setup, _scaled(setup))
+    peak = setup.chip.peak_8bit_ops or setup.chip.peak_flops
+    least = flops.train_flops_per_token(setup.shape) * setup.batch_tokens / (setup.chips * peak)
+    if seconds < least:
+        told = f"{row.value:g} {row.unit} is {least / seconds:.3g} times what the chips compute at their peak"
+        raise CallerError(f"{row.where}, column value: {told}; look at unit, gpus and counts")
+    return seconds
 
 
 def _scaled(setup: Setup) -> float:
-    """The value in the unit of its metric: seconds, hours, percent, TFLOP/s; other prefixes and fractions are there too."""
+    """The value in the unit of its metric: seconds, hours, percent, TFLOP/s; rows have other prefixes, or fractions."""
     row, value = setup.row, setup.row.value
     metric, unit = row.measured_metric, row.unit
     if metric == "step_time":

@@ -89,11 +89,14 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a byte order mark
         reader = csv.DictReader(file, strict=True)
         try:
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
             missing = [name for name in COLUMNS if name not in reader.fieldnames]
             if missing:
-                told = f"no column {', '.join(missing)}; the columns are {','.join(COLUMNS)}"
+                told = f"no column {', '.join(missing)}; the columns are {','.join(COLUMNS)}, with commas between"
                 raise CallerError(f"{path}, line 1: {told}")
+            twice = [name for name in COLUMNS if reader.fieldnames.count(name) > 1]
+            if twice:
+                raise CallerError(f"{path}, line 1: column {twice[0]} is there twice; take one out")
             rows = [_read_row(cells, f"{path}, line {reader.line_num}") for cells in reader if _is_told(cells)]
         except csv.Error as error:
             raise CallerError(f"{path}, line {reader.reader.line_num}: is no CSV ({error}); close its quotes") from None
@@ -111,6 +114,8 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 def chip_of(gpu_type: str) -> Chip:
     """Returns the chip of a published name: `A100-80GB`, `TPUv5p`, `H800`; raises `CallerError` for an unknown one."""
+    if gpu_type in {chip.name for chip in chips.CHIPS}:
+        return chips.chip_named(gpu_type)
     plain = "".join(letter for letter in gpu_type.lower() if letter.isalnum())
     for word in ("nvidia", "sxm4", "sxm5", "sxm", "pcie", "dgx"):
         plain = plain.replace(word, "")

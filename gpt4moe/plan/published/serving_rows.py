@@ -1,7 +1,7 @@
 """Predicts published measurements of serving, a row of published_runs.csv at a time, from shapes, chips and layouts.
 
-In: a row as the CSV has it, kind `infer`. Out: the number that its `measured_metric` is about, times in seconds. What the
-columns do not say (formats, layouts, how many prompt tokens were cached) is what the row's own source reports.
+In: a row as the CSV has it, kind `infer`. Out: the number that its `measured_metric` is about, times in seconds. What
+the columns do not say (formats, layouts, how many prompt tokens were cached) is what the row's own source reports.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def source_of(row: Row) -> Source:
         return SOURCES["megascale-megatronlm"]
     known = [start for start in SOURCES if name.startswith(start)]
     found = SOURCES[max(known, key=len)] if known else _usual(row)
-    if "fp8" in name and found.stack.matmul_bits == 16 and row.chip.peak_8bit_ops:
+    if "fp8" in name and found.stack.matmul_bits == 16:
         found = dataclasses.replace(
             found, stack=dataclasses.replace(found.stack, name=f"{found.stack.name}-fp8", matmul_bits=8)
         )

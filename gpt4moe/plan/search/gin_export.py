@@ -20,10 +20,10 @@ from gpt4moe.plan.search.layouts import OUR_SCHEDULE
 from gpt4moe.plan.search.ranking import Costed
 from gpt4moe.plan.training.layout import Layout
 
-# What `Layout.remat` is called in `ModelConfig.remat`, and the nearest the other way: our attention core computes its
-# scores again by itself, and "dots" computes experts again, which is most of a layer.
-REMAT = {"none": "none", "selective": "none", "full": "full"}
-REMAT_OF_RUN = {"none": "selective", "dots": "full", "full": "full"}
+# What `Layout.remat` is called in `ModelConfig.remat`, and the other way: our attention core computes its scores again
+# by itself.
+REMAT = {"none": "none", "selective": "none", "dots": "dots", "full": "full"}
+REMAT_OF_RUN = {"none": "selective", "dots": "dots", "full": "full"}
 
 
 def applied(run: RunConfig, item: Costed) -> RunConfig:

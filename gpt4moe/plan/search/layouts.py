@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 
 from gpt4moe.accounting.chips import Chip
 from gpt4moe.accounting.shape import Shape
-from gpt4moe.config.check import CallerError, require_count, require_not_negative
+from gpt4moe.config.check import CallerError, require, require_count, require_not_negative
+from gpt4moe.plan.money.goodput import MOST_CHIPS, Reliability
 from gpt4moe.plan.training.layout import Layout
 from gpt4moe.plan.training.memory import Numerics
 from gpt4moe.plan.training.stacks import Stack
@@ -21,6 +22,7 @@ from gpt4moe.plan.training.stacks import Stack
 MICROBATCH_ROWS = (1, 2, 4, 8)
 MOST_TENSOR = 64  # on a torus, whose fast domain is thousands of chips
 OUR_SCHEDULE = "circular"  # in `schedules`: that of `accounting.pipeline`
+ROUNDER = 1.5  # times as many ways to divide are worth leaving chips idle
 LEAST_ROW_TOKENS = 1024  # of a row on one chip of a context group
 
 
@@ -29,6 +31,7 @@ class Job:
     """What is to be laid out. batch_rows: sequences of a step; tolerance: share by which a layout's batch may differ.
 
     ramp_rows: smaller batches before, which divide too. dollars_per_hour: of one chip, None where no one says.
+    reliability: of one chip, None for a job that never fails. most_idle: share of the chips that may be left out.
     """
 
     shape: Shape
@@ -41,11 +44,15 @@ class Job:
     tolerance: float = 0.0
     ramp_rows: tuple[int, ...] = ()
     dollars_per_hour: float | None = None
+    reliability: Reliability | None = None
+    most_idle: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("num_chips", "batch_rows", "sequence_length"):
             require_count(f"--{name}", getattr(self, name))
         require_not_negative("--batch_tolerance", self.tolerance)
+        require(self.num_chips <= MOST_CHIPS, "--num_chips", self.num_chips, f"must be at most {MOST_CHIPS:,}")
+        require(0 <= self.most_idle < 1, "--most_idle", self.most_idle, "must be at least 0 and below 1")
 
     @property
     def batch_tokens(self) -> int:
@@ -87,8 +94,8 @@ class Space:
 def megatron_layouts(job: Job, left_out: Counter) -> Iterator[Candidate]:
     """Yields layouts as Megatron-Core and FSDP stacks have them: interleaved 1F1B, experts over any chips of a stage.
 
-    Left out: ZeRO-0, which ZeRO-1 beats in memory at the same traffic, and ZeRO-2 where a step has several
-    microbatches, for each of which gradients would be summed.
+    Left out: ZeRO-0, which ZeRO-1 beats in memory at the same traffic, and ZeRO-2 in a pipeline of several
+    microbatches, whose gradients would be summed one by one.
     """
     for tensor, context, stage, data in _grids(job, left_out):
         experts = list(_expert_degrees(job.shape, tensor, tensor * context * data, left_out))
@@ -96,7 +103,8 @@ def megatron_layouts(job: Job, left_out: Counter) -> Iterator[Candidate]:
             microbatches = batch_rows // (data * rows)
             for virtual in _virtual_stages(job.shape.num_layers, stage, microbatches, left_out):
                 schedule = "interleaved" if virtual > 1 else "1f1b"
-                for zero, group in _zero_levels(job.chip, tensor * context, data, microbatches):
+                with_two = stage == 1 or microbatches == 1
+                for zero, group in _zero_levels(job.chip, tensor * context, data, with_two=with_two):
                     for expert, expert_tensor in experts:
                         layout = Layout(
                             tensor, context, stage, virtual, expert, expert_tensor, data, zero, group, rows,
@@ -134,12 +142,33 @@ def our_layouts(job: Job, left_out: Counter) -> Iterator[Candidate]:
                         yield Candidate(layout, batch_rows)
 
 
+def rounder_chips(job: Job) -> int | None:
+    """Returns the number of chips below the job's that divides in most ways, within what may be left idle.
+
+    Whole servers are left; None where no number has half as many ways again as the job's own.
+    """
+    network = job.chip.network
+    server = network.domain_chips if network and not network.torus_axes else 1
+    least, most = math.ceil(job.num_chips * (1 - job.most_idle)), job.num_chips - 1
+    counts = range(most // server * server, least - 1, -server)
+    ways = {count: _num_ways(dataclasses.replace(job, num_chips=count)) for count in counts if count > 0}
+    best = max(ways, key=ways.get, default=None)
+    return best if best and ways[best] > ROUNDER * _num_ways(job) else None
+
+
+def _num_ways(job: Job) -> int:
+    """Grids whose stages are equal and whose replicas the batch divides over."""
+    layers = job.shape.num_layers
+    grids = _grids(job, Counter())
+    return sum(layers % stage == 0 and job.rows_near(data, 1) is not None for _, _, stage, data in grids)
+
+
 def _grids(job: Job, left_out: Counter) -> Iterator[tuple[int, int, int, int]]:
     """Tensor, context, stage and data degrees whose product is the chips."""
     domain = min(job.chip.network.domain_chips if job.chip.network else 1, MOST_TENSOR)
     for tensor in _divisors(job.num_chips):
-        if tensor > domain:
-            left_out[f"tensor over more than {domain} chips, beyond the fast links"] += 1
+        if domain % tensor:
+            left_out[f"tensor does not divide the {domain} chips that fast links join"] += 1
             continue
         try:
             Layout(tensor, expert_tensor=1).check(dataclasses.replace(job.shape, num_moe_layers=0, hidden_dim=tensor))
@@ -191,15 +220,12 @@ def _virtual_stages(
         yield virtual
 
 
-def _zero_levels(chip: Chip, inner: int, data: int, microbatches: int) -> Iterator[tuple[int, int]]:
+def _zero_levels(chip: Chip, inner: int, data: int, *, with_two: bool) -> Iterator[tuple[int, int]]:
     """ZeRO levels and their groups: all replicas (0), or those of one fast domain."""
     if data == 1:
         yield 0, 0
         return
-    yield 1, 0
-    if microbatches == 1:
-        yield 2, 0
-    yield 3, 0
+    yield from ((level, 0) for level in ((1, 2, 3) if with_two else (1, 3)))
     domain = chip.network.domain_chips // inner if chip.network else 1
     if 1 < domain < data and data % domain == 0:
         yield 3, domain

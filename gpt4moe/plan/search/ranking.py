@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from gpt4moe.config.check import CallerError, require
-from gpt4moe.plan.search.layouts import OUR_SCHEDULE, SPACES, Candidate, Job, Space
+from gpt4moe.plan.money import goodput
+from gpt4moe.plan.money.goodput import HOUR_SECONDS, Reliability
+from gpt4moe.plan.search.layouts import OUR_SCHEDULE, SPACES, Candidate, Job, Space, rounder_chips
 from gpt4moe.plan.training import memory, own_memory, step_time
 from gpt4moe.plan.training.layout import Layout
 from gpt4moe.plan.training.memory import MemoryEstimate
@@ -54,9 +56,32 @@ class Costed:
 
     @property
     def dollars_per_token(self) -> float | None:
-        """Of all chips, failures not counted."""
+        """Of all chips of the job, idle ones too, and of the hours that failures cost."""
         price = self.job.dollars_per_hour
-        return None if price is None else price * self.layout.chips * self.seconds_per_token / 3600
+        if price is None:
+            return None
+        return price * self.job.num_chips * self.seconds_per_token / HOUR_SECONDS / self.goodput
+
+    @property
+    def idle_chips(self) -> int:
+        """Chips of the job that the layout leaves out."""
+        return self.job.num_chips - self.layout.chips
+
+    @property
+    def model_flops_utilization(self) -> float:
+        """Of the peak of all chips of the job."""
+        return self.step.model_flops_utilization * self.layout.chips / self.job.num_chips
+
+    @property
+    def reliability(self) -> Reliability | None:
+        """Of the chips in use together."""
+        one = self.job.reliability
+        return one and dataclasses.replace(one, job_mtbf_seconds=one.job_mtbf_seconds / self.layout.chips)
+
+    @property
+    def goodput(self) -> float:
+        """The share of time in which the job gets ahead, at the best interval of saves."""
+        return goodput.goodput(self.reliability) if self.reliability else 1.0
 
     def cost(self, objective: str) -> float:
         """Returns what it is ranked by."""
@@ -96,12 +121,20 @@ def search(job: Job, space: Space = SPACES["megatron"], objective: str = "time")
     for smaller in FEWER_CHIPS if objective == "dollars" else FEWER_CHIPS[:1]:
         if job.num_chips % smaller == 0:
             part = dataclasses.replace(job, num_chips=job.num_chips // smaller)
-            costed += cost_all(part, space.layouts(part, left_out), several_passes=space.several_passes)
+            costed += cost_all(part, _candidates(part, space, left_out), several_passes=space.several_passes)
     if not costed:
         raise CallerError(_none(job, left_out))
     ranked = rank(costed, objective)
     families = _families(ranked, costed)
     return Found(job, ranked, families, dict(left_out), len(costed), time.perf_counter() - started)
+
+
+def _candidates(job: Job, space: Space, left_out: Counter) -> Iterator[Candidate]:
+    """Layouts of all chips, and of the number a little smaller that divides better, where there is one."""
+    yield from space.layouts(job, left_out)
+    rounder = rounder_chips(job) if job.most_idle else None
+    if rounder:
+        yield from space.layouts(dataclasses.replace(job, num_chips=rounder), Counter())
 
 
 def cost_all(job: Job, candidates: Iterable[Candidate], *, several_passes: bool = False) -> list[Costed]:
@@ -132,7 +165,7 @@ def rank(costed: Iterable[Costed], objective: str = "time") -> tuple[Costed, ...
 
 def _ways(job: Job, candidate: Candidate, several_passes: bool, known: dict) -> Iterator[Costed]:
     """The least recomputation that fits in one pass; more of it where that needs several; the last where none fits."""
-    for remat in ("selective", "full") if job.stack.flash else ("none", "selective", "full"):
+    for remat in _remats(job, candidate.layout):
         found = None
         for passes in _passes(job, candidate) if several_passes else (1,):
             layout = candidate.layout
@@ -151,11 +184,21 @@ def _ways(job: Job, candidate: Candidate, several_passes: bool, known: dict) -> 
         yield found
 
 
+def _remats(job: Job, layout: Layout) -> tuple[str, ...]:
+    """What may be computed again, the least first; a fused core computes its scores again by itself."""
+    if layout.schedule == OUR_SCHEDULE:
+        return "selective", "dots", "full"
+    return ("selective", "full") if job.stack.flash else ("none", "selective", "full")
+
+
 def _passes(job: Job, candidate: Candidate) -> Iterator[int]:
     """Times that a step may fill the pipeline; where chunks are several, with as many microbatches as stages."""
     layout = candidate.layout
+    if layout.stage == 1:  # any batch of a ramp is so many microbatches, one after the other
+        yield 1
+        return
     least = layout.stage if layout.virtual_stages > 1 else 1
-    for passes in range(1, candidate.microbatches // least + 1 if layout.stage > 1 else 2):
+    for passes in range(1, candidate.microbatches // least + 1):
         whole = candidate.microbatches % passes == 0
         if whole and all(rows % (candidate.batch_rows // passes) == 0 for rows in job.ramp_rows):
             yield passes
@@ -171,7 +214,7 @@ def _families(ranked: Sequence[Costed], costed: Sequence[Costed]) -> dict[str, C
 
 
 def _none(job: Job, left_out: Counter) -> str:
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.most_common(3))
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in left_out.most_common(3)) or "ramp and batch differ"
     batch = f"a batch of {job.batch_rows:,} sequences (within {job.tolerance:.0%})"
     mend = "change --num_chips, --batch_tokens or --batch_tolerance"
     return f"--num_chips={job.num_chips} divides into no layout of {job.shape.name} with {batch}: {reasons}; {mend}"

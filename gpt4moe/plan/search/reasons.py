@@ -25,13 +25,14 @@ KERNEL_HEAD_MULTIPLE, TILE = 64, 128
 
 def why(item: Costed, best: Costed | None) -> str:
     """Returns why `item` is not the best: the bytes it lacks, or its largest losses of time a token."""
+    idle = f", {item.idle_chips:,} chips idle" if item.idle_chips else ""
     if not item.memory.fits:
-        return _does_not_fit(item)
+        return _does_not_fit(item) + idle
     if best is None or item is best:
-        return "best"
+        return "best" + idle
     losses = _losses(item, best)
     named = [REASONS[part](item) for part, loss in losses[:MOST_REASONS] if loss >= LEAST_LOSS]
-    return ", ".join(named) or "about as good"
+    return (", ".join(named) or "about as good") + idle
 
 
 def losses_of_time(item: Costed, best: Costed) -> dict[str, float]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from gpt4moe.accounting import parameters
 from gpt4moe.accounting.summary import scaled
-from gpt4moe.plan.search.layouts import Space
+from gpt4moe.plan.search.gin_export import REMAT
+from gpt4moe.plan.search.layouts import OUR_SCHEDULE, Space
 from gpt4moe.plan.search.ranking import Costed, Found, cost_one
 from gpt4moe.plan.search.reasons import expert_bound, slow_widths, why
 
@@ -42,7 +43,22 @@ def to_document(found: Found, space: Space, objective: str, top: int, asked: Cos
         "best": [_row(item, best) for item in found.ranked[:top]],
         "families": [_row(item, best) for item in found.families.values()] + _plain_families(found),
         "asked": _row(asked, best) if asked else None,
+        "idle": _idle(found),
         "slow_widths": slow_widths(job.shape, best.layout) if best else [],
+    }
+
+
+def _idle(found: Found) -> dict | None:
+    """What leaving chips idle wins, None where the best leaves none: the share by which all of them take longer."""
+    best = next(iter(found.ranked), None)
+    if best is None or not best.idle_chips:
+        return None
+    whole = next((item for item in found.ranked if not item.idle_chips), None)
+    return {
+        "chips": best.idle_chips,
+        "used_chips": best.layout.chips,
+        "all_chips_slower_by": whole and whole.seconds_per_token / best.seconds_per_token - 1,
+        "best_of_all_chips": whole and _row(whole, best),
     }
 
 
@@ -59,7 +75,7 @@ def ramp_rows(best: Costed, ramp: Sequence[tuple[float, float]]) -> list[dict]:
                 "batch_tokens": item.batch_tokens,
                 "step_seconds": item.step.seconds,
                 "tokens_per_second": item.step.tokens_per_second,
-                "model_flops_utilization": item.step.model_flops_utilization,
+                "model_flops_utilization": item.model_flops_utilization,
             }
         )
     return found if len(found) > 1 else []
@@ -68,11 +84,15 @@ def ramp_rows(best: Costed, ramp: Sequence[tuple[float, float]]) -> list[dict]:
 def _plain_families(found: Found) -> list[dict]:
     """Families that nothing divided into, with the reason."""
     job = found.job
-    constraint = f"needs {job.num_chips:,} sequences in a batch, one for each chip; there are {job.batch_rows:,}"
-    few = job.batch_rows < job.num_chips
-    why_not = (
-        constraint if few else f"a batch of {job.batch_rows:,} sequences does not divide over {job.num_chips:,} chips"
-    )
+    if job.num_chips == 1:  # nothing to spread
+        return []
+    if job.batch_rows < job.num_chips:
+        why_not = f"needs {job.num_chips:,} sequences in a batch, one for each chip; there are {job.batch_rows:,}"
+    elif job.rows_near(job.num_chips, 1) is None:
+        batches = " and ".join(f"{rows:,}" for rows in (*job.ramp_rows, job.batch_rows))
+        why_not = f"a batch of {batches} sequences does not divide over {job.num_chips:,} chips"
+    else:
+        why_not = "the model does not divide so"
     return [
         {"family": words, "layout": None, "fits": None, "why": why_not}
         for name, words in PLAIN_FAMILIES.items()
@@ -85,7 +105,9 @@ def _row(item: Costed, best: Costed | None) -> dict[str, Any]:
     return {
         "family": item.family,
         "layout": dataclasses.asdict(item.layout),
+        "trainer_remat": REMAT[item.layout.remat] if item.layout.schedule == OUR_SCHEDULE else None,
         "chips": item.layout.chips,
+        "idle_chips": item.idle_chips,
         "batch_tokens": item.batch_tokens,
         "microbatches": step.microbatches,
         "fits": there.fits,
@@ -95,7 +117,7 @@ def _row(item: Costed, best: Costed | None) -> dict[str, Any]:
         "memory": there.parts,
         "step_seconds": step.seconds,
         "tokens_per_second": step.tokens_per_second,
-        "model_flops_utilization": step.model_flops_utilization,
+        "model_flops_utilization": item.model_flops_utilization,
         "bubble_fraction": step.bubble_fraction,
         "expert_bound": expert_bound(item.job.shape, item.layout, item.job.chip, item.job.stack),
         "dollars_per_billion_tokens": None if item.dollars_per_token is None else 1e9 * item.dollars_per_token,
@@ -121,6 +143,8 @@ def format_document(document: dict) -> str:
         "",
         *_table("best of each family", run["families"]),
     ]
+    if run["idle"]:
+        lines += ["", _idle_line(run["idle"])]
     if run["asked"]:
         lines += ["", *_table("asked", [run["asked"]])]
     if not run["best"]:
@@ -128,6 +152,17 @@ def format_document(document: dict) -> str:
     lines += [f"slow        {text}" for text in run["slow_widths"]]
     lines += ["", *_rest(run)]
     return "\n".join(lines).rstrip()
+
+
+def _idle_line(idle: dict) -> str:
+    said = f"idle        {idle['chips']:,} chips: {idle['used_chips']:,} divide better"
+    whole = idle["best_of_all_chips"]
+    if whole is None:
+        return f"{said}; no layout of all fits"
+    return (
+        f"{said}; the best layout of all takes {idle['all_chips_slower_by']:.0%} longer "
+        f"({whole['model_flops_utilization']:.1%} of the peak): {whole['why']}"
+    )
 
 
 def _rest(run: dict) -> list[str]:
@@ -164,7 +199,7 @@ def _line(number: int, row: dict) -> str:
     name = f"{number:>2} {row['family']:<{FAMILY_WIDTH - 3}}"
     if row["layout"] is None:
         return f"{name}  {row['why']}"
-    layout = row["layout"]
+    layout, remat = row["layout"], row["trainer_remat"] or row["layout"]["remat"]
     group = layout["zero_group"] if layout["zero"] else 0
     zero = f"{layout['zero']}/{group}" if group else layout["zero"]
     passes = f"/{layout['passes']}" if layout["passes"] > 1 else ""
@@ -175,6 +210,6 @@ def _line(number: int, row: dict) -> str:
     price = "-" if dollars is None else f"{dollars:,.0f}"
     return (
         f"{name}{layout['tensor']:>4}{layout['context']:>3}{stages:>8}{experts:>8}{layout['data']:>6}{zero:>8}"
-        f"{rows:>10} {layout['remat']:<10}{row['batch_tokens'] / 1e6:>7.2f}{row['step_seconds']:>9.3g}"
+        f"{rows:>10} {remat:<10}{row['batch_tokens'] / 1e6:>7.3g}{row['step_seconds']:>9.3g}"
         f"{row['model_flops_utilization']:>7.1%}{row['memory_bytes'] / 1e9:>7.1f}{price:>9}  {row['why']}"
     )

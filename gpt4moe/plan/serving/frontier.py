@@ -80,6 +80,13 @@ def sweep(question: Question) -> Sweep:
         services += [serve(server, rows, question.context, price, utilization) for rows in batches]
     nearest = min((item for item in short if item > 0), default=None)
     if not services:
+        roomiest = max(
+            max_sequences(question.shape, question.chip, layout, question.context, question.efficiency)
+            for layout in layouts(question)
+        )
+        if roomiest and question.rows:
+            most = f"is more than any layout holds ({roomiest:,.0f} sequences of {question.context:,} tokens)"
+            raise CallerError(f"--batch={question.rows} rows for each stage {most}; lower it")
         by = f"the weights alone by {nearest / 1e9:,.1f} GB a chip" if nearest else "the cache of the smallest batch"
         mend = "raise --num_chips, or choose 8-bit --weights or a shorter --context"
         raise CallerError(f"num_chips={question.num_chips} hold no layout, {by} too large; {mend}")

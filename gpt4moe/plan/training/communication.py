@@ -11,6 +11,7 @@ import dataclasses
 import math
 
 from gpt4moe.accounting.chips import Chip, Network
+from gpt4moe.config.check import require
 from gpt4moe.plan.training.stacks import MESSAGE_SECONDS, SCALE_OUT_EFFICIENCY, SCALE_UP_EFFICIENCY, Stack
 
 ALONE = Network(1, 0.0, 0.0)
@@ -38,8 +39,10 @@ class Links:
 
 def links(chip: Chip, group: Group, stack: Stack) -> Links:
     """Returns what a group's members can use. On a torus a group of q among n chips has log q / log n of the axes."""
-    network = chip.network or ALONE
+    network = _network(chip)
     inner = max(min(network.domain_chips // group.stride, group.size), 1)
+    if not network.torus_axes:  # groups lie one after the other, and where they do not divide a server over its border
+        inner = math.gcd(max(network.domain_chips // group.stride, 1), group.size)
     while group.size % inner:
         inner -= 1
     fast, axes = network.domain_bytes_per_second * SCALE_UP_EFFICIENCY, 0.0
@@ -49,6 +52,12 @@ def links(chip: Chip, group: Group, stack: Stack) -> Links:
         fast *= axes / network.torus_axes
     slow = (stack.scale_out_bytes_per_second or network.outside_bytes_per_second) * SCALE_OUT_EFFICIENCY
     return Links(inner, group.size // inner, fast, slow, axes)
+
+
+def _network(chip: Chip) -> Network:
+    mend = "take one chip, or chips with a network"
+    require(chip.network is not None, "--chip", chip.name, "has no network that its table tells", mend)
+    return chip.network
 
 
 def all_gather_seconds(total_bytes: float, chip: Chip, group: Group, stack: Stack) -> float:
@@ -100,9 +109,10 @@ def message_seconds(message_bytes: float, chip: Chip, stride: int, stack: Stack)
     """Returns the time of one message to the chip `stride` further, in another domain where it lies there."""
     if not message_bytes:
         return 0.0
-    network = chip.network or ALONE
+    network = _network(chip)
     if stride < network.domain_chips:
         axes = network.torus_axes or 1
-        return message_bytes / (network.domain_bytes_per_second / axes * SCALE_UP_EFFICIENCY) + MESSAGE_SECONDS
+        links = 2 * axes if network.torus_axes else 1  # one of a torus leads to the neighbour
+        return message_bytes / (network.domain_bytes_per_second / links * SCALE_UP_EFFICIENCY) + MESSAGE_SECONDS
     slow = stack.scale_out_bytes_per_second or network.outside_bytes_per_second
     return message_bytes / (slow * SCALE_OUT_EFFICIENCY) + MESSAGE_SECONDS

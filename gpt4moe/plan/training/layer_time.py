@@ -93,12 +93,14 @@ def backward(place: Place, done: Pass) -> Pass:
 
 
 def recomputed(place: Place, done: Pass) -> Pass:
-    """Returns what is computed again: all of the forward pass, the unfused attention core, or nothing.
+    """Returns what is computed again: the forward pass, all of it but products with matrices, the core, or nothing.
 
     A fused core computes its scores again anyway; `backward` counts that.
     """
     if place.layout.remat == "full":
         return done
+    if place.layout.remat == "dots":
+        return done._replace(products=0.0, tensor=0.0)
     if place.layout.remat == "selective" and not place.stack.flash:
         return Pass(attention=done.attention)
     return Pass()
@@ -118,8 +120,8 @@ def peak_ops(chip: Chip, stack: Stack) -> float:
     """Returns the chip's peak in the precision of the stack's products; raises where it has no such units."""
     if stack.matmul_bits == 16:
         return chip.peak_flops
-    if chip.peak_8bit_ops is None:
-        raise CallerError(f"matmul_bits={stack.matmul_bits} needs 8-bit products, which {chip.name} lacks; take 16")
+    if chip.peak_8bit_ops is None or not chip.has_fp8:
+        raise CallerError(f"matmul_bits={stack.matmul_bits} needs fp8 products, which {chip.name} lacks; take 16")
     return chip.peak_8bit_ops
 
 

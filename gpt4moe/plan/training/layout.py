@@ -12,7 +12,7 @@ from gpt4moe.accounting.shape import Shape
 from gpt4moe.config.check import require, require_count, require_flag
 from gpt4moe.plan.training.schedules import SCHEDULES
 
-REMAT = ("none", "selective", "full")
+REMAT = ("none", "selective", "dots", "full")
 DEGREES = (
     "tensor", "context", "stage", "virtual_stages", "expert", "expert_tensor", "data", "microbatch_rows", "passes",
 )  # fmt: skip
@@ -25,11 +25,12 @@ class Layout:
     expert and expert_tensor say how those same chips of one stage hold the experts: a group of expert * expert_tensor
     of them has every expert once (Megatron's folding; our mesh's `expert` axis is a part of `data` here).
     virtual_stages: chunks of layers a stage. zero: 0 replicates all, 1 shards optimizer state, 2 gradients too, 3
-    weights too (FSDP), over `zero_group` replicas (0: all of data); of experts over `expert_zero_group` chips (0: the
-    copies of an expert among those replicas). microbatch_rows: sequences of one microbatch of one replica. passes: how
-    often a step fills and empties the pipeline, with as many microbatches each. remat: what is computed again in the
-    backward pass: nothing, the attention core, whole layers. sequence_parallel: norms and residuals are sharded over
-    tensor.
+    weights too (FSDP), over `zero_group` replicas (0: all of data, and over context); of experts over
+    `expert_zero_group` chips (0: the copies of an expert among those replicas). microbatch_rows: sequences of one
+    microbatch of one replica. passes: how often a step fills and empties the pipeline, with as many microbatches each.
+    remat: what is computed again in the backward pass: nothing, the attention core, all but a layer's products with
+    matrices ("dots" of our trainer, which computes routed experts again), whole layers. sequence_parallel: norms and
+    residuals are sharded over tensor.
     """
 
     tensor: int = 1
@@ -77,6 +78,11 @@ class Layout:
     def zero_degree(self) -> int:
         """Replicas over which ZeRO shards."""
         return self.zero_group or self.data
+
+    @property
+    def state_degree(self) -> int:
+        """Chips over which ZeRO shards what is no expert's."""
+        return self.zero_group or self.data * self.context
 
     @property
     def expert_data(self) -> int:

@@ -8,6 +8,7 @@ Korthikanti et al. 2022 (2205.05198), equations 1 to 5; Rajbhandari et al. 2020 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from gpt4moe.accounting import memory as exact
 from gpt4moe.accounting import parameters
@@ -93,7 +94,7 @@ class MemoryEstimate:
         names = ("weight", "gradient", "optimizer", "activation", "logit", "gathered", "working", "reserved")
         return {name: getattr(self, f"{name}_bytes") for name in names}
 
-    @property
+    @functools.cached_property
     def total_bytes(self) -> float:
         """Everything that is there at once."""
         return sum(self.parts.values())
@@ -129,14 +130,12 @@ def estimate(
     if reserved_bytes is None:
         reserved_bytes = reserved_bytes_of(chip)
     most = microbatches or 4 * layout.stage * layout.virtual_stages
-    found = {}
-    for stage in _stages_to_look_at(shape, layout):
-        found[stage] = _stage(shape, layout, numerics, sequence_length, most, stage)
-    fullest = max(found, key=lambda stage: sum(found[stage].values()))
-    totals = tuple(sum(parts.values()) + reserved_bytes for parts in found.values())
+    found = _stages(shape, layout, numerics, sequence_length, most)
+    totals = {stage: sum(parts.values()) + reserved_bytes for stage, parts in found.items()}
+    fullest = max(totals, key=totals.get)
     return MemoryEstimate(
         **found[fullest], reserved_bytes=reserved_bytes, most_loaded_stage=fullest,
-        chip_bytes=chip.memory_bytes, stage_bytes=totals,
+        chip_bytes=chip.memory_bytes, stage_bytes=tuple(totals.values()),
     )  # fmt: skip
 
 
@@ -145,53 +144,67 @@ def reserved_bytes_of(chip: Chip) -> float:
     return TPU_RESERVED_BYTES if chip.name.startswith("tpu") else RESERVED_BYTES
 
 
-def _stages_to_look_at(shape: Shape, layout: Layout) -> list[int]:
+@functools.lru_cache(maxsize=4096)
+def _stages_to_look_at(num_layers: int, num_dense: int, stages: int) -> tuple[int, ...]:
     """The first, the second, the last, and the first with experts; those between hold less than one of these."""
-    counts, start = layout.stage_layers(shape.num_layers), 0
-    chosen = {0, min(1, layout.stage - 1), layout.stage - 1}
-    for index, count in enumerate(counts):
-        if start + count > shape.num_dense_layers and shape.num_moe_layers:
-            chosen |= {index, min(index + 1, layout.stage - 1)}
-            break
-        start += count
-    return sorted(chosen)
+    chosen = {0, min(1, stages - 1), stages - 1}
+    with_experts = (index for index, (_, moe) in enumerate(_layers_of_stages(num_layers, num_dense, stages)) if moe)
+    first = next(with_experts, None)
+    return tuple(sorted(chosen | ({first, min(first + 1, stages - 1)} if first is not None else set())))
 
 
-def _stage(
-    shape: Shape, layout: Layout, numerics: Numerics, sequence_length: int, microbatches: int, stage: int
-) -> dict[str, float]:
-    dense_layers, moe_layers = layers_of_stage(shape, layout, stage)
-    dense, routed, layer = stage_parameters(shape, layout, stage)
+def _stages(
+    shape: Shape, layout: Layout, numerics: Numerics, sequence_length: int, microbatches: int
+) -> dict[int, dict[str, float]]:
+    """Bytes by part of the stages that may be the fullest."""
     schedule = SCHEDULES[layout.schedule]
-    degree, expert_degree = layout.zero_degree, layout.expert_zero_degree
-    shards = [(dense, degree), (routed, expert_degree)]
-    kept = {level: sum(count / (over if layout.zero >= level else 1) for count, over in shards) for level in (1, 2, 3)}
-    in_flight = schedule.in_flight(layout.stage, microbatches, layout.virtual_stages, stage)
+    dense_over, expert_over = (
+        [over if layout.zero >= level else 1 for level in (3, 2, 1)]
+        for over in (layout.state_degree, layout.expert_zero_degree)
+    )
     tokens = layout.microbatch_rows * sequence_length / layout.context
-    per_token = dense_layers * activation_bytes_per_token(shape, layout, numerics, sequence_length)
-    per_token += moe_layers * activation_bytes_per_token(shape, layout, numerics, sequence_length, experts=True)
-    of_one = 0.0
-    if layout.remat == "full":  # the layer that is computed again, once
-        of_one = _whole_layer(shape, layout, numerics, 0, experts=moe_layers > 0) * tokens
-    gathered = 2 * layer * numerics.weight_bytes if layout.zero == 3 and degree > 1 else 0.0
-    last = stage == layout.stage - 1
-    return {
-        "weight_bytes": kept[3] * numerics.weight_bytes * schedule.weight_copies,
-        "gradient_bytes": kept[2] * numerics.gradient_bytes,
-        "optimizer_bytes": kept[1] * numerics.optimizer_bytes,
-        "activation_bytes": in_flight * tokens * per_token,
-        "logit_bytes": tokens * shape.vocab_size / layout.tensor * numerics.logit_bytes if last else 0.0,
-        "gathered_bytes": gathered,
-        "working_bytes": of_one,
-    }
+    kept_dense, kept_moe = (
+        activation_bytes_per_token(shape, layout, numerics, sequence_length, experts=experts) if there else 0.0
+        for experts, there in ((False, shape.num_dense_layers), (True, shape.num_moe_layers))
+    )
+    again = [0.0, 0.0]
+    if layout.remat in ("dots", "full"):  # the layer that is computed again, once
+        again = [_whole_layer(shape, layout, numerics, 0, experts=experts) * tokens for experts in (False, True)]
+    logit_bytes = tokens * shape.vocab_size / layout.tensor * numerics.logit_bytes
+    found = {}
+    for stage in _stages_to_look_at(shape.num_layers, shape.num_dense_layers, layout.stage):
+        dense_layers, moe_layers = layers_of_stages(shape, layout.stage)[stage]
+        dense, routed, layer = stage_parameters(shape, layout, stage)
+        weights, gradients, optimizer = (
+            dense / one + routed / other for one, other in zip(dense_over, expert_over, strict=True)
+        )
+        in_flight = schedule.in_flight(layout.stage, microbatches, layout.virtual_stages, stage)
+        gathered = 2 * layer * numerics.weight_bytes if layout.zero == 3 and layout.state_degree > 1 else 0.0
+        found[stage] = {
+            "weight_bytes": weights * numerics.weight_bytes * schedule.weight_copies,
+            "gradient_bytes": gradients * numerics.gradient_bytes,
+            "optimizer_bytes": optimizer * numerics.optimizer_bytes,
+            "activation_bytes": in_flight * tokens * (dense_layers * kept_dense + moe_layers * kept_moe),
+            "logit_bytes": logit_bytes if stage == layout.stage - 1 else 0.0,
+            "gathered_bytes": gathered,
+            "working_bytes": again[moe_layers > 0],
+        }
+    return found
 
 
-def layers_of_stage(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
-    """Returns the layers of a stage without experts and with them; those without come first in the model."""
-    counts = layout.stage_layers(shape.num_layers)
-    before = sum(counts[:stage])
-    dense = min(max(shape.num_dense_layers - before, 0), counts[stage])
-    return dense, counts[stage] - dense
+def layers_of_stages(shape: Shape, stages: int) -> tuple[tuple[int, int], ...]:
+    """Returns the layers of every stage, without experts and with them; those without come first in the model."""
+    return _layers_of_stages(shape.num_layers, shape.num_dense_layers, stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layers_of_stages(num_layers: int, num_dense: int, stages: int) -> tuple[tuple[int, int], ...]:
+    found, before = [], 0
+    for count in Layout(stage=stages).stage_layers(num_layers):
+        dense = min(max(num_dense - before, 0), count)
+        found.append((dense, count - dense))
+        before += count
+    return tuple(found)
 
 
 def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[float, float, float]:
@@ -199,18 +212,25 @@ def stage_parameters(shape: Shape, layout: Layout, stage: int) -> tuple[float, f
 
     A table that head and embedding share is on the first stage and on the last.
     """
+    plain, beside, embedding, experts = _parameters_of_a_layer(shape)
+    dense_layers, moe_layers = layers_of_stages(shape, layout.stage)[stage]
+    first, last = stage == 0, stage == layout.stage - 1
+    table = shape.vocab_size * shape.model_dim
+    ends = embedding * first + table * (last and (layout.stage > 1 or not shape.tied))
+    dense = (dense_layers * plain + moe_layers * beside + ends) / layout.tensor
+    routed = experts / (layout.expert * layout.expert_tensor)
+    widest = max(plain / layout.tensor, beside / layout.tensor + routed if moe_layers else 0.0)
+    return dense, moe_layers * routed, widest
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters_of_a_layer(shape: Shape) -> tuple[float, float, int, float]:
+    """Of a layer without experts, of one with them but for the experts, of the embedding, of a layer's experts."""
     counted = parameters.count(shape)
-    dense_layers, moe_layers = layers_of_stage(shape, layout, stage)
     attention = (counted.attention + counted.norms) / shape.num_layers
     plain = attention + counted.dense / max(shape.num_dense_layers, 1)
     beside = attention + (counted.shared_experts + counted.router) / max(shape.num_moe_layers, 1)
-    first, last = stage == 0, stage == layout.stage - 1
-    table = shape.vocab_size * shape.model_dim
-    ends = counted.embedding * first + table * (last and (layout.stage > 1 or not shape.tied))
-    dense = (dense_layers * plain + moe_layers * beside + ends) / layout.tensor
-    routed = counted.experts / max(shape.num_moe_layers, 1) / (layout.expert * layout.expert_tensor)
-    widest = max(plain / layout.tensor, beside / layout.tensor + routed if moe_layers else 0.0)
-    return dense, moe_layers * routed, widest
+    return plain, beside, counted.embedding, counted.experts / max(shape.num_moe_layers, 1)
 
 
 def activation_bytes_per_token(
@@ -221,8 +241,13 @@ def activation_bytes_per_token(
     A GPT layer without SwiGLU keeps s b h (34 + 5 a s / h) in 16 bits with dropout (Korthikanti et al., equation 1);
     over t chips 10 + 24 / t + 5 a s / (h t), with sequence parallelism all over t; selective drops the score term.
     """
+    spread = layout.tensor if layout.sequence_parallel else 1
     if layout.remat == "full":
-        return numerics.activation_bytes * shape.model_dim / (layout.tensor if layout.sequence_parallel else 1)
+        return numerics.activation_bytes * shape.model_dim / spread
+    if layout.remat == "dots":  # a layer's input and what its products with matrices give, but those of routed experts
+        hidden = shape.shared_hidden_dim if experts else shape.hidden_dim
+        inside = shape.core_width + kept_keys(shape) + (shape.matrices - 1) * hidden
+        return numerics.activation_bytes * (3 * shape.model_dim / spread + inside / layout.tensor)
     scores = sequence_length if layout.remat == "none" and not numerics.flash else 0
     return _whole_layer(shape, layout, numerics, scores, experts=experts)
 
@@ -239,7 +264,8 @@ def _whole_layer(shape: Shape, layout: Layout, numerics: Numerics, scores: int, 
     if not experts:
         return whole / spread + (inside + _hidden(shape, shape.hidden_dim) * a) / tensor
     factor = shape.experts_per_token * (shape.capacity_factor or 1)
-    routed = factor * (2 * a * dim + a * _hidden(shape, shape.expert_hidden_dim))
+    # Rows lie whole on every chip that holds a part of an expert.
+    routed = factor * (2 * a * dim * layout.expert_tensor + a * _hidden(shape, shape.expert_hidden_dim))
     shared = a * _hidden(shape, shape.shared_hidden_dim)
     return whole / spread + (inside + shared) / tensor + (routed + exact.FLOAT32_BYTES * shape.num_experts) / tensor
 

@@ -32,7 +32,6 @@ def beside_bytes(shape: Shape, layout: Layout, numerics: Numerics, sequence_leng
     return (
         _gradients_of_a_pass(shape, layout, numerics, microbatches)
         + _exchange(shape, tokens)
-        + _kept_rows(shape, layout, tokens, microbatches)
         + _ticks(shape, layout, tokens, microbatches)
     )
 
@@ -44,7 +43,7 @@ def _gradients_of_a_pass(shape: Shape, layout: Layout, numerics: Numerics, micro
         return 0.0
     dense, routed, _ = stage_parameters(shape, layout, 0)
     if layout.zero >= 2:
-        dense, routed = dense / layout.zero_degree, routed / layout.expert_zero_degree
+        dense, routed = dense / layout.state_degree, routed / layout.expert_zero_degree
     return GRADIENT_COPIES * (dense + routed) * numerics.gradient_bytes
 
 
@@ -54,17 +53,6 @@ def _exchange(shape: Shape, tokens: float) -> float:
         return 0.0
     routed = shape.experts_per_token * (shape.capacity_factor or 1)
     return EXCHANGE_COPIES * tokens * routed * shape.model_dim * ACTIVATION_BYTES
-
-
-def _kept_rows(shape: Shape, layout: Layout, tokens: float, microbatches: int) -> float:
-    """Those rows, there and back, where a layer keeps them: the part that `memory` counts as divided over tensor."""
-    if layout.remat == "full" or not shape.num_moe_layers:
-        return 0.0
-    in_flight = microbatches // layout.passes if layout.stage > 1 else 1
-    routed = shape.experts_per_token * (shape.capacity_factor or 1)
-    layers = shape.num_moe_layers / layout.stage
-    kept = 2 * tokens * routed * shape.model_dim * ACTIVATION_BYTES
-    return in_flight * layers * kept * (1 - 1 / layout.tensor)
 
 
 def _ticks(shape: Shape, layout: Layout, tokens: float, microbatches: int) -> float:

@@ -33,8 +33,14 @@ def _ours(stages: int, microbatches: int, virtual: int) -> float:
 
 
 def _interleaved_in_flight(stages: int, microbatches: int, virtual: int, stage: int) -> float:
-    """p (1 + (p-1)/(p v)) on the first stage (Korthikanti et al. 2022, section 4.2.3), one less for each after."""
-    return min(microbatches, max(stages - stage, 1) + (stages - 1) / virtual if virtual > 1 else stages - stage)
+    """p (1 + (p-1)/(p v)) on the first stage (Korthikanti et al. 2022, section 4.2.3), two chunks less for each after.
+
+    Stage r begins its first backward pass after 2 (p - 1 - r) + (v - 1) p forward passes of a chunk, and one.
+    """
+    if virtual == 1:
+        return min(microbatches, stages - stage)
+    chunks = 2 * (stages - 1 - stage) + (virtual - 1) * stages + 1
+    return min(microbatches, chunks / virtual)
 
 
 # GPipe: Huang et al. 2019. 1F1B and interleaved: Narayanan et al. 2021, section 2.2. ZB: Qi et al. 2023 (2401.10241),

@@ -17,7 +17,7 @@ from gpt4moe.plan.training import layer_time
 from gpt4moe.plan.training.communication import Group, all_gather_seconds, message_seconds
 from gpt4moe.plan.training.layer_time import ACTIVATION_BYTES, Pass, Place
 from gpt4moe.plan.training.layout import Layout
-from gpt4moe.plan.training.memory import stage_parameters
+from gpt4moe.plan.training.memory import layers_of_stages, stage_parameters
 from gpt4moe.plan.training.schedules import SCHEDULES
 from gpt4moe.plan.training.stacks import MEMORY_EFFICIENCY, Stack
 
@@ -115,16 +115,12 @@ def _stages(place: Place, layers: dict) -> list[dict[str, float]]:
         layers[key] = (*(_layer(place, experts=experts) for experts in (False, True)), _head(place))
     plain, routed, head = layers[key]
     known: dict[tuple[int, int, bool], dict[str, float]] = {}
-    found, start = [], 0
-    for index, count in enumerate(layout.stage_layers(shape.num_layers)):
-        dense = min(max(shape.num_dense_layers - start, 0), count)
-        start += count
-        kind = (dense, count - dense, index == layout.stage - 1)
-        if kind not in known:
-            known[kind] = _sum_of(plain, dense, routed, count - dense) | {"head": head if kind[2] else 0.0}
-            known[kind]["expert_communication"] = _exposed_expert(known[kind], place.stack)
-        found.append(known[kind])
-    return found
+    last = layout.stage - 1
+    kinds = [(*layers, index == last) for index, layers in enumerate(layers_of_stages(shape, layout.stage))]
+    for kind in set(kinds):
+        known[kind] = _sum_of(plain, kind[0], routed, kind[1]) | {"head": head if kind[2] else 0.0}
+        known[kind]["expert_communication"] = _exposed_expert(known[kind], place.stack)
+    return [known[kind] for kind in kinds]
 
 
 def _key_of_layer(layout: Layout, *, on_torus: bool) -> tuple:
@@ -194,16 +190,15 @@ def _data_communication(place: Place, microbatches: int, compute_seconds: float)
     outer = Group(layout.data // layout.zero_degree, layout.tensor * layout.context * layout.zero_degree)
     sharding = place.group(layout.zero_degree * layout.context, layout.tensor)
     expert_sharding = place.group(layout.expert_zero_degree, layout.expert * layout.expert_tensor)
-    expert_outer = outer
-    if layout.expert_zero_group:
-        expert_outer = Group(layout.expert_data // layout.expert_zero_degree, outer.stride)
+    together = layout.expert * layout.expert_tensor * layout.expert_zero_degree
+    expert_outer = Group(layout.expert_data // layout.expert_zero_degree, together)
     total = 0.0
     for count, group, others in ((dense, sharding, outer), (routed, expert_sharding, expert_outer)):
         total += _sharded_seconds(place, count, group, microbatches)
         if others.size > 1:
             left = count / (group.size if layout.zero else 1)
             total += 2 * all_gather_seconds(left * stack.gradient_bytes, place.chip, others, stack)
-    beside = compute_seconds if layout.zero == 3 else compute_seconds / microbatches
+    beside = compute_seconds if layout.zero >= 2 else compute_seconds / microbatches
     return total - min(stack.data_overlap * total, beside)
 
 
@@ -214,11 +209,16 @@ def _fullest(shape: Shape, layout: Layout) -> tuple[float, float]:
 
 
 def _sharded_seconds(place: Place, count: float, group: Group, microbatches: int) -> float:
-    """One reduce-scatter of gradients and one all-gather of weights; ZeRO-3 gathers twice, for every microbatch."""
+    """One reduce-scatter of gradients and one all-gather of weights.
+
+    ZeRO-2 keeps only its shard of gradients and so reduces those of every microbatch; ZeRO-3 gathers twice too.
+    """
     gradients = all_gather_seconds(count * place.stack.gradient_bytes, place.chip, group, place.stack)
     weights = all_gather_seconds(count * ACTIVATION_BYTES, place.chip, group, place.stack)
     if place.layout.zero == 3:
         return microbatches * (gradients + 2 * weights)
+    if place.layout.zero == 2:
+        return microbatches * gradients + weights
     return gradients + (weights if place.layout.zero else gradients)
 
 
@@ -226,5 +226,5 @@ def _optimizer(place: Place) -> float:
     shape, layout = place.shape, place.layout
     dense, routed = _fullest(shape, layout)
     if layout.zero:
-        dense, routed = dense / layout.zero_degree, routed / layout.expert_zero_degree
+        dense, routed = dense / layout.state_degree, routed / layout.expert_zero_degree
     return (dense + routed) * OPTIMIZER_TRAFFIC_BYTES / (place.chip.bandwidth_bytes_per_second * MEMORY_EFFICIENCY)

@@ -9,7 +9,8 @@ import pathlib
 from gpt4moe.accounting.chips import Chip, chip_named
 from gpt4moe.accounting.published import shape_named
 from gpt4moe.accounting.shape import Shape, shape_of
-from gpt4moe.config.check import require, require_count, require_not_negative
+from gpt4moe.config.check import require, require_count, require_not_negative, require_positive
+from gpt4moe.plan.money.goodput import Reliability, job_mtbf_seconds
 from gpt4moe.plan.money.training_job import TrainingJob
 from gpt4moe.plan.published.calibration import calibrated, read_calibration
 from gpt4moe.plan.published.sources import stack_named
@@ -65,6 +66,16 @@ def layout_from(args: argparse.Namespace, shape: Shape) -> Layout:
     )
 
 
+def reliability_from(args: argparse.Namespace, num_chips: int = 1) -> Reliability:
+    """Returns how often so many chips fail, and what saves and restarts cost; raises with the flag that cannot be."""
+    require_positive("--chip_mtbf_hours", args.chip_mtbf_hours)
+    require_positive("--save_seconds", args.save_seconds)
+    for name in ("restart_seconds", "write_seconds"):
+        require_not_negative(f"--{name}", getattr(args, name))
+    mtbf = job_mtbf_seconds(args.chip_mtbf_hours, num_chips)
+    return Reliability(mtbf, args.save_seconds, args.restart_seconds, args.write_seconds)
+
+
 def usual_stack(chip: Chip) -> str:
     """Returns the software that most train with on such a chip."""
     return "maxtext" if chip.name.startswith("tpu") else "megatron-core"
@@ -84,6 +95,7 @@ def stack_from(args: argparse.Namespace, chip: Chip) -> tuple[Stack, bool]:
 
 def job_from(args: argparse.Namespace, shape: Shape, chip: Chip, utilization: float) -> TrainingJob:
     """Returns the run that the flags describe, at this utilisation."""
+    reliability_from(args)
     return TrainingJob(
         shape=shape,
         chip=chip,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 from gpt4moe.accounting import flops
@@ -123,10 +124,10 @@ def _ramp(args: argparse.Namespace, job: TrainingJob) -> tuple[float, list[dict]
         return 1.0, []
     layout = layout_from(args, job.shape)
     layout.check(job.shape)
+    parts = _parts(args.ramp, job.tokens, args.sequence_length)
     shares = {batch: _busy(layout, batch, args.sequence_length) for _, batch in args.ramp}
     last = shares[args.ramp[-1][1]]
     full_rate = job.tokens / job.seconds
-    parts = _parts(args.ramp, job.tokens)
 
     def rate(batch_tokens: float) -> float:
         return full_rate * shares[batch_tokens] / last
@@ -144,8 +145,11 @@ def _busy(layout: Layout, batch_tokens: float, sequence_length: int) -> float:
     return train_cost.busy_share(rows, layout.data, layout.microbatch_rows, layout.stage, layout.virtual_stages)
 
 
-def _parts(ramp: Sequence[tuple[float, float]], tokens: float) -> list[RampStage]:
+def _parts(ramp: Sequence[tuple[float, float]], tokens: float, sequence_length: int) -> list[RampStage]:
     starts = [start for start, _ in ramp]
+    for _, batch in ramp:
+        least = f"must hold at least one sequence ({sequence_length:,} tokens) in every batch, not {batch:g} tokens"
+        require(math.isfinite(batch) and batch >= sequence_length, "--ramp", list(ramp), least)
     rising = starts[0] == 0 and all(a < b for a, b in zip(starts, [*starts[1:], tokens], strict=True))
     require(rising, "--ramp", list(ramp), f"must start at 0 tokens and rise to less than --tokens ({tokens:g})")
     ends = [*starts[1:], tokens]

@@ -16,7 +16,6 @@ from gpt4moe.accounting.shape import shape_of
 from gpt4moe.config.check import CallerError, require, require_count, require_not_negative, require_positive
 from gpt4moe.config.run import RunConfig
 from gpt4moe.plan.money import goodput
-from gpt4moe.plan.money.goodput import Reliability
 from gpt4moe.plan.published import own_runs
 from gpt4moe.plan.published.calibration import calibrated, read_calibration
 from gpt4moe.plan.published.sources import stack_named
@@ -26,16 +25,16 @@ from gpt4moe.plan.search.ranking import Costed, cost_all, cost_one, rank, search
 from gpt4moe.plan.training.layout import DEGREES, Layout
 from gpt4moe.plan.training.memory import NUMERICS
 from gpt4moe.plan.training.stacks import Stack
-from gpt4moe.plan.words.chosen import usual_stack
+from gpt4moe.plan.words.chosen import reliability_from, usual_stack
 
 SHAPE_TOLERANCE = 0.05
 
 
 def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict], str]]:
     """Returns the JSON document of `plan search` and the function that makes text of it."""
-    given = (bool(args.shape), bool(args.gin_file))
-    mend = "e.g. --shape=gpt4_1p8t"
-    require(sum(given) == 1, "--shape", args.shape, "must be given, or a --gin_file instead", mend)
+    require(not (args.shape and args.gin_file), "--shape", args.shape, "goes without --gin_file", "give one of them")
+    given = bool(args.shape or args.gin_file)
+    require(given, "--shape", args.shape, "must be given, or a --gin_file instead", "e.g. --shape=gpt4_1p8t")
     require_count("--top", args.top)
     run = build.run() if args.gin_file else None
     space = SPACES[args.space or ("ours" if run else "megatron")]
@@ -49,7 +48,7 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
     document = table.to_document(found, space, args.objective, args.top, asked)
     best = next(iter(found.ranked), None)
     if best is not None:
-        document["checkpoint"] = _checkpoint(args, best)
+        document["checkpoint"] = _checkpoint(best, run)
         document["ramp"] = table.ramp_rows(best, _ramp(args, run))
     if args.export:
         document["exported"] = _export(args, run, best, document)
@@ -87,6 +86,8 @@ def _job(args: argparse.Namespace, run: RunConfig | None, space: Space) -> Job:
         numerics=_numerics(args, space),
         tolerance=tolerance,
         ramp_rows=tuple(ramp[:-1]),
+        reliability=reliability_from(args),
+        most_idle=args.most_idle,
         dollars_per_hour=chip.dollars_per_hour if args.price is None else args.price,
     )
 
@@ -149,6 +150,7 @@ def _asked(args: argparse.Namespace, job: Job, run: RunConfig | None, space: Spa
     if has_remat:
         return cost_one(job, layout, batch_rows)
     ways = cost_all(job, [Candidate(layout, batch_rows)], several_passes=space.several_passes)
+    require(bool(ways), "--layout", args.layout, "fills no pipeline a whole number of times at each batch of the ramp")
     return next(iter(rank(ways)), ways[-1])
 
 
@@ -163,9 +165,11 @@ def _layout(text: str, job: Job, space: Space) -> tuple[Layout, bool]:
         if name in numbers and not value.isdigit():
             raise CallerError(f"--layout={text!r} needs a whole number for {name}, not {value!r}")
         given[name] = int(value) if name in numbers else value
+        if name in DEGREES:
+            require_count(f"--layout={text!r}: {name}", given[name])
     tensor, several = given.get("tensor", 1), given.get("virtual_stages", 1) > 1
     own = math.prod(given.get(name, 1) for name in ("tensor", "context", "stage"))
-    require(0 < own <= job.num_chips, "--layout", text, f"needs {own} chips, there are {job.num_chips}")
+    require(own <= job.num_chips, "--layout", text, f"needs {own} chips, there are {job.num_chips}")
     usual = {
         "data": job.num_chips // own,
         "expert_tensor": tensor if job.shape.num_moe_layers else 1,
@@ -175,16 +179,15 @@ def _layout(text: str, job: Job, space: Space) -> tuple[Layout, bool]:
     return Layout(**(usual | given)), "remat" in given
 
 
-def _checkpoint(args: argparse.Namespace, best: Costed) -> dict:
-    """Steps between saves: Young's interval for the job's failures."""
-    mtbf = goodput.job_mtbf_seconds(args.chip_mtbf_hours, best.layout.chips)
-    reliability = Reliability(mtbf, args.save_seconds, args.restart_seconds, args.write_seconds)
-    seconds = goodput.best_interval_seconds(reliability)
+def _checkpoint(best: Costed, run: RunConfig | None) -> dict:
+    """Steps between saves: Young's interval for the job's failures, and no more than the run file has or the run is."""
+    seconds = goodput.best_interval_seconds(best.reliability)
+    every = max(round(seconds / best.step.seconds), 1)
     return {
-        "job_mtbf_hours": mtbf / goodput.HOUR_SECONDS,
+        "job_mtbf_hours": best.reliability.job_mtbf_seconds / goodput.HOUR_SECONDS,
         "interval_seconds": seconds,
-        "checkpoint_every": max(round(seconds / best.step.seconds), 1),
-        "goodput": goodput.goodput(reliability),
+        "checkpoint_every": min(every, run.train.checkpoint_every, run.train.steps) if run else every,
+        "goodput": best.goodput,
     }
 
 

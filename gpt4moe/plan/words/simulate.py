@@ -8,19 +8,21 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from gpt4moe.config.check import require_positive
+from gpt4moe.config.check import require, require_count, require_positive
 from gpt4moe.plan.money import goodput
 from gpt4moe.plan.money.failure_simulation import Job, Time, mean_goodput, simulate_many
-from gpt4moe.plan.money.goodput import HOUR_SECONDS, Reliability
+from gpt4moe.plan.money.goodput import HOUR_SECONDS
+from gpt4moe.plan.words.chosen import reliability_from
 
+MOST_EVENTS = 1e7  # some tens of seconds
 KINDS = ("work", "saving", "lost", "restarting", "waiting")
 
 
 def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict], str]]:
     """Returns the JSON document of `plan simulate` and the function that makes text of it."""
     require_positive("--days", args.days)
-    mtbf = goodput.job_mtbf_seconds(args.chip_mtbf_hours, args.num_chips)
-    reliability = Reliability(mtbf, args.save_seconds, args.restart_seconds, args.write_seconds)
+    reliability = reliability_from(args, args.num_chips)
+    mtbf = reliability.job_mtbf_seconds
     job = Job(
         work_seconds=args.days * 24 * HOUR_SECONDS,
         reliability=reliability,
@@ -28,6 +30,10 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
         spares=args.spares,
         repair_seconds=args.repair_hours * HOUR_SECONDS,
     )
+    require_count("--runs", args.runs)
+    events = args.runs * job.work_seconds * (1 / job.interval + 1 / mtbf)
+    most = f"means {events:.2g} saves and failures to draw, at most are {MOST_EVENTS:.0e}"
+    require(events <= MOST_EVENTS, "--days", args.days, most, "take fewer days, --runs or chips")
     times = simulate_many(job, args.seed, args.runs)
     mean, error = mean_goodput(times)
     exact = None if args.write_seconds else goodput.exact_goodput(reliability, job.interval)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from gpt4moe.accounting.chips import Chip
 from gpt4moe.accounting.shape import Shape
 from gpt4moe.accounting.summary import scaled
+from gpt4moe.config.check import require, require_count, require_positive
 from gpt4moe.plan.money import expert_tradeoff, tornado
 from gpt4moe.plan.money.goodput import HOUR_SECONDS
 from gpt4moe.plan.money.training_job import TrainingJob
@@ -27,7 +28,14 @@ SERVED_TOKENS = (1e11, 1e12, 1e13)
 
 def answer(args: argparse.Namespace, build: Build) -> tuple[dict, Callable[[dict], str]]:
     """Returns the JSON document of `plan what-if` and the function that makes text of it."""
+    for name in ("serve_tensor", "serve_stages", "sequences"):
+        require_count(f"--{name}", getattr(args, name))
+    require_positive("--context", args.context)
     job = job_from(args, shape_from(args, build), chip_from(args), args.mfu)
+    require_positive("--price", job.dollars_per_chip_hour)
+    layers = job.shape.num_layers
+    most = f"must be at most the model's layers ({layers})"
+    require(args.serve_stages <= layers, "--serve_stages", args.serve_stages, most)
     server = server_of(job.shape, job.chip, args.serve_tensor, args.serve_stages, args.weights)
     demand = Demand(args.sequences, args.context, job.dollars_per_chip_hour)
     results, assumptions = results_of(job, server), assumptions_of(job, server, demand)
@@ -68,7 +76,7 @@ def format_what_if(document: dict) -> str:
         *(
             []
             if document["serving_fits"]
-            else ["these chips do not hold the weights and the cache: take more, or less"]
+            else ["these chips do not hold the weights and the cache: raise --serve_stages, or lower --sequences"]
         ),
         "",
         tornado.format_swings([tornado.Swing(**swing) for swing in document["swings"]], document["change"]),

@@ -62,7 +62,7 @@ def test_what_is_asked_for_and_is_too_much():
         calibrate.examine(noisy, constants=4)
     with pytest.raises(CallerError, match=r"--stack='no/such' must be in \['mine/h100'\]"):
         calibrate.examine(few, stack="no/such")
-    with pytest.raises(CallerError, match="rows=0 must be at least one measured training step"):
+    with pytest.raises(CallerError, match="measured training steps=0 must be at least one"):
         calibrate.examine([])
 
 

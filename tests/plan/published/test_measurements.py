@@ -81,6 +81,8 @@ def test_a_row_without_a_prediction_is_passed_over_with_its_place(tmp_path):
         "empty": ({"layers": ""}, "column layers: '' must be told of a model to train"),
         "heads": ({"tp": "7", "gpus": "56"}, "num_heads=40 must be divisible by the tensor degree"),
         "unit": ({"unit": "fortnights"}, "column unit: 'fortnights' of a time must be in ('s', "),
+        "fast": ({"value": "0.1"}, "column value: 0.1 s is "),
+        "some-fp8": ({}, "matmul_bits=8 needs fp8 products, which a100_80 lacks"),
         "metric": ({"measured_metric": "joy"}, "column measured_metric: 'joy' is no time, rate or memory of a step"),
         "pope-palm540B-decode": ({"kind": "infer"}, "must end in prefill-bN or decode-bN"),
         "pope-palm540B-decode-b64": ({"kind": "infer", "measured_metric": "latency", "unit": "moons"}, "column unit: "),
@@ -173,6 +175,12 @@ def test_files_that_are_none(tmp_path):
         read_rows(write(tmp_path / "a.csv", {}, columns=[name for name in COLUMNS if name != "value"]))
     with pytest.raises(CallerError, match="line 2: no rows"):
         read_rows(write(tmp_path / "b.csv"))
+    twice = tmp_path / "f.csv"
+    twice.write_text(
+        write(tmp_path / "e.csv", {}).read_text().replace("source", "source,value").replace("nobody", "nobody,1")
+    )
+    with pytest.raises(CallerError, match=r"f\.csv, line 1: column value is there twice; take one out"):
+        read_rows(twice)
     with pytest.raises(FileNotFoundError):
         read_rows(tmp_path / "c.csv")
     (tmp_path / "d.csv").write_bytes(write(tmp_path / "e.csv", {}).read_bytes().replace(b"nobody", b"M\xfcller"))
@@ -188,7 +196,8 @@ def test_files_that_are_none(tmp_path):
         ("A100-80GB", "a100_80"), ("A100-40GB", "a100_40"), ("a100_40gb", "a100_40"), ("A100", "a100_80"),
         ("NVIDIA A100-SXM4-80GB", "a100_80"), ("A800-80GB", "a800"), ("H100-80GB", "h100"), ("H100 SXM5", "h100"),
         ("H800", "h800"), ("H200", "h200"), ("V100", "v100"), ("TPUv4", "tpu_v4"), ("TPUv5p", "tpu_v5p"),
-        ("TPU v5e", "tpu_v5e"), ("v5p", "tpu_v5p"), ("TPUv6e", "tpu_v6e"), ("trillium", "tpu_v6e"), ("B200", "b200"),
+        ("TPU v5e", "tpu_v5e"), ("a100_80", "a100_80"),
+        ("v5p", "tpu_v5p"), ("TPUv6e", "tpu_v6e"), ("trillium", "tpu_v6e"), ("B200", "b200"),
     ],
 )  # fmt: skip
 def test_chips_variously_spelt(name, chip):

@@ -111,3 +111,13 @@ def test_overrides_of_fields_are_kept(tmp_path):
     item = found_for(run, 8).ranked[0]
     new = built(tmp_path / "kept.gin", gin_export.export_text(item, run, 2, TINY, overrides))
     assert new.optimizer.b2 == 0.9 and new.model.moe.router.__name__ == "sigmoid_top_k"
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_what_is_computed_again_is_read_back(remat):
+    run, _ = build_run([*TINY], (*OVERRIDES, f"config.model.ModelConfig.remat='{remat}'"))
+    layout = gin_export.layout_of(run, 1)
+    job = Job(shape_of(run.model), chip_named("h100"), 1, 32, 64, own_runs.STACK, memory.NUMERICS["float32_adam"])
+    item = cost_one(job, layout, 32)
+    assert gin_export.applied(run, item).model.remat == remat
+    assert layout.remat == {"none": "selective"}.get(remat, remat)

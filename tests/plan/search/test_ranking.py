@@ -8,11 +8,13 @@ import pytest
 from gpt4moe.accounting.chips import chip_named
 from gpt4moe.accounting.published import shape_named
 from gpt4moe.config.check import CallerError
+from gpt4moe.plan.money import goodput
+from gpt4moe.plan.money.goodput import Reliability
 from gpt4moe.plan.published.conventions import measured_seconds
 from gpt4moe.plan.published.measurements import PUBLISHED_RUNS, read_rows
 from gpt4moe.plan.published.setups import setup_of
 from gpt4moe.plan.published.validate import examine
-from gpt4moe.plan.search.layouts import SPACES, Job
+from gpt4moe.plan.search.layouts import SPACES, Job, rounder_chips
 from gpt4moe.plan.search.ranking import FEWER_CHIPS, cost_all, cost_one, search
 from gpt4moe.plan.training import memory
 from gpt4moe.plan.training.stacks import Stack
@@ -161,3 +163,40 @@ def test_no_layout_divides():
 def test_objective_without_a_price():
     with pytest.raises(CallerError, match="--objective='dollars' needs a price, a800 has none; give --price"):
         search(a_job(chip="a800", dollars_per_hour=None), objective="dollars")
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_ramp_leaves_layouts_without_stages(space):
+    """A ramp to 64 sequences from 16: data parallelism alone divides both."""
+    found = search(a_job("llama3_8b", "h100", 8, 64, space=space, ramp_rows=(16,)), SPACES[space])
+    alone = {item.layout.data for item in found.ranked if item.layout.stage * item.layout.tensor == 1}
+    assert 8 in alone
+
+
+def test_tensor_divides_what_fast_links_join():
+    found = SPACES["megatron"].layouts(a_job("gpt4_1p8t", "a100_40", 48, 96), left_out := Counter())
+    assert {candidate.layout.tensor for candidate in found} == {1, 2, 4, 8}
+    assert any("does not divide the 8 chips that fast links join" in reason for reason in left_out)
+
+
+def test_a_number_that_divides_badly_leaves_chips_idle():
+    """Of 1,000 chips whole servers may be left out: 960 = 2^6 3 5 divide a batch of 960 in more ways than 2^3 5^3."""
+    job = a_job(num_chips=1000, batch_rows=960, most_idle=0.05)
+    assert rounder_chips(job) == 960
+    found, whole = search(job), search(dataclasses.replace(job, most_idle=0.0), SPACES["megatron"])
+    best = found.ranked[0]
+    assert best.idle_chips == 40 and not any(item.idle_chips for item in whole.ranked)
+    assert best.seconds_per_token < whole.ranked[0].seconds_per_token
+    assert best.model_flops_utilization == pytest.approx(0.96 * best.step.model_flops_utilization)
+    assert best.dollars_per_token == pytest.approx(2.0 * 1000 * best.seconds_per_token / 3600)
+    assert rounder_chips(dataclasses.replace(job, num_chips=960)) is None
+    assert rounder_chips(dataclasses.replace(job, most_idle=0.01)) != 960
+
+
+def test_dollars_count_the_hours_that_failures_cost():
+    reliability = Reliability(1e8, 60, 600)
+    sure = cost_one(job := a_job(), next(iter(SPACES["megatron"].layouts(job, Counter()))).layout, 64)
+    failing = dataclasses.replace(sure, job=dataclasses.replace(job, reliability=reliability))
+    share = goodput.goodput(dataclasses.replace(reliability, job_mtbf_seconds=1e8 / 32))
+    assert 0.9 < share < 0.99 and failing.goodput == share
+    assert failing.dollars_per_token == pytest.approx(sure.dollars_per_token / share)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from gpt4moe.accounting.chips import chip_named
+from gpt4moe.config.check import CallerError
 from gpt4moe.plan.training.communication import (
     Group,
     all_gather_seconds,
@@ -79,3 +80,27 @@ def test_a_stack_may_have_another_network():
 def test_alone_there_is_nothing_to_send(exchange):
     assert exchange(LARGE, A100, Group(1), STACK) == 0
     assert exchange(0, A100, Group(8), STACK) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "inner"),
+    [(6, 1, 2), (12, 1, 4), (8, 1, 8), (16, 1, 8), (4, 1, 4), (8, 4, 2), (4, 8, 1), (4, 32, 1)],
+)
+def test_groups_that_do_not_divide_a_server_lie_over_its_border(size, stride, inner):
+    assert links(A100, Group(size, stride), STACK).inner == inner
+
+
+def test_a_hop_on_a_torus_has_one_of_six_links():
+    one = V5P.network.domain_bytes_per_second / 6
+    assert message_seconds(LARGE, V5P, 1, STACK) == pytest.approx(LARGE / one / SCALE_UP_EFFICIENCY, rel=1e-3)
+
+
+def test_chips_without_a_network_do_not_communicate():
+    alone = chip_named("t4")
+    assert all_gather_seconds(1e9, alone, Group(1), STACK) == 0
+    for call in (
+        lambda: all_gather_seconds(1e9, alone, Group(2), STACK),
+        lambda: message_seconds(1e9, alone, 1, STACK),
+    ):
+        with pytest.raises(CallerError, match="--chip='t4' has no network that its table tells; take one chip"):
+            call()

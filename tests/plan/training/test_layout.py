@@ -85,3 +85,10 @@ def test_schedules_beside_each_other():
 
 def test_layouts_are_values():
     assert len({Layout(data=2), Layout(data=2), dataclasses.replace(Layout(), data=2)}) == 1
+
+
+def test_microbatches_of_interleaved_chunks():
+    """8 stages of 4 chunks: the last goes back after 24 passes of a chunk and one, the first after 38 and one."""
+    held = [SCHEDULES["interleaved"].in_flight(8, 32, 4, stage) for stage in (0, 1, 7)]
+    assert held == [39 / 4, 37 / 4, 25 / 4]
+    assert SCHEDULES["interleaved"].in_flight(8, 8, 4, 0) == 8

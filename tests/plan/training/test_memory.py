@@ -178,3 +178,36 @@ def test_the_cache_and_its_copies(name, tensor, batch_sharded, copies):
 def test_a_layout_that_is_none_is_refused():
     with pytest.raises(CallerError, match="num_heads=32 must be divisible by the tensor degree"):
         _estimate(shape_named("llama2_7b"), Layout(tensor=3))
+
+
+def test_rows_of_a_split_expert_lie_whole_on_its_chips():
+    """Rows go there and back in 16 bits: over 4 chips that share each expert, four times the bytes of one alone."""
+    shape = shape_named("mixtral_8x7b")
+    split, whole = (
+        _estimate(shape, Layout(tensor=4, expert=2, expert_tensor=parts, data=4)).activation_bytes for parts in (4, 1)
+    )
+    rows = LENGTH * shape.experts_per_token * shape.num_layers
+    assert split - whole == pytest.approx(3 / 4 * rows * 2 * 2 * shape.model_dim)
+
+
+def test_zero_shards_over_the_chips_of_a_row_too():
+    """All replicas and their context chips, unless a group of replicas is named."""
+    shape = gpt("x", 8, 1024, 16)
+    one, two = (_estimate(shape, Layout(context=context, data=4, zero=1)) for context in (1, 2))
+    assert two.optimizer_bytes == pytest.approx(one.optimizer_bytes / 2)
+    named = _estimate(shape, Layout(context=2, data=4, zero=1, zero_group=4))
+    assert named.optimizer_bytes == one.optimizer_bytes
+
+
+def test_what_dots_keeps():
+    """Of a layer of width d with a feed-forward of 4 d: input, query, key, value, output, and both products: 11 d."""
+    shape = gpt("x", 8, 1024, 8)
+    kept = {
+        remat: _estimate(shape, Layout(remat=remat, sequence_parallel=False)).activation_bytes
+        for remat in ("none", "dots", "full")
+    }
+    assert kept["dots"] == pytest.approx(LENGTH * 8 * 2 * (3 + 3 + 4) * 1024)
+    assert kept["full"] < kept["dots"] < kept["none"]
+    experts = shape_named("mixtral_8x7b")
+    routed, none = (_estimate(experts, Layout(remat=remat)).activation_bytes for remat in ("dots", "none"))
+    assert routed < none / 3

@@ -36,7 +36,7 @@ def test_rows_on_their_way_to_experts():
     assert beside(MIXTRAL, OURS, 1) == 4 * 4096 * 2 * 4096 * 2
     assert beside(MIXTRAL, dataclasses.replace(OURS, tensor=8, expert_tensor=8), 1) == 4 * 4096 * 2 * 4096 * 2
     kept = dataclasses.replace(OURS, tensor=8, expert_tensor=8, remat="selective")
-    assert beside(MIXTRAL, kept, 1) == pytest.approx((4 + 2 * 32 * 7 / 8) * 4096 * 2 * 4096 * 2)
+    assert beside(MIXTRAL, kept, 1) == beside(MIXTRAL, OURS, 1)
 
 
 def test_idle_ticks_keep_their_inputs():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gpt4moe.accounting import flops
+from gpt4moe.accounting import flops, parameters
 from gpt4moe.accounting.chips import chip_named
 from gpt4moe.accounting.published import gpt, shape_named
 from gpt4moe.accounting.shape import Shape
@@ -203,7 +203,7 @@ def test_our_configuration_is_costed_by_the_same_function():
 
 
 def test_eight_bits_need_a_chip_that_has_them():
-    with pytest.raises(CallerError, match="matmul_bits=8 needs 8-bit products, which v100 lacks; take 16"):
+    with pytest.raises(CallerError, match="matmul_bits=8 needs fp8 products, which v100 lacks; take 16"):
         _estimate(chip=chip_named("v100"), matmul_bits=8)
 
 
@@ -222,3 +222,43 @@ def test_experts_move_rows_that_a_dense_layer_does_not():
     dense, routed = (layer_time.forward(place, experts=experts).elementwise for experts in (False, True))
     moved_bytes = 2 * 6 * 1024 * 2048
     assert routed - dense == pytest.approx(moved_bytes / (H100.bandwidth_bytes_per_second * MEMORY_EFFICIENCY))
+
+
+def test_zero_2_reduces_the_gradients_of_every_microbatch():
+    """Without overlap: one gather of weights and one reduction of as many bytes, or one for each of 4 microbatches."""
+    shape, stack = gpt("x", 8, 4096, 32), Stack(data_overlap=0.0)
+    sent = {
+        (zero, rows): step_time.estimate(
+            shape, Layout(data=8, zero=zero, microbatch_rows=rows), chip_named("h100"), 32 * 2048, 2048, stack
+        ).parts["data_communication"]
+        for zero in (1, 2)
+        for rows in (1, 4)
+    }
+    assert sent[1, 1] == sent[1, 4] == sent[2, 4]
+    assert sent[2, 1] == pytest.approx((4 + 1) / 2 * sent[1, 1], rel=1e-3)
+
+
+def test_dots_computes_all_again_but_products_with_matrices():
+    shape, again = gpt("x", 8, 4096, 32), {}
+    for remat in ("selective", "dots", "full"):
+        layout = Layout(data=8, remat=remat)
+        again[remat] = step_time.estimate(shape, layout, chip_named("h100"), 8 * 2048, 2048).parts["recompute"]
+    parts = step_time.estimate(shape, Layout(data=8), chip_named("h100"), 8 * 2048, 2048).parts
+    assert again["selective"] == 0
+    assert again["full"] - again["dots"] == pytest.approx(parts["matmul"] / 3)
+
+
+def test_experts_between_groups_of_replicas_are_summed_over_their_copies():
+    """64 replicas in groups of 4, 32 chips to a set of experts: 2 copies of each expert, not 16."""
+    shape = shape_named("qwen3_30b_a3b")
+    stack = Stack(data_overlap=0.0, scale_out_bytes_per_second=1e6)
+    times = [
+        step_time.estimate(
+            shape, Layout(data=data, expert=32, zero=3, zero_group=4), chip_named("h100"), data * 2048, 2048, stack
+        ).parts["data_communication"]
+        for data in (32, 64)
+    ]
+    counted = parameters.count(shape)
+    dense, routed = counted.total - counted.experts, counted.experts
+    more = 2 * 2 / 1e6 / 0.6 * (routed / 32 / 2 + dense / 4 / 2 * (7 / 8 - 3 / 4))
+    assert times[1] - times[0] == pytest.approx(more, rel=0.02)

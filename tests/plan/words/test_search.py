@@ -138,7 +138,11 @@ def _again(word: str, words: tuple[str, ...]) -> bool:
             "--batch_tokens=2050.0 must be a multiple of the sequence length (64)",
         ),
         ((), "--num_chips=None must be given: no run file's MESH tells it"),
-        (("--num_chips=8", "--shape=gpt4_1p8t"), "--shape='gpt4_1p8t' must be given, or a --gin_file instead"),
+        (("--num_chips=8", "--shape=gpt4_1p8t"), "--shape='gpt4_1p8t' goes without --gin_file; give one of them"),
+        (("--num_chips=8", "--save_seconds=0"), "--save_seconds=0.0 must be a number above 0"),
+        (("--num_chips=8", "--most_idle=1"), "--most_idle=1.0 must be at least 0 and below 1"),
+        (("--num_chips=8", "--layout=tensor=0"), "--layout='tensor=0': tensor=0 must be an integer of at least 1"),
+        (("--num_chips=99000000",), "--num_chips=99000000 must be at most 10,000,000"),
         (("--num_chips=64", "--batch_tokens=64"), "--num_chips=64 divides into no layout of tiny"),
         (("--num_chips=8", "--export=x.gin", "--space=megatron"), "--export='x.gin' needs a run file and what our"),
         (("--num_chips=8", "--export=x.gin", "--memory_gb=3"), "has nothing to write: no layout fits; take more chips"),
@@ -151,3 +155,33 @@ def test_mistakes_of_a_run_file(capsys, words, said):
 def test_a_model_file_has_no_batch(capsys):
     said = mistake_of(capsys, "--gin_file=gin_configs/model/tiny.gin", "--chip=h100", "--num_chips=8")
     assert said == "--gin_file='gin_configs/model/tiny.gin' has no RunConfig; give a run file"
+
+
+def test_idle_chips_are_told(capsys):
+    words = ("--shape=llama3_8b", "--chip=h100", "--num_chips=8", "--batch_tokens=1e6", "--sequence_length=8192")
+    row = document_of(capsys, "search", *words, "--layout=stage=5")["asked"]
+    assert row["idle_chips"] == 3 and row["why"].endswith(", 3 chips idle")
+    many = ("--shape=llama3_8b", "--chip=h100", "--num_chips=1000", "--batch_tokens=3932160", "--sequence_length=4096")
+    assert main(["plan", "search", *many, "--most_idle=0.05", "--top=1"]) == 0
+    assert "idle        40 chips: 960 divide better; the best layout of all takes " in capsys.readouterr().out
+    assert document_of(capsys, "search", *many, "--most_idle=0")["idle"] is None
+
+
+def test_a_ramp_of_a_run_file(capsys):
+    """From 4 sequences to 32 on 4 chips: nothing is left out for it, and what does not divide is said so."""
+    words = (*TINY, "--chip=h100", "--num_chips=4", "--ramp=0:256,1e6:2048")
+    document = document_of(capsys, "search", *words, "--layout=data=4")
+    assert document["asked"]["layout"]["data"] == 4
+    families = {row["family"]: row for row in document["families"]}
+    assert any(row["fits"] and row["layout"]["stage"] == 1 for row in families.values())
+    assert not any("does not divide over 4" in row["why"] for row in families.values())
+    assert main(["plan", "search", *TINY, "--chip=h100", "--num_chips=1", "--top=1"]) == 0
+    assert "alone" not in capsys.readouterr().out
+
+
+def test_an_exported_run_saves_before_its_end(capsys, tmp_path):
+    """A tiny model's interval is millions of steps; the run has 100."""
+    words = (*TINY, "--gin.TRAIN_STEPS=100", "--gin.CHECKPOINT_EVERY=40", "--chip=h100", "--num_chips=8")
+    document = document_of(capsys, *words, f"--export={tmp_path / 'planned.gin'}")
+    assert document["checkpoint"]["checkpoint_every"] == 40
+    assert build_run([str(tmp_path / "planned.gin")])[0].train.checkpoint_every == 40
