@@ -16,7 +16,7 @@ from typing import Any
 
 from gpt4moe.config.check import CallerError, require
 from gpt4moe.plan.published import scores
-from gpt4moe.plan.published.calibration import FORMAT, LEAST_SCALE, MOST_SCALE, Entry
+from gpt4moe.plan.published.calibration import FORMAT, Entry
 from gpt4moe.plan.published.comparison import Compared, compare_all
 from gpt4moe.plan.published.measurements import PUBLISHED_RUNS, read_rows
 from gpt4moe.plan.training.step_time import KINDS
@@ -24,6 +24,8 @@ from gpt4moe.plan.training.step_time import KINDS
 ROWS_PER_CONSTANT = 4
 # A further constant must take this share off the error of left-out rows, or it describes their noise.
 LEAST_GAIN = 0.05
+# A part of a step that takes so many times more or less than the whole of it does is noise told as a constant.
+MOST_APART = 4.0
 # Constants are drawn to the one scalar as if a further row of this weight said so: what no row tells apart stays equal.
 PRIOR_WEIGHT = 0.001
 MODELS = {
@@ -121,22 +123,17 @@ def _fit_stack(name: str, samples: list[Sample], constants: int | None) -> dict:
     if constants in refused:
         mend = "take fewer, or more measurements"
         raise CallerError(f"--constants={constants} is refused for {name}: {refused[constants]}; {mend}")
-    kept = [number for number, fit in fits.items() if fit and number not in refused]
-    chosen = constants or min(
-        kept,
-        key=lambda number: (
-            math.inf
-            if number > 1 and fits[number][1] is None
-            else fits[number][1]
-            if fits[number][1] is not None
-            else 0.0
-        ),
-    )
-    entry = _entry(fits[chosen], len(samples))
+    kept = {number: fit[1] for number, fit in fits.items() if fit and number not in refused}
+    chosen = constants or min(kept, key=lambda number: kept[number] if kept[number] is not None else number - 1)
     errors = [sample.error for sample in samples]
+    before, left_out = scores.mape(errors), fits[chosen][1]
+    if constants is None and left_out is not None and left_out >= before:
+        refused[1] = f"rows left out are {left_out:.1%} off after a fit to the others, {before:.1%} without one"
+        chosen, fits[0] = 0, (dict.fromkeys(KINDS, 1.0), before)
+    entry = _entry(fits[chosen], len(samples))
     return dataclasses.asdict(entry) | {
         "constants": chosen,
-        "error_before": scores.mape(errors),
+        "error_before": before,
         "error_in_sample": scores.mape([_error(sample, fits[chosen][0]) for sample in samples]),
         "refused": {str(number): why for number, why in refused.items()},
         "rows_named": [sample.name for sample in samples],
@@ -159,11 +156,15 @@ def _others(samples: list[Sample], left_out: Sample) -> list[Sample]:
 def _reason(fits: dict, number: int) -> dict[int, str]:
     """Why a fit of several constants is not kept: it does not pay, or its constants are none."""
     factors, error = fits[number]
-    best = min(fit[1] for other, fit in fits.items() if fit and other < number and fit[1] is not None)
-    outside = {kind: value for kind, value in factors.items() if not LEAST_SCALE <= value <= MOST_SCALE}
+    if error is None:
+        return {number: "all rows are of one job: none can be left out"}
+    best = min(fit[1] for other, fit in fits.items() if fit and other < number)
+    scalar = fits[1][0]["compute"]
+    outside = {kind: value for kind, value in factors.items() if not 1 / MOST_APART <= value / scalar <= MOST_APART}
     if outside:
         kind, value = next(iter(outside.items()))
-        return {number: f"{kind} would be multiplied by {value:.3g}, outside {LEAST_SCALE} to {MOST_SCALE}"}
+        told = f"more than {MOST_APART:g} times from the one scalar ({scalar:.3g})"
+        return {number: f"{kind} would be multiplied by {value:.3g}, {told}"}
     if error > (1 - LEAST_GAIN) * best:
         return {number: f"rows left out are {error:.1%} off, {best:.1%} with fewer constants"}
     return {}
@@ -209,7 +210,7 @@ def format_document(document: dict) -> str:
         left = "-" if found["left_out_error"] is None else f"{found['left_out_error']:.1%}"
         line = f"{name:<36}{found['rows']:>5}{found['error_before']:>9.1%}{left:>10}{found['seconds_scale']:>8.3f}"
         lines.append(line + "".join(f"{found[f'{kind}_scale']:>15.3f}" for kind in kinds))
-        lines += [f"    more constants refused: {why}" for why in list(found["refused"].values())[:1]]
+        lines += [f"    {number} refused: {why}" for number, why in sorted(found["refused"].items())[:1]]
         lines += ["    one row: what it does not tell is how far another would be off"] if found["rows"] == 1 else []
     lines += [f"skipped {item['name']}: {item['reason']}" for item in document.get("skipped", ())]
     if "out" in document:

@@ -14,8 +14,6 @@ from gpt4moe.config.check import CallerError
 from gpt4moe.plan.training.stacks import Stack
 
 FORMAT = "gpt4moe calibration 1"
-# A measured time this many times the predicted one, or one over it, is another setting and not a slow stack.
-LEAST_SCALE, MOST_SCALE = 0.2, 10.0
 
 
 @dataclasses.dataclass(frozen=True)

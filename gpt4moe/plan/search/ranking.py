@@ -98,7 +98,8 @@ class Costed:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """ranked: what fits, best first. families: the best of each, or the nearest to fitting where none does.
+    """ranked: what fits, best first. missed: what does not, the nearest to it first. families: the best of each, or the
+    nearest to fitting where none does.
 
     left_out: choices that were not followed, by reason. examined: layouts that were given bytes.
     """
@@ -109,6 +110,7 @@ class Found:
     left_out: dict[str, int]
     examined: int
     seconds: float
+    missed: tuple[Costed, ...] = ()
 
 
 def search(job: Job, space: Space = SPACES["megatron"], objective: str = "time") -> Found:
@@ -125,8 +127,10 @@ def search(job: Job, space: Space = SPACES["megatron"], objective: str = "time")
     if not costed:
         raise CallerError(_none(job, left_out))
     ranked = rank(costed, objective)
-    families = _families(ranked, costed)
-    return Found(job, ranked, families, dict(left_out), len(costed), time.perf_counter() - started)
+    missed = (item for item in costed if not item.memory.fits)
+    missed = tuple(sorted(missed, key=lambda item: -item.memory.spare_bytes))
+    families = _families(ranked, missed)
+    return Found(job, ranked, families, dict(left_out), len(costed), time.perf_counter() - started, missed)
 
 
 def _candidates(job: Job, space: Space, left_out: Counter) -> Iterator[Candidate]:
@@ -204,11 +208,9 @@ def _passes(job: Job, candidate: Candidate) -> Iterator[int]:
             yield passes
 
 
-def _families(ranked: Sequence[Costed], costed: Sequence[Costed]) -> dict[str, Costed]:
+def _families(ranked: Sequence[Costed], missed: Sequence[Costed]) -> dict[str, Costed]:
     best: dict[str, Costed] = {}
-    for item in ranked:
-        best.setdefault(item.family, item)
-    for item in sorted(costed, key=lambda item: -item.memory.spare_bytes):
+    for item in (*ranked, *missed):
         best.setdefault(item.family, item)
     return best
 

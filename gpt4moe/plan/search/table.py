@@ -150,6 +150,8 @@ def format_document(document: dict) -> str:
     if not run["best"]:
         lines += ["", "no layout fits: take more chips, chips with more memory, or a state of fewer bytes (--numerics)"]
     lines += [f"slow        {text}" for text in run["slow_widths"]]
+    if run["space"] == "ours":
+        lines += ["", "note        bytes sent are the algorithms' least; --verify shows what XLA adds (docs/plan.md)"]
     lines += ["", *_rest(run)]
     return "\n".join(lines).rstrip()
 
@@ -180,6 +182,8 @@ def _rest(run: dict) -> list[str]:
         )
     if "exported" in run:
         lines.append(f"written     {run['exported']}")
+    if "report" in run:
+        lines.append(f"page        {run['report']}")
     for checked in run.get("verified", ()):
         from gpt4moe.plan.search.verify import format_verification
 

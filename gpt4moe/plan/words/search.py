@@ -52,6 +52,11 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
         document["ramp"] = table.ramp_rows(best, _ramp(args, run))
     if args.export:
         document["exported"] = _export(args, run, best, document)
+    if args.report:
+        from gpt4moe.plan.words import search_report
+
+        search_report.write_report(found, document, args.report)
+        document["report"] = args.report
     if args.verify:
         from gpt4moe.plan.search import verify
 

@@ -53,6 +53,7 @@ def simulated(args: argparse.Namespace, question: Question, service: Service) ->
             "batching": cluster.policy.batching,
             "prefill": cluster.policy.prefill,
             "seed": args.seed,
+            "full_load_tokens_per_second": capacity * cluster.replicas * args.new_tokens,
             "roofline_tokens_per_second": service.tokens_per_second * cluster.replicas,
             "capacity_requests_per_second": capacity * cluster.replicas,
         }

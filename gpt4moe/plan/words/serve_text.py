@@ -99,7 +99,8 @@ def _simulation(found: dict) -> list[str]:
         f"{found['replicas']} x {found['replica_chips']} chips, {found['batching']} batching, "
         f"{found['rows']} rows a microbatch{refused}",
         f"  tokens a second   {found['tokens_per_second']:,.0f}; stages busy {found['utilization']:.1%}; "
-        f"the roofline's full load is {found['roofline_tokens_per_second']:,.0f}",
+        f"full load is {found['full_load_tokens_per_second']:,.0f} of such requests, "
+        f"{found['roofline_tokens_per_second']:,.0f} at --context",
         f"  first token       {_percentiles(first)}, of which waiting {found['mean_wait_seconds']:.3f} s on average",
         f"  between tokens    {_percentiles(gap)}",
         f"  dollars per 1k    {found['dollars_per_1k_tokens']:.5f} over {found['elapsed_hours']:.2f} h"

@@ -1,5 +1,6 @@
 """`gpt4moe plan calibrate`: constants that are known are found, noise is refused, our own runs are read."""
 
+import dataclasses
 import json
 import random
 
@@ -180,3 +181,29 @@ def test_the_mesh_of_a_run_is_a_layout():
         schedule="circular",
         sequence_parallel=False,
     )
+
+
+def test_a_scalar_that_helps_no_other_row_is_refused():
+    """One row is told too slow, one as much too fast: each would pull the other the wrong way."""
+    slow = [
+        dataclasses.replace(item, measured_seconds=item.measured_seconds * (1.1 if index else 1 / 1.1))
+        for index, item in enumerate(_samples(dict.fromkeys(step_time.KINDS, 1.0), rows=2))
+    ]
+    found = calibrate.examine(slow)["stacks"]["mine/h100"]
+    assert found["constants"] == 0 and found["seconds_scale"] == 1 and "without one" in found["refused"]["1"]
+    assert found["left_out_error"] == found["error_before"]
+    asked = calibrate.examine(slow, constants=1)["stacks"]["mine/h100"]
+    assert asked["constants"] == 1 and asked["seconds_scale"] != 1
+
+
+def test_a_part_far_from_the_whole_is_noise():
+    truth = {"compute": 1.0, "memory": 0.1, "communication": 1.0, "idle": 1.0}
+    found = calibrate.examine(_samples(truth))["stacks"]["mine/h100"]
+    assert any("more than 4 times from the one scalar" in why for why in found["refused"].values())
+    assert found["constants"] < 3
+
+
+def test_rows_of_one_job_tell_no_constants():
+    alike = [dataclasses.replace(item, job="one") for item in _samples(dict.fromkeys(step_time.KINDS, 1.3))]
+    with pytest.raises(CallerError, match="all rows are of one job: none can be left out"):
+        calibrate.examine(alike, constants=2)

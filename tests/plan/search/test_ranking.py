@@ -194,9 +194,9 @@ def test_a_number_that_divides_badly_leaves_chips_idle():
 
 
 def test_dollars_count_the_hours_that_failures_cost():
-    reliability = Reliability(1e8, 60, 600)
+    reliability = Reliability(1e7, 60, 600)
     sure = cost_one(job := a_job(), next(iter(SPACES["megatron"].layouts(job, Counter()))).layout, 64)
     failing = dataclasses.replace(sure, job=dataclasses.replace(job, reliability=reliability))
-    share = goodput.goodput(dataclasses.replace(reliability, job_mtbf_seconds=1e8 / 32))
+    share = goodput.goodput(dataclasses.replace(reliability, job_mtbf_seconds=1e7 / 32))
     assert 0.9 < share < 0.99 and failing.goodput == share
     assert failing.dollars_per_token == pytest.approx(sure.dollars_per_token / share)

@@ -1,6 +1,8 @@
 """`gpt4moe plan search` as typed: its document, its table, the file it writes, and mistakes in one line."""
 
+import html
 import json
+import re
 
 import pytest
 
@@ -185,3 +187,21 @@ def test_an_exported_run_saves_before_its_end(capsys, tmp_path):
     document = document_of(capsys, *words, f"--export={tmp_path / 'planned.gin'}")
     assert document["checkpoint"]["checkpoint_every"] == 40
     assert build_run([str(tmp_path / "planned.gin")])[0].train.checkpoint_every == 40
+
+
+def test_the_page_of_a_search_is_whole_and_alone(capsys, tmp_path):
+    page = tmp_path / "search.html"
+    document = document_of(capsys, "search", *SHAPE, "--top=4", "--layout=tensor=8", f"--report={page}")
+    text = page.read_text()
+    assert text.count("<svg") == text.count("</svg>") == 3
+    assert text.count("<tr>") == 3 + 4 + len(document["families"]) + 1
+    assert all(html.escape(row["why"]) in text for row in (*document["best"], *document["families"], document["asked"]))
+    assert not re.search(r'(src|href)="(?!#)', text.replace('xlink:href="#', ""))
+    said = mistake_of(capsys, *SHAPE, f"--report={tmp_path / 'search.txt'}")
+    assert "must end in .html" in said
+
+
+def test_the_page_of_a_search_that_found_nothing(capsys, tmp_path):
+    page = tmp_path / "search.html"
+    document = document_of(capsys, "search", *SHAPE, "--memory_gb=5", f"--report={page}")
+    assert not document["best"] and page.read_text().count("<svg") == 1
