@@ -98,8 +98,8 @@ def _layout_flags(parser: argparse.ArgumentParser) -> None:
     )
     schedule = "of the pipeline, e.g. zb_h1 (default: 1f1b, or interleaved)"
     parser.add_argument("--schedule", metavar="NAME", help=schedule)
-    length = "tokens of a sequence (default: %(default)s)"
-    parser.add_argument("--sequence_length", type=int, default=8192, metavar="T", help=length)
+    length = "tokens of a sequence (default: the context of the gin file's model, 8192 of --shape)"
+    parser.add_argument("--sequence_length", type=int, metavar="T", help=length)
     parser.add_argument("--batch_tokens", type=float, metavar="N", help="tokens of a step")
     imbalance = "rows of the fullest expert over their mean (default: that of the stack)"
     parser.add_argument("--imbalance", type=float, metavar="X", help=imbalance)

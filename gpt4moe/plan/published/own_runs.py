@@ -12,7 +12,7 @@ import pathlib
 import statistics
 
 from gpt4moe.accounting import flops
-from gpt4moe.accounting.chips import Chip, find_chip
+from gpt4moe.accounting.chips import Chip, Network, find_chip
 from gpt4moe.accounting.shape import shape_of
 from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.run import RunConfig
@@ -66,4 +66,6 @@ def _cpu(run: RunConfig, rows: list[dict], num_devices: int) -> Chip:
     row = rows[-1]
     peak = flops.train_flops_per_token(shape_of(run.model)) * row["tokens_per_second"] / row["model_flops_utilization"]
     share = 1 / num_devices
-    return Chip("cpu", (), peak * share, CPU_MEMORY_BYTES * share, CPU_BYTES_PER_SECOND * share)
+    network = Network(num_devices, CPU_BYTES_PER_SECOND * share, CPU_BYTES_PER_SECOND * share)
+    memory_bytes, rate = CPU_MEMORY_BYTES * share, CPU_BYTES_PER_SECOND * share
+    return Chip("cpu", (), peak * share, memory_bytes, rate, network=network)

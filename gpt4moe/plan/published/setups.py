@@ -57,7 +57,8 @@ class Setup:
     @property
     def memory(self) -> memory.MemoryEstimate:
         """The predicted bytes of a chip."""
-        return _memory(self.shape, self.layout, self.chip, self.sequence_length, self.source)
+        rows = self.batch_tokens // self.sequence_length
+        return _memory(self.shape, self.layout, self.chip, self.sequence_length, self.source, rows)
 
 
 def setup_of(row: Row) -> Setup:
@@ -194,7 +195,7 @@ def _best(
         except CallerError as error:
             refused = error
             continue
-        needed = _memory(shape, layout, chip, length, source)
+        needed = _memory(shape, layout, chip, length, source, rows)
         elsewhere = needed.activation_bytes if source.offloads and layout.remat == "full" else 0.0
         order = (0.0, 0)
         if needed.spare_bytes + elsewhere < 0:
@@ -206,6 +207,9 @@ def _best(
     return layout, rows
 
 
-def _memory(shape: Shape, layout: Layout, chip: Chip, length: int, source: Source) -> memory.MemoryEstimate:
+def _memory(
+    shape: Shape, layout: Layout, chip: Chip, length: int, source: Source, batch_rows: int
+) -> memory.MemoryEstimate:
     numerics = dataclasses.replace(memory.NUMERICS[source.numerics], flash=source.stack.flash)
-    return memory.estimate(shape, layout, chip, sequence_length=length, numerics=numerics)
+    microbatches = layout.microbatches(batch_rows)
+    return memory.estimate(shape, layout, chip, sequence_length=length, microbatches=microbatches, numerics=numerics)

@@ -162,6 +162,9 @@ def format_document(document: dict) -> str:
     lines += ["", "picked among measured layouts of one model:"] if document["regret_groups"] else []
     for group in document["regret_groups"]:
         lines.append(f"  {group['picked']} of {len(group['rows'])}, best {group['best']}: {_percent(group['regret'])}")
+    ran = [row["name"] for row in document["rows"] if row.get("fits") is False]
+    if ran:
+        lines += ["", f"predicted not to fit though they ran, {len(ran)}: {', '.join(ran)}"]
     reasons = defaultdict(list)
     for item in document["skipped"]:
         reasons[item["reason"]].append(item["name"])

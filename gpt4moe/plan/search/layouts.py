@@ -104,6 +104,8 @@ def megatron_layouts(job: Job, left_out: Counter) -> Iterator[Candidate]:
             for virtual in _virtual_stages(job.shape.num_layers, stage, microbatches, left_out):
                 schedule = "interleaved" if virtual > 1 else "1f1b"
                 with_two = stage == 1 or microbatches == 1
+                if not with_two and data > 1:
+                    left_out["ZeRO-2 in a pipeline, which sums the gradients of every microbatch"] += 1
                 for zero, group in _zero_levels(job.chip, tensor * context, data, with_two=with_two):
                     for expert, expert_tensor in experts:
                         layout = Layout(
@@ -212,6 +214,8 @@ def _virtual_stages(
             left_out["layers do not divide over the stages"] += 1
             return
         yield 1
+        if stage < num_chunks // stage * stage and microbatches >= stage:  # chunks of a layer, the ends hold one less
+            yield num_chunks // stage
         return
     for virtual in _divisors(num_chunks // stage) if stage > 1 else (1,):
         if virtual > 1 and microbatches < stage:

@@ -135,7 +135,7 @@ def format_document(document: dict) -> str:
         f"{run['shape']} ({scaled(run['parameters']).strip()} parameters, {scaled(run['active_parameters']).strip()} "
         f"active) on {run['num_chips']:,} x {run['chip']} of {run['memory_gb']:.0f} GB",
         f"batches of {run['batch_tokens']:,} tokens in rows of {run['sequence_length']:,}; {run['space']}, "
-        f"stack {run['stack']}, state {run['numerics']}",
+        f"stack {run['stack']}{', calibrated' if run.get('is_calibrated') else ''}, state {run['numerics']}",
         f"{run['examined']:,} layouts, {run['fitting']:,} fit, {run['search_seconds']:.1f} s ({rate:,.0f} a second)",
         "choices left out: " + (", ".join(f"{reason} ({count:,})" for reason, count in left) or "none"),
         "",

@@ -18,6 +18,8 @@ from gpt4moe.plan.training.layout import Layout
 from gpt4moe.plan.training.stacks import Stack
 from gpt4moe.plan.words.command import Build
 
+USUAL_SEQUENCE_LENGTH = 8192
+
 
 def shape_from(args: argparse.Namespace, build: Build) -> Shape:
     """Returns the shape of the model that gin files build, or a published one; raises unless one of them is given."""
@@ -27,6 +29,14 @@ def shape_from(args: argparse.Namespace, build: Build) -> Shape:
     if args.shape:
         return shape_named(args.shape)
     return dataclasses.replace(shape_of(build.model()), name=pathlib.Path(args.gin_file[-1]).stem)
+
+
+def sequence_length_from(args: argparse.Namespace, build: Build) -> int:
+    """Returns --sequence_length, else the context of the gin file's model, else that of the reference."""
+    if args.sequence_length is None:
+        return build.model().context_length if args.gin_file else USUAL_SEQUENCE_LENGTH
+    require_count("--sequence_length", args.sequence_length)
+    return args.sequence_length
 
 
 def chip_from(args: argparse.Namespace) -> Chip:

@@ -18,7 +18,7 @@ from gpt4moe.plan.money.train_cost import Power, RampStage
 from gpt4moe.plan.money.training_job import TrainingJob
 from gpt4moe.plan.training.layout import Layout
 from gpt4moe.plan.training.step_losses import step_losses, whole_batch
-from gpt4moe.plan.words.chosen import chip_from, job_from, layout_from, shape_from, stack_from
+from gpt4moe.plan.words.chosen import chip_from, job_from, layout_from, sequence_length_from, shape_from, stack_from
 from gpt4moe.plan.words.command import Build
 
 DAY_SECONDS = 24 * HOUR_SECONDS
@@ -28,8 +28,9 @@ SPARE_RISK = 0.01
 def answer(args: argparse.Namespace, build: Build) -> tuple[dict, Callable[[dict], str]]:
     """Returns the JSON document of `plan cost` and the function that makes text of it."""
     shape, chip = shape_from(args, build), chip_from(args)
-    job = job_from(args, shape, chip, _utilization(args, shape, chip))
-    slower, stages = _ramp(args, job)
+    length = sequence_length_from(args, build)
+    job = job_from(args, shape, chip, _utilization(args, shape, chip, length))
+    slower, stages = _ramp(args, job, length)
     hours = job.chip_hours * slower
     power = _power(args, job)
     best = goodput.best_interval_seconds(job.reliability)
@@ -88,7 +89,7 @@ def format_cost(document: dict) -> str:
     return "\n".join(lines)
 
 
-def _utilization(args: argparse.Namespace, shape: Shape, chip: Chip) -> float:
+def _utilization(args: argparse.Namespace, shape: Shape, chip: Chip, length: int) -> float:
     """Of --mfu, or what a step of --step_seconds means, or what is predicted of the layout."""
     given = (args.mfu is not None, args.step_seconds is not None)
     require(sum(given) < 2, "--mfu", args.mfu, "must be given, or --step_seconds with --batch_tokens, not both")
@@ -100,7 +101,7 @@ def _utilization(args: argparse.Namespace, shape: Shape, chip: Chip) -> float:
     )
     if args.step_seconds is None:
         layout, (stack, _) = layout_from(args, shape), stack_from(args, chip)
-        batch, length = whole_batch(layout, args.batch_tokens, args.sequence_length), args.sequence_length
+        batch = whole_batch(layout, args.batch_tokens, length)
         return step_losses(shape, layout, chip, batch, length, stack=stack, num_chips=args.num_chips).utilization
     for name in ("step_seconds", "batch_tokens", "num_chips"):
         require_positive(f"--{name}", getattr(args, name))
@@ -118,14 +119,14 @@ def _power(args: argparse.Namespace, job: TrainingJob) -> Power | None:
     return Power(job.chip.watts, dollars_per_kwh=args.kwh_price, carbon_free=args.carbon_free)
 
 
-def _ramp(args: argparse.Namespace, job: TrainingJob) -> tuple[float, list[dict]]:
+def _ramp(args: argparse.Namespace, job: TrainingJob, length: int) -> tuple[float, list[dict]]:
     """How many times longer the run takes for its small batches, and its parts; --mfu is that of the last batch."""
     if not args.ramp:
         return 1.0, []
     layout = layout_from(args, job.shape)
     layout.check(job.shape)
-    parts = _parts(args.ramp, job.tokens, args.sequence_length)
-    shares = {batch: _busy(layout, batch, args.sequence_length) for _, batch in args.ramp}
+    parts = _parts(args.ramp, job.tokens, length)
+    shares = {batch: _busy(layout, batch, length) for _, batch in args.ramp}
     last = shares[args.ramp[-1][1]]
     full_rate = job.tokens / job.seconds
 

@@ -15,7 +15,7 @@ from gpt4moe.plan.money.goodput import HOUR_SECONDS
 from gpt4moe.plan.training import memory, stacks, waterfall
 from gpt4moe.plan.training.stacks import Stack
 from gpt4moe.plan.training.step_losses import step_losses, whole_batch
-from gpt4moe.plan.words.chosen import chip_from, job_from, layout_from, shape_from, stack_from
+from gpt4moe.plan.words.chosen import chip_from, job_from, layout_from, sequence_length_from, shape_from, stack_from
 from gpt4moe.plan.words.command import Build
 
 SHARES = ("data_overlap", "tensor_overlap", "context_overlap", "expert_overlap", "stage_overlap", "network_share")
@@ -27,14 +27,15 @@ def answer(args: argparse.Namespace, build: Build) -> tuple[dict, Callable[[dict
     layout, (stack, is_calibrated) = layout_from(args, shape), stack_from(args, chip)
     require(args.batch_tokens is not None, "--batch_tokens", None, "must be given")
     require(args.numerics in memory.NUMERICS, "--numerics", args.numerics, f"must be in {', '.join(memory.NUMERICS)}")
-    batch = whole_batch(layout, args.batch_tokens, args.sequence_length)
+    length = sequence_length_from(args, build)
+    batch = whole_batch(layout, args.batch_tokens, length)
     found = step_losses(
-        shape, layout, chip, batch, args.sequence_length, stack=stack, num_chips=args.num_chips
+        shape, layout, chip, batch, length, stack=stack, num_chips=args.num_chips
     )  # fmt: skip
     job = job_from(args, shape, chip, found.utilization)
     bars = waterfall.waterfall(found.ideal_seconds, found.lost_seconds, job.goodput)
     needed = memory.estimate(
-        shape, layout, chip, sequence_length=args.sequence_length, microbatches=found.step.microbatches,
+        shape, layout, chip, sequence_length=length, microbatches=found.step.microbatches,
         numerics=dataclasses.replace(memory.NUMERICS[args.numerics], flash=stack.flash),
     )  # fmt: skip
     document = {

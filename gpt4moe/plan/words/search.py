@@ -36,6 +36,7 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
     given = bool(args.shape or args.gin_file)
     require(given, "--shape", args.shape, "must be given, or a --gin_file instead", "e.g. --shape=gpt4_1p8t")
     require_count("--top", args.top)
+    require_count("--verify", args.verify, least=0)
     run = build.run() if args.gin_file else None
     space = SPACES[args.space or ("ours" if run else "megatron")]
     ours = run is not None and space.name == "ours"
@@ -46,6 +47,7 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
     asked = _asked(args, job, run if ours else None, space)
     found = search(job, space, args.objective)
     document = table.to_document(found, space, args.objective, args.top, asked)
+    document["is_calibrated"] = _is_calibrated(args, job)
     best = next(iter(found.ranked), None)
     if best is not None:
         document["checkpoint"] = _checkpoint(best, run)
@@ -74,7 +76,7 @@ def _job(args: argparse.Namespace, run: RunConfig | None, space: Space) -> Job:
     shape = shape_of(run.model) if run else shape_named(args.shape)
     if run:
         shape = dataclasses.replace(shape, name=pathlib.Path(args.gin_file[-1]).stem)
-    length = args.sequence_length or (run.data.sequence_length if run else None)
+    length = run.data.sequence_length if run and args.sequence_length is None else args.sequence_length
     require(length is not None, "--sequence_length", None, "must be given with --shape")
     require(length > 0, "--sequence_length", length, "must be an integer of at least 1")
     ramp = [_rows("--ramp" if args.ramp else "--batch_tokens", batch, length, args) for _, batch in _ramp(args, run)]
@@ -134,6 +136,11 @@ def _stack(args: argparse.Namespace, space: Space, chip: Chip) -> Stack:
     return calibrated(stack, chip.name, read_calibration(args.calibration)) if args.calibration else stack
 
 
+def _is_calibrated(args: argparse.Namespace, job: Job) -> bool:
+    entries = read_calibration(args.calibration) if args.calibration else {}
+    return f"{job.stack.name}/{job.chip.name}" in entries
+
+
 def _numerics(args: argparse.Namespace, space: Space):
     name = args.numerics or space.numerics
     require(name in NUMERICS, "--numerics", name, f"must be in {', '.join(NUMERICS)}")
@@ -169,6 +176,7 @@ def _layout(text: str, job: Job, space: Space) -> tuple[Layout, bool]:
         require(known, "--layout", text, f"has unknown {name!r}", f"known are {', '.join([*DEGREES, 'zero', 'remat'])}")
         if name in numbers and not value.isdigit():
             raise CallerError(f"--layout={text!r} needs a whole number for {name}, not {value!r}")
+        require(name not in given, "--layout", text, f"has {name} twice", "give it once")
         given[name] = int(value) if name in numbers else value
         if name in DEGREES:
             require_count(f"--layout={text!r}: {name}", given[name])
@@ -201,11 +209,21 @@ def _export(args: argparse.Namespace, run: RunConfig, best: Costed | None, docum
     if args.ramp:
         ramp = tuple((int(start), rows * best.job.sequence_length) for (start, _), rows in _ramp_rows(args, best))
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_tokens=ramp))
-    files = [os.path.relpath(path) if os.path.exists(path) else path for path in args.gin_file]
+    target = pathlib.Path(args.export)
+    own = any(target.exists() and os.path.exists(path) and target.samefile(path) for path in args.gin_file)
+    require(not own, "--export", args.export, "is the run file itself", "give another name")
+    require(target.parent.is_dir(), "--export", args.export, "must lie in a folder that is there")
+    files = [_included(path) for path in args.gin_file]
     every = document["checkpoint"]["checkpoint_every"]
     text = gin_export.export_text(best, run, every, files, args.overrides)
-    pathlib.Path(args.export).write_text(text, encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
     return args.export
+
+
+def _included(path: str) -> str:
+    """As the file is found from any folder: those of the package by name, others by their whole path."""
+    packaged = path.startswith("gin_configs/")
+    return path if packaged or not os.path.exists(path) else os.path.abspath(path)
 
 
 def _ramp_rows(args: argparse.Namespace, best: Costed) -> zip:

@@ -186,7 +186,7 @@ def test_the_mesh_of_a_run_is_a_layout():
 def test_a_scalar_that_helps_no_other_row_is_refused():
     """One row is told too slow, one as much too fast: each would pull the other the wrong way."""
     slow = [
-        dataclasses.replace(item, measured_seconds=item.measured_seconds * (1.1 if index else 1 / 1.1))
+        dataclasses.replace(item, measured_seconds=item.measured_seconds * (1.1 if index else 1 / 1.2))
         for index, item in enumerate(_samples(dict.fromkeys(step_time.KINDS, 1.0), rows=2))
     ]
     found = calibrate.examine(slow)["stacks"]["mine/h100"]

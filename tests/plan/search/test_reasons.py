@@ -29,7 +29,8 @@ def test_the_layout_of_the_reference_does_not_fit_its_chips():
     assert parts["optimizer"] == pytest.approx(0.9e9, rel=0.05)
     assert parts["activation"] == pytest.approx(2.6e9, rel=0.05)
     without_runtime = -item.memory.spare_bytes - parts["reserved"]
-    assert without_runtime == pytest.approx(64.6e9 - 40e9, rel=0.05)
+    rows = 7 / 8 * 8192 * 2 * 2 * 2 * 10_752  # there and back, whole on each chip that holds a part of an expert
+    assert without_runtime == pytest.approx(64.6e9 + rows - 40e9, rel=0.05)
     said = why(item, None)
     missing = f"{-item.memory.spare_bytes / 1e9:.1f} GB"
     assert said == f"does not fit by {missing} on stage 0: weight 30.8, gradient 30.8, reserved 3.6"

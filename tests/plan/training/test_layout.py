@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from gpt4moe.accounting.published import shape_named
+from gpt4moe.accounting.shape import Shape
 from gpt4moe.config.check import CallerError
 from gpt4moe.plan.training.layout import Layout
 from gpt4moe.plan.training.schedules import SCHEDULES
@@ -92,3 +93,40 @@ def test_microbatches_of_interleaved_chunks():
     held = [SCHEDULES["interleaved"].in_flight(8, 32, 4, stage) for stage in (0, 1, 7)]
     assert held == [39 / 4, 37 / 4, 25 / 4]
     assert SCHEDULES["interleaved"].in_flight(8, 8, 4, 0) == 8
+
+
+def test_what_schedules_hold_and_send():
+    assert {name: schedule.weight_copies for name, schedule in SCHEDULES.items()} == dict.fromkeys(SCHEDULES, 1) | {
+        "dualpipe": 2
+    }
+    assert {name for name, schedule in SCHEDULES.items() if schedule.messages == 2} == {"zb_v", "dualpipe"}
+    assert SCHEDULES["circular"].in_flight(1, 8, 1, 0) == 1 and SCHEDULES["circular"].in_flight(2, 8, 1, 0) == 8
+
+
+def test_copies_of_experts():
+    assert Layout(tensor=2, context=4, data=8, expert=8).expert_data == 8
+    assert Layout(tensor=2, data=8, expert=4, zero_group=4).expert_zero_degree == 2
+    assert Layout(tensor=2, data=8, expert=4, zero_group=4, expert_zero_group=1).expert_zero_degree == 1
+    assert Layout(data=8, expert=8, zero_group=2).expert_zero_degree == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "said"),
+    [
+        (Shape("x", 4, 512, 48, 8, 64, 1000, 1536), Layout(tensor=6), "num_kv_heads=8 must divide the tensor degree"),
+        (Shape("x", 4, 512, 8, 8, 64, 1000, 1001), Layout(tensor=2), "hidden_dim=1001 must be divisible by the tensor"),
+        (
+            Shape("x", 4, 500, 10, 10, 50, 1000, 0, num_moe_layers=4, num_experts=4, expert_hidden_dim=1408),
+            Layout(tensor=5, expert_tensor=5),
+            "expert_hidden_dim=1408 must be divisible by the expert_tensor degree",
+        ),
+    ],
+)
+def test_widths_that_do_not_divide(shape, layout, said):
+    with pytest.raises(CallerError, match=said):
+        layout.check(shape)
+
+
+def test_a_flag_is_a_flag():
+    with pytest.raises(CallerError, match="sequence_parallel=1"):
+        Layout(sequence_parallel=1)

@@ -211,3 +211,82 @@ def test_what_dots_keeps():
     experts = shape_named("mixtral_8x7b")
     routed, none = (_estimate(experts, Layout(remat=remat)).activation_bytes for remat in ("dots", "none"))
     assert routed < none / 3
+
+
+BYTES_OF_A_PARAMETER = {
+    "mixed_adam": (2, 4, 12), "mixed_adam_16": (2, 2, 12), "float32_adam": (4, 4, 8), "fp8_adam": (1, 4, 8),
+    "bfloat16": (2, 2, 4), "adafactor": (4, 4, 0.01), "korthikanti": (2, 4, 12),
+}  # fmt: skip
+
+
+def test_state_of_every_numerics():
+    shape = gpt("x", 4, 512, 4)
+    total = parameters.count(shape).total
+    assert set(NUMERICS) == set(BYTES_OF_A_PARAMETER)
+    for name, each in BYTES_OF_A_PARAMETER.items():
+        found = _estimate(shape, Layout(zero=0), numerics=NUMERICS[name])
+        held = (found.weight_bytes, found.gradient_bytes, found.optimizer_bytes)
+        assert held == pytest.approx([total * size for size in each]), name
+
+
+def test_context_halves_activations_and_logits():
+    shape = gpt("x", 4, 512, 4)
+    one, two = (_estimate(shape, Layout(context=context)) for context in (1, 2))
+    assert (one.activation_bytes, one.logit_bytes) == (2 * two.activation_bytes, 2 * two.logit_bytes)
+
+
+def test_a_tied_table_lies_on_both_ends():
+    shape = dataclasses.replace(gpt("x", 4, 512, 4, learned_positions=0), tied=True)
+    counted, layout = parameters.count(shape), Layout(stage=2)
+    first, last = (memory.stage_parameters(shape, layout, stage)[0] for stage in (0, 1))
+    assert first == pytest.approx(last) and first + last == pytest.approx(counted.total + counted.embedding)
+
+
+@pytest.mark.parametrize("stages", [1, 4, 16])
+def test_the_stages_hold_every_parameter_of_deepseek(stages):
+    """Shared experts, routers and the latent's matrices among them."""
+    shape = shape_named("deepseek_v3")
+    layout = Layout(tensor=4, stage=stages, expert=8, expert_tensor=2, data=16)
+    held = [memory.stage_parameters(shape, layout, stage)[:2] for stage in range(stages)]
+    total = sum(4 * dense + 16 * routed for dense, routed in held)
+    assert total == pytest.approx(parameters.count(shape).total)
+
+
+def test_what_a_layer_of_deepseek_keeps():
+    """Of 7,168: four inputs, queries and outputs, keys and values of heads, the latent, experts there and back."""
+    shape = shape_named("deepseek_v3")
+    latent, dim = shape.latent, 7168
+    heads = 128 * (latent.plain_dim + latent.value_dim)
+    core = 2 * 128 * (latent.plain_dim + latent.rotary_dim + latent.value_dim) / 2
+    inside = core + heads + latent.key_value_rank + latent.rotary_dim
+    routed = 8 * (2 * dim + 3 * 2048)
+    kept = memory.activation_bytes_per_token(shape, Layout(), NUMERICS["mixed_adam"], LENGTH, experts=True)
+    assert kept == pytest.approx(2 * (4 * dim + inside + 3 * 2048 + routed) + 4 * 256)
+
+
+def test_dualpipe_holds_weights_twice():
+    shape = gpt("x", 8, 512, 4)
+    once, twice = (_estimate(shape, Layout(stage=4, schedule=name)).weight_bytes for name in ("1f1b", "dualpipe"))
+    assert twice == 2 * once
+
+
+def test_the_first_stage_with_experts_only_is_looked_at():
+    """DeepSeek over 16 stages: three layers without experts, then three of four with them."""
+    shape = shape_named("deepseek_v3")
+    found = _estimate(shape, Layout(stage=16, expert=8, data=64, zero=0, schedule="1f1b"))
+    assert found.most_loaded_stage == 1
+
+
+def test_zero_3_gathers_two_layers():
+    shape = gpt("x", 8, 512, 4, learned_positions=0)
+    counted = parameters.count(shape)
+    layer = (counted.attention + counted.dense + counted.norms) / 8
+    assert _estimate(shape, Layout(data=4, zero=3)).gathered_bytes == pytest.approx(2 * layer * 2)
+    assert _estimate(shape, Layout(data=1, zero=3)).gathered_bytes == 0
+    assert _estimate(shape, Layout(data=4, zero=2)).gathered_bytes == 0
+
+
+def test_a_layer_that_is_computed_again_is_there_once():
+    shape = gpt("x", 8, 512, 4)
+    again, kept = (_estimate(shape, Layout(remat=remat)) for remat in ("full", "selective"))
+    assert again.working_bytes == pytest.approx(kept.activation_bytes / 8) and kept.working_bytes == 0

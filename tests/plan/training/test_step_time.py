@@ -11,9 +11,10 @@ from gpt4moe.accounting.shape import Shape
 from gpt4moe.config.check import CallerError
 from gpt4moe.configure import build_model
 from gpt4moe.plan.training import layer_time, step_time
+from gpt4moe.plan.training.communication import Group, all_gather_seconds, message_seconds
 from gpt4moe.plan.training.layer_time import Place, expert_rows, product_seconds
 from gpt4moe.plan.training.layout import Layout
-from gpt4moe.plan.training.stacks import MEMORY_EFFICIENCY, Stack, matmul_efficiency
+from gpt4moe.plan.training.stacks import MEMORY_EFFICIENCY, MESSAGE_SECONDS, Stack, matmul_efficiency
 
 A100, H100 = chip_named("a100_80"), chip_named("h100")
 GPT, MIXTRAL = gpt("gpt", 96, 12_288, 96), shape_named("mixtral_8x22b")
@@ -262,3 +263,98 @@ def test_experts_between_groups_of_replicas_are_summed_over_their_copies():
     dense, routed = counted.total - counted.experts, counted.experts
     more = 2 * 2 / 1e6 / 0.6 * (routed / 32 / 2 + dense / 4 / 2 * (7 / 8 - 3 / 4))
     assert times[1] - times[0] == pytest.approx(more, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("chip", "share"),
+    [("a100_40", 0.72), ("v100", 0.60), ("h800", 0.61), ("b200", 0.65), ("gb200", 0.65), ("tpu_v4", 0.8)],
+)
+def test_shares_of_the_peak(chip, share):
+    assert matmul_efficiency(chip) == share
+
+
+def test_scores_through_memory_take_eleven_bytes():
+    """A head of 128 over 2,048 tokens: the core without fusion moves 11 bytes a score, once forward and twice back."""
+    shape = gpt("x", 1, 128, 1)
+    slow = dataclasses.replace(A100, bandwidth_bytes_per_second=1e3)
+    part = _estimate(shape, Layout(remat="none"), slow, 2048, flash=False).parts["attention_core"]
+    assert part == pytest.approx(3 * 11 * 2048 * 2048 / (1e3 * MEMORY_EFFICIENCY), rel=1e-3)
+
+
+def test_keys_are_gathered_once_forward_and_twice_back():
+    shape, layout = gpt("x", 4, 1024, 8), Layout(context=4, zero=0)
+    whole = 2048 * 2 * 1024 * 2
+    one = all_gather_seconds(whole, A100, Group(4, 1, 4), Stack())
+    found = _estimate(shape, layout, tokens=2048, context_overlap=0.0).parts["context_communication"]
+    assert found == pytest.approx(4 * 3 * one)
+
+
+def test_gaps_of_a_layer_come_forward_and_back():
+    """Attention and feed-forward share one gap a pass."""
+    parts = _estimate(gpt("x", 4, 1024, 8), Layout(), tokens=2048, layer_pass_seconds=0.5).parts
+    assert parts["overhead"] == pytest.approx(4 * 2 * 0.5)
+
+
+def test_products_of_a_latent_layer_are_its_matrices():
+    """At the peak: two FLOPs a parameter and token, three times forward; shared experts and router as well."""
+    shape = dataclasses.replace(shape_named("deepseek_v3"), num_layers=2, num_moe_layers=1)
+    counted = parameters.count(shape)
+    beside = counted.attention + counted.dense + counted.shared_experts + counted.router
+    large = dataclasses.replace(shape, num_experts=256)
+    step = _estimate(large, Layout(remat="none"), H100, 4096, 4096, network_share=0.0)
+    ideal = 6 * beside * 4096 / H100.peak_flops
+    assert 1 / 0.61 < step.parts["matmul"] / ideal < 1.1 / 0.61
+
+
+def test_a_window_bounds_the_core():
+    shape = shape_named("llama3_8b")
+    windowed = dataclasses.replace(shape, window=1024)
+    whole, cut = (
+        _estimate(each, Layout(remat="none"), H100, 65_536, 65_536).parts["attention_core"]
+        for each in (shape, windowed)
+    )
+    assert cut == pytest.approx(whole / 32, rel=0.1)
+
+
+def test_eight_bits_are_for_products_and_what_goes_to_experts():
+    layout = Layout(expert=8, data=8, remat="none")
+    parts = {bits: _estimate(MIXTRAL, layout, H100, 8 * 4096, 4096, matmul_bits=bits).parts for bits in (8, 16)}
+    assert parts[8]["attention_core"] == parts[16]["attention_core"]
+    starts = MIXTRAL.num_layers * 4 * MESSAGE_SECONDS * 4  # forward and backward, there and back, over 8 chips
+    eight, sixteen = (parts[bits]["expert_communication"] - starts for bits in (8, 16))
+    assert eight == pytest.approx(3 / 4 * sixteen)
+
+
+def test_rows_that_go_to_few_servers():
+    shape = shape_named("deepseek_v3")
+    layout = Layout(expert=64, data=64, remat="none")
+    free, limited = (
+        _estimate(shape, layout, H100, 64 * 4096, 4096, domain_limit=limit).parts["expert_communication"]
+        for limit in (0, 4)
+    )
+    assert limited == pytest.approx(free / 2, rel=0.05)
+
+
+def test_key_heads_are_stored_again_beyond_their_number():
+    """Mixtral has 8: over 16 chips each keeps one, of which 8 chips had one each."""
+    place = [Place(MIXTRAL, Layout(tensor=tensor, expert_tensor=tensor), H100, Stack(), 4096) for tensor in (8, 16)]
+    eight, sixteen = (layer_time.forward(each, experts=False).products for each in place)
+    assert sixteen > eight / 2 * 1.001
+
+
+def test_the_optimizer_moves_thirty_bytes_a_parameter():
+    shape = gpt("x", 4, 1024, 8)
+    found = _estimate(shape, Layout(data=4, zero=1), tokens=4 * 2048).parts["optimizer"]
+    moved = 30 * parameters.count(shape).total / 4
+    assert found == pytest.approx(moved / (A100.bandwidth_bytes_per_second * MEMORY_EFFICIENCY))
+
+
+def test_messages_that_fill_and_empty_the_pipeline_are_not_hidden():
+    shape, layout = gpt("x", 8, 1024, 8), Layout(tensor=2, stage=4, sequence_parallel=False)
+    one = message_seconds(2048 * 1024 * 2 / 2, A100, 2, Stack())
+    hidden, shown, whole = (
+        _estimate(shape, layout, tokens=8 * 2048, **stack).parts["stage_communication"]
+        for stack in ({"stage_overlap": 1.0}, {"stage_overlap": 0.0}, {"stage_overlap": 0.0, "scatter_gather": False})
+    )
+    assert hidden == pytest.approx(2 * 3 * one) and shown == pytest.approx(2 * 8 * one)
+    assert whole == pytest.approx(2 * 8 * message_seconds(2048 * 1024 * 2, A100, 2, Stack()))

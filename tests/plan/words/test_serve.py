@@ -29,7 +29,7 @@ def test_the_references_128_chips(capsys):
         main([*REFERENCE, "--cache=both"])
     capsys.readouterr()
     assert main([*REFERENCE, *fixed[:4], "--cache=heads"]) == 2  # eight copies of the cache have no room
-    assert "hold no layout, the cache of the smallest batch too large" in capsys.readouterr().err
+    assert "--batch=256 rows for each stage is more than any layout holds (1,038 sequences" in capsys.readouterr().err
 
 
 def test_the_model_of_a_gin_file_is_the_one_that_is_costed(capsys):
