@@ -13,8 +13,9 @@ from gpt4moe.plan.training.layer_time import ACTIVATION_BYTES
 from gpt4moe.plan.training.layout import Layout
 from gpt4moe.plan.training.memory import Numerics, reserved_bytes_of, stage_parameters
 
-# Rows on their way to experts and back, once forward and, at the same moment, their gradients.
-EXCHANGE_COPIES = 4
+# Rows on their way to experts and back, once forward and, at the same moment, their gradients; the former are counted
+# with the layer that is computed again, where one is.
+EXCHANGE_COPIES, IN_WORKING_LAYER = 4, 2
 # Beside the sum of gradients: those of the pass at hand, and the sum that becomes of the two.
 GRADIENT_COPIES = 2
 # Of a chip's memory, left free: what compiled programs hold beyond the prediction (the reference on v6e: 0.015).
@@ -31,7 +32,7 @@ def beside_bytes(shape: Shape, layout: Layout, numerics: Numerics, sequence_leng
     tokens = layout.microbatch_rows * sequence_length / layout.context
     return (
         _gradients_of_a_pass(shape, layout, numerics, microbatches)
-        + _exchange(shape, tokens)
+        + _exchange(shape, layout, tokens)
         + _ticks(shape, layout, tokens, microbatches)
     )
 
@@ -47,12 +48,13 @@ def _gradients_of_a_pass(shape: Shape, layout: Layout, numerics: Numerics, micro
     return GRADIENT_COPIES * (dense + routed) * numerics.gradient_bytes
 
 
-def _exchange(shape: Shape, tokens: float) -> float:
+def _exchange(shape: Shape, layout: Layout, tokens: float) -> float:
     """Rows for experts lie whole on every chip of a tensor group, which holds a part of each expert."""
     if not shape.num_moe_layers:
         return 0.0
     routed = shape.experts_per_token * (shape.capacity_factor or 1)
-    return EXCHANGE_COPIES * tokens * routed * shape.model_dim * ACTIVATION_BYTES
+    copies = EXCHANGE_COPIES - (IN_WORKING_LAYER if layout.remat in ("dots", "full") else 0)
+    return copies * tokens * routed * shape.model_dim * ACTIVATION_BYTES
 
 
 def _ticks(shape: Shape, layout: Layout, tokens: float, microbatches: int) -> float:

@@ -38,6 +38,23 @@ MOVES = {
     "days_high=105": {41, 43},
     "inference_batch=65536": {60},
     "speculative_tokens=3": {73},
+    "expert_hidden_dim=21504": OF_ATTENTION - {18, 72} | {16},
+    "slow_words_per_minute=300": {5},
+    "fast_words_per_minute=500": {6, 7, 9, 52},
+    "tokens_per_word=1": {5, 6, 7, 9, 52},
+    "dense_parameters=5e11": {7, 8},
+    "dense_tokens_per_second=40": {8},
+    "weight_bytes=1": {7, 9, 54, 55},
+    "small_batch=128": {54},
+    "large_batch=1024": {55},
+    "cache_batch=256": {56, 57},
+    "cache_context_tokens=4096": {56, 57},
+    "cache_head_dim=64": {56, 57},
+    "inference_stages=8": {61, 62, 63, 64, 65, 68, 69},
+    "inference_tensor=4": {61, 63, 64, 68, 69, 70},
+    "vision_bytes_per_patch=300": {75},
+    "text_bytes_per_token=2": {75},
+    "h100=h200": {9, 50},
 }
 
 
@@ -89,6 +106,14 @@ def test_every_premise_moves_a_row_or_a_note():
             row.id for row, old in zip(rows, base, strict=True) if (row.computed, row.note) != (old.computed, old.note)
         ]
         assert changed, f"{field.name} decides nothing"
+
+
+def test_every_computed_row_is_moved_by_some_setting():
+    """But the two FLOPs of a parameter. A chip with twice the peak in 8 bits moves the H100's."""
+    assert 51 in moved("h100=b200")
+    computed = {row.id for row in audit() if row.computed is not None}
+    known = set().union(*MOVES.values()) | set(moved("h100=b200")) | set(moved("experts_per_token=4"))
+    assert computed - known == {53}
 
 
 def test_more_memory_makes_the_layout_fit():

@@ -11,6 +11,8 @@ from gpt4moe.configure import build_run
 from gpt4moe.launch import main
 from gpt4moe.plan.published import calibrate, calibration, own_runs
 from gpt4moe.plan.published.calibrate import Sample
+from gpt4moe.plan.published.comparison import compare_all
+from gpt4moe.plan.published.measurements import PUBLISHED_RUNS, read_rows
 from gpt4moe.plan.search import gin_export
 from gpt4moe.plan.training import step_time
 from gpt4moe.plan.training.layout import Layout
@@ -207,3 +209,52 @@ def test_rows_of_one_job_tell_no_constants():
     alike = [dataclasses.replace(item, job="one") for item in _samples(dict.fromkeys(step_time.KINDS, 1.3))]
     with pytest.raises(CallerError, match="all rows are of one job: none can be left out"):
         calibrate.examine(alike, constants=2)
+
+
+def test_hours_of_whole_runs_are_no_steps():
+    compared, _ = compare_all(read_rows(PUBLISHED_RUNS))
+    assert sum(item.is_whole_run for item in compared) > 10
+    names = {sample.name for sample in calibrate.samples_of(compared)}
+    assert names == {item.row.name for item in compared if item.measured_seconds and not item.is_whole_run}
+
+
+def test_a_constant_that_gains_little_is_refused():
+    """Communication somewhat slower than the rest, under noise of 2 %: less than a twentieth of the error goes."""
+    truth = dict.fromkeys(step_time.KINDS, 1.3) | {"communication": 1.34}
+    samples = _samples(truth, rows=24, noise=0.02, seed=2)
+    found = calibrate.examine(samples)["stacks"]["mine/h100"]
+    errors = [calibrate._judged(samples, number)[1] for number in (1, 2)]
+    assert 0.95 * errors[0] < errors[1] < errors[0]
+    assert found["constants"] == 1 and "with fewer constants" in found["refused"]["2"]
+
+
+@pytest.mark.parametrize(("number", "slow"), [(2, "communication"), (3, "memory"), (4, "idle")])
+def test_each_group_of_kinds_is_found(number, slow):
+    groups = calibrate.MODELS[number]
+    assert len(groups) == number and sorted(kind for group in groups for kind in group) == sorted(step_time.KINDS)
+    truth = dict.fromkeys(step_time.KINDS, 1.0) | {slow: 2.0}
+    found = calibrate.examine(_samples(truth), constants=number)["stacks"]["mine/h100"]
+    assert found[f"{slow}_scale"] == pytest.approx(2, rel=0.02) and found["compute_scale"] == pytest.approx(1, rel=0.02)
+
+
+def test_errors_before_and_after():
+    found = calibrate.examine(_samples(dict.fromkeys(step_time.KINDS, 1.3)))["stacks"]["mine/h100"]
+    assert found["error_before"] == pytest.approx(1 - 1 / 1.3) and found["error_in_sample"] == pytest.approx(
+        0, abs=1e-9
+    )
+
+
+def test_a_run_of_four_devices_with_a_ramp(tmp_path):
+    """The steps of the last batch count; each device is a quarter of the machine, and they reach each other."""
+    run = _workdir(tmp_path / "run")
+    alone = own_runs.read_sample(tmp_path / "run", run)
+    path = tmp_path / "run/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    ramp = [row | {"batch_tokens": row["batch_tokens"] // 2, "step_seconds": 40.0} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*ramp, *rows[1:])))
+    assert own_runs.read_sample(tmp_path / "run", run).measured_seconds == 2.2
+    (tmp_path / "run/environment.json").write_text(json.dumps({"devices": ["cpu"] * 4}))
+    four = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, axes=(("data", 4),)))
+    spread = own_runs.read_sample(tmp_path / "run", four)
+    assert spread.predicted_seconds["compute"] == pytest.approx(alone.predicted_seconds["compute"], rel=0.3)
+    assert spread.predicted_seconds["communication"] > 0

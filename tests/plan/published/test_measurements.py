@@ -298,3 +298,50 @@ def test_hours_need_the_tokens_of_the_run(tmp_path):
     assert conventions.SECONDS["gpu_hours"](setup, hours) == pytest.approx(10)
     with pytest.raises(NotTold, match=r"gpu_hours need the tokens of the run, .*line 2"):
         conventions.SECONDS["gpu_hours"](_setup(tmp_path, name="nobody-13B"), hours)
+
+
+def test_memory_is_in_its_unit(tmp_path):
+    told = {"measured_metric": "memory_gb", "value": "30"}
+    rows = [told | {"name": "some-1", "unit": "GB"}, told | {"name": "some-2", "unit": "GiB"}]
+    found = validate.examine(write(tmp_path / "rows.csv", *rows))["rows"]
+    assert found[0]["predicted"] == pytest.approx(found[0]["memory_bytes"] / 1e9)
+    assert found[0]["predicted"] / found[1]["predicted"] == pytest.approx(2**30 / 1e9)
+
+
+def test_conventions_of_utilisation(tmp_path):
+    """A fraction is percent over 100; hardware counts what is computed again; llm-foundry divides by the 8-bit peak."""
+    full = _setup(tmp_path, name="some-13b-full")
+    seconds = {
+        metric: conventions.SECONDS[metric](full, value)
+        for metric, value in (("hfu", 40.0), ("mfu", 40.0), ("hw_tflops_per_gpu", 0.4 * 312))
+    }
+    assert seconds["hfu"] == pytest.approx(seconds["hw_tflops_per_gpu"])
+    assert 1.3 < seconds["hfu"] / seconds["mfu"] < 4 / 3
+    told = {"measured_metric": "mfu", "value": "0.4", "unit": "fraction"}
+    assert conventions.measured_seconds(_setup(tmp_path, **told)) == pytest.approx(
+        conventions.measured_seconds(_setup(tmp_path, **told | {"value": "40", "unit": "%"}))
+    )
+    half = _setup(tmp_path, name="maxtext-13b-x", gpu_type="TPUv5p")
+    assert half.source.causal
+    whole = conventions.SECONDS["mfu_noncausal_bf16peak"](half, 40.0)
+    assert whole > conventions.SECONDS["mfu"](half, 40.0)
+    eight = _setup(tmp_path, name="mpt-13b-fp8", gpu_type="H100")
+    half_rate = eight.chip.peak_flops / eight.chip.peak_8bit_ops
+    work = conventions.model_flops_per_token(eight, causal=False) * eight.batch_tokens
+    assert conventions.SECONDS["mfu"](eight, 40.0) == pytest.approx(
+        half_rate * work / (64 * 0.4 * eight.chip.peak_flops)
+    )
+    opt = _setup(tmp_path, name="opt-13b-full")
+    plain = _setup(tmp_path, name="nobody-13b-full")
+    assert opt.layout.remat == plain.layout.remat == "full"
+    ratio = [
+        conventions.SECONDS["tflops_per_gpu"](each, 140.0) / conventions.SECONDS["model_tflops_per_gpu"](each, 140.0)
+        for each in (opt, plain)
+    ]
+    assert ratio[0] > 1.25 and ratio[1] == pytest.approx(1)
+
+
+def test_a_batch_is_rounded_up_by_a_tenth_at_most(tmp_path):
+    """80 sequences over 64 replicas: one each; microbatches of two would make 128 of them."""
+    layout = _setup(tmp_path, tp="1", dp="64", global_batch_tokens=str(80 * 2048)).layout
+    assert layout.microbatch_rows == 1

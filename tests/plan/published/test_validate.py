@@ -129,3 +129,57 @@ def test_a_bad_file_is_one_line(tmp_path, capsys):
     assert len(said) == 1 and said[0].endswith("line 2, column gpus: '-1' must be a whole number above 0")
     assert main(["plan", "validate", "--csv", str(tmp_path / "none.csv")]) == 2
     assert "none.csv" in capsys.readouterr().err
+
+
+def test_rows_of_a_stack_are_scored_by_the_others(tmp_path):
+    """Two jobs of one stack: each with the scalar of the other. A job told twice does not fit its twin."""
+    one, two = {"name": "some-1"}, {"name": "some-2", "layers": 20, "params_total": "6.5e9", "params_active": "6.5e9"}
+    rows = validate.examine(write(tmp_path / "a.csv", one, two))["rows"]
+    ratios = [1 + row["error"] for row in rows]
+    assert rows[0]["calibrated_error"] == pytest.approx(ratios[0] / ratios[1] - 1)
+    assert rows[1]["calibrated_error"] == pytest.approx(ratios[1] / ratios[0] - 1)
+    twin = one | {"name": "some-3", "value": 11}
+    again = validate.examine(write(tmp_path / "b.csv", one, two, twin))["rows"]
+    assert again[0]["calibrated_error"] == pytest.approx(rows[0]["calibrated_error"])
+
+
+def test_the_scalar_of_a_stack(tmp_path):
+    rows = validate.examine(write(tmp_path / "a.csv", {"name": "some-1"}))["rows"]
+    slow = {"name": "some-1", "value": 1.25 * rows[0]["predicted_seconds"]}
+    (stack,) = validate.examine(write(tmp_path / "b.csv", slow))["stacks"].values()
+    assert stack["seconds_scale"] == pytest.approx(1.25)
+
+
+def test_regret_of_each_source_is_its_largest(tmp_path):
+    """Tokens a second of two layouts, the faster one told slower: regret by token, of its own source alone."""
+    pairs = []
+    for model, penalty in (("bloom-a", 1.0), ("bloom-b", 1.5), ("nobody", 1.0)):
+        fast = {"name": f"{model}-1", "tp": 8, "dp": 8, "value": 10 * penalty}
+        slow = {"name": f"{model}-2", "tp": 1, "dp": 64, "value": 10}
+        seq = {"bloom-a": 2048, "bloom-b": 1024, "nobody": 2048}[model]
+        pairs += [fast | {"seq": seq}, slow | {"seq": seq, "value": 10 if penalty > 1 else 20}]
+    document = validate.examine(write(tmp_path / "rows.csv", *pairs))
+    regrets = [group["regret"] for group in document["regret_groups"]]
+    assert len(regrets) == 3 and max(regrets) > 0.3
+    of_bloom = [group["regret"] for group in document["regret_groups"] if group["rows"][0].startswith("bloom")]
+    assert document["sources"]["bloom"]["regret"] == max(of_bloom)
+    assert document["sources"]["nobody"]["regret"] == regrets[2]
+    alone = validate.examine(write(tmp_path / "one.csv", *pairs[:2], {"name": "other-1"}))
+    assert alone["sources"]["other"]["regret"] is None
+
+
+def test_utilisation_is_what_is_ranked(document):
+    """FLOP/s of a chip, of one kind of chip: the order of utilisation; that of times would be by size."""
+    rows = [row for row in document["rows"] if row["source"] == "megatron-sc21"]
+    assert document["moe"]["rows"] == 18 and {row["unit"] for row in rows} == {"TFLOP/s"}
+    predicted, measured = ([row[name] for row in rows] for name in ("predicted", "measured"))
+    by_rate = scores.spearman(predicted, measured)
+    by_time = scores.spearman(*([row[f"{name}_seconds"] for row in rows] for name in ("predicted", "measured")))
+    found = document["sources"]["megatron-sc21"]["spearman"]
+    assert found == pytest.approx(by_rate, abs=0.02) and abs(found - by_time) > 0.02
+
+
+def test_layouts_that_ran_and_are_told_not_to_fit_are_named(document):
+    named = [row["name"] for row in document["rows"] if row.get("fits") is False]
+    assert 0 < len(named) < 16
+    assert f"predicted not to fit though they ran, {len(named)}: {named[0]}, " in validate.format_document(document)

@@ -200,3 +200,36 @@ def test_dollars_count_the_hours_that_failures_cost():
     share = goodput.goodput(dataclasses.replace(reliability, job_mtbf_seconds=1e7 / 32))
     assert 0.9 < share < 0.99 and failing.goodput == share
     assert failing.dollars_per_token == pytest.approx(sure.dollars_per_token / share)
+
+
+def test_every_rule_of_the_space_is_there():
+    job = a_job("mixtral_8x7b", "h100", 16, 64, sequence_length=2048)
+    left_out = Counter()
+    layouts = {candidate.layout: candidate for candidate in SPACES["megatron"].layouts(job, left_out)}
+    assert {layout.context for layout in layouts} == {1, 2}
+    assert left_out["rows cut below 1,024 tokens a chip"] > 0
+    assert left_out["several rows on chips that share each of them"] > 0
+    assert all(layout.microbatch_rows == 1 for layout in layouts if layout.context > 1)
+    assert left_out["fewer microbatches than interleaved stages"] > 0
+    several = [candidate for layout, candidate in layouts.items() if layout.virtual_stages > 1]
+    assert several and all(candidate.microbatches >= candidate.layout.stage for candidate in several)
+    assert {(layout.zero, layout.zero_group) for layout in layouts if layout.tensor == 1} >= {(3, 0), (3, 8), (2, 0)}
+    assert {layout.expert_tensor for layout in layouts if layout.tensor == 4} == {1, 4}
+    two = [layout for layout in layouts if layout.zero == 2]
+    assert two and all(layout.stage == 1 or layouts[layout].microbatches == 1 for layout in two)
+    assert left_out["ZeRO-2 in a pipeline, which sums the gradients of every microbatch"] > 0
+
+
+def test_fsdp_divides_the_width_of_the_model():
+    job = a_job("mixtral_8x7b", "h100", 48, 96, space="ours")
+    found = list(SPACES["ours"].layouts(job, left_out := Counter()))
+    assert left_out["fsdp does not divide model_dim"] > 0
+    assert all(4096 % candidate.layout.zero_group == 0 for candidate in found if candidate.layout.zero == 3)
+
+
+def test_chunks_of_one_layer_where_layers_do_not_divide():
+    """Llama 3's 126 layers over 16 stages: 7 chunks, whose first and last stage hold one layer less."""
+    job = a_job("llama3_405b", "h100", 1024, 512, tolerance=0.05)
+    found = SPACES["megatron"].layouts(job, Counter())
+    chunks = {candidate.layout.virtual_stages for candidate in found if candidate.layout.stage == 16}
+    assert chunks == {1, 7}

@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
+from gpt4moe.accounting import parameters
 from gpt4moe.accounting.chips import chip_named
+from gpt4moe.accounting.pipeline import idle_fraction
 from gpt4moe.accounting.shape import shape_of
 from gpt4moe.configure import build_run
 from gpt4moe.plan.published import own_runs
@@ -91,3 +93,35 @@ def test_topologies():
 )  # fmt: skip
 def test_what_a_collective_is_for(kind, axes, purpose):
     assert verify.purpose(kind, axes) == purpose
+
+
+def test_bytes_sent_by_hand():
+    """4 layers of width 32, 4 sequences of 64 in 16 bits; rings send (n - 1) / n of what they gather."""
+    wide = ("NUM_LAYERS=4", "BATCH_TOKENS=512", "SEQUENCE_LENGTH=64")
+    activation = 64 * 32 * 2
+
+    def sent(mesh, *more):
+        _, item = own_layout("gin_configs/run/tiny.gin", "h100", 4, (*wide, *more, f"MESH={mesh}"))
+        return item, verify.sent_bytes(item)
+
+    item, found = sent({"context": 2, "data": 2}, "MICROBATCH_ROWS=2")
+    width = item.job.shape.cache_width
+    assert found["context"] == pytest.approx(4 * (2 + 1) * 4 * 1 / 2 * 64 * width * 2)
+    item, found = sent({"stage": 2, "data": 2}, "MICROBATCH_ROWS=8", "config.mesh.MeshConfig.stage_microbatches=4")
+    ticks = 4 / (1 - float(idle_fraction(2, 4, 1)))
+    assert item.layout.passes == 1 and found["stage"] == pytest.approx(2 * ticks * activation)
+    counted = parameters.count(item.job.shape)
+    half = memory.stage_parameters(item.job.shape, item.layout, 1)
+    assert found["replicas"] == pytest.approx(2 * 1 / 2 * sum(half[:2]) * 2)
+    item, found = sent({"fsdp": 2, "data": 2}, "MICROBATCH_ROWS=4")
+    microbatches, gathered = item.layout.microbatches(8), 1 / 2 * counted.total
+    assert microbatches == 2
+    summed = 2 * 1 / 2 * counted.total / 2 * 2
+    assert found["replicas"] == pytest.approx(2 * gathered * (2 + 2 * 2) + summed)
+
+
+def test_room_of_an_exchange_without_a_capacity():
+    run, item = own_layout("gin_configs/run/tiny.gin", "h100", 2, ("BATCH_TOKENS=512", 'MESH={"expert": 2}'))
+    assert run.model.moe.capacity_factor is None
+    assert verify._exchange_room(run, item, "cpu:2") == 2
+    assert verify._exchange_room(run, item, "v5p:2x1x1") in (1.0, 2)

@@ -12,8 +12,8 @@ from gpt4moe.configure import build_model
 from gpt4moe.plan.serving import expert_load
 from gpt4moe.plan.serving.collectives import expert_exchange, tensor_exchange
 from gpt4moe.plan.serving.cost import serve
-from gpt4moe.plan.serving.layout import Efficiency, ServeLayout
-from gpt4moe.plan.serving.rooflines import Server, critical_rows, decode_step, prefill_step
+from gpt4moe.plan.serving.layout import Efficiency, ServeLayout, max_context
+from gpt4moe.plan.serving.rooflines import Server, core_flops_per_key, critical_rows, decode_step, prefill_step
 
 REFERENCE = shape_of(build_model(["gin_configs/model/gpt4_1p8t.gin"]))
 MIXTRAL = shape_named("mixtral_8x7b")
@@ -194,3 +194,71 @@ def test_rows_go_to_experts_over_the_slow_network_once_for_each_domain():
     assert limited.outside_seconds == pytest.approx(10 * 4 * 7 / 8 * 7168 * 3 / 50e9)
     free = expert_exchange(shape, chip, ServeLayout(expert=64, weights="fp8"), 640)
     assert free.outside_seconds > limited.outside_seconds
+
+
+def test_the_fullest_expert_gets_no_more_rows_than_there_are_tokens():
+    assert expert_load.max_expert_rows(4, 2, 1) == 1
+    assert expert_load.group_imbalance(8, 4, 1, 8) == 2  # one token's four choices on four of eight groups
+
+
+def test_imbalance_slows_the_experts_alone():
+    server = Server(MIXTRAL, H100, ServeLayout(expert=8))
+    even, uneven = (decode_step(server, 64, 1, imbalance=load).flops_seconds for load in (1.0, 2.0))
+    experts = 64 * server.sizes.expert_flops / (8 * H100.peak_flops * Efficiency().matmul)
+    assert uneven - even == pytest.approx(experts)
+
+
+def test_a_window_bounds_a_prompt_too():
+    windowed = dataclasses.replace(shape_named("llama3_8b"), window=512)
+    short, long = (prefill_step(Server(windowed, H100), 1, tokens).flops_seconds / tokens for tokens in (4096, 16_384))
+    assert short == pytest.approx(long)
+
+
+def test_the_core_of_a_latent():
+    """DeepSeek scores and weights its latents: 61 layers, 128 heads, 2 (2 x 512 + 64) FLOPs a key."""
+    assert core_flops_per_key(shape_named("deepseek_v3")) == 2 * 61 * 128 * (2 * 512 + 64)
+
+
+def test_critical_rows_of_formats():
+    """Twice the peak, half the bytes: as many as in 16 bits; in int8 half as many."""
+    plain = critical_rows(H100)
+    assert critical_rows(H100, "fp8") == pytest.approx(plain, rel=0.01) and critical_rows(H100, "int8") == plain / 2
+
+
+def test_exchanges_hide_under_the_computing_of_all_stages():
+    """What does not hide is left; with overlap 1 and slow products nothing is."""
+
+    def exchange(overlap, **changes):
+        efficiency = Efficiency(expert_overlap=overlap, **changes)
+        server = Server(MIXTRAL, H100, ServeLayout(stage=4, expert=8), efficiency)
+        step = decode_step(server, 4096, 1)
+        return step, step.exchange_seconds
+
+    (_, whole), (step, left) = exchange(0.0), exchange(0.001)
+    computing = step.weights_seconds + step.flops_seconds
+    assert whole - left == pytest.approx(0.001 * computing)
+
+
+def test_a_hop_carries_the_rows_of_its_group():
+    server = Server(MIXTRAL, H100, ServeLayout(stage=4, expert=8))
+    step = decode_step(server, 64, 1)
+    sent = 64 / 8 * MIXTRAL.model_dim * 2
+    assert step.hop_seconds == pytest.approx(Efficiency().hop_seconds + sent / H100.network.outside_bytes_per_second)
+
+
+def test_layers_without_experts_exchange_nothing():
+    """DeepSeek's first three of 61."""
+    deepseek = shape_named("deepseek_v3")
+    layout, efficiency = ServeLayout(expert=8), Efficiency()
+    found = decode_step(Server(deepseek, H100, layout, efficiency), 64, 1).exchange_seconds
+    one = expert_exchange(deepseek, H100, layout, 64, None).seconds(efficiency)
+    assert found == pytest.approx(58 * one + 61 * tensor_exchange(deepseek, H100, layout, 64).seconds(efficiency))
+
+
+def test_the_network_between_servers_reaches_less():
+    assert (Efficiency().link, Efficiency().outside_link) == (0.75, 0.55)
+
+
+def test_a_window_does_not_make_contexts_endless():
+    windowed = dataclasses.replace(MIXTRAL, window=512)
+    assert max_context(windowed, ServeLayout(), 8, 1e9) == max_context(MIXTRAL, ServeLayout(), 8, 1e9)

@@ -165,7 +165,13 @@ def test_idle_chips_are_told(capsys):
     words = ("--shape=llama3_8b", "--chip=h100", "--num_chips=8", "--batch_tokens=1e6", "--sequence_length=8192")
     row = document_of(capsys, "search", *words, "--layout=stage=5")["asked"]
     assert row["idle_chips"] == 3 and row["why"].endswith(", 3 chips idle")
-    many = ("--shape=mixtral_8x7b", "--chip=h100", "--num_chips=1000", "--batch_tokens=3932160", "--sequence_length=4096")
+    many = (
+        "--shape=mixtral_8x7b",
+        "--chip=h100",
+        "--num_chips=1000",
+        "--batch_tokens=3932160",
+        "--sequence_length=4096",
+    )
     assert main(["plan", "search", *many, "--most_idle=0.05", "--top=1"]) == 0
     assert "idle        40 chips: 960 divide better; the best layout of all takes " in capsys.readouterr().out
     assert document_of(capsys, "search", *many, "--most_idle=0")["idle"] is None
