@@ -15,7 +15,6 @@ from gpt4moe.plan.serving.layout import ServeLayout, token_cache_bytes, weight_b
 from gpt4moe.plan.serving.speculation import Draft, speed_up, weight_bound_verification
 
 HALF_PRECISION_BYTES = 2
-NODE_CHIPS = 8
 ENGLISH_TOKENS_PER_WORD = 1.33
 CENT = 0.01
 MHA = "palm_540b"  # "500B+ parameters", whose cache the article reckons with full attention
@@ -39,7 +38,7 @@ def _reader(facts: Facts, words_per_minute: float) -> Answer:
 def _dense_bandwidth(facts: Facts) -> Answer:
     premises = facts.premises
     needed = premises.dense_parameters * premises.weight_bytes * _fast_rate(facts) / 1e12
-    there = NODE_CHIPS * premises.h100_chip.bandwidth_bytes_per_second / 1e12
+    there = premises.gpus_per_node * premises.h100_chip.bandwidth_bytes_per_second / 1e12
     return Answer(
         needed, f"TB/s needed, of {there:.1f}; {needed / premises.weight_bytes:.1f} with a byte a weight", there
     )
@@ -47,7 +46,7 @@ def _dense_bandwidth(facts: Facts) -> Answer:
 
 def _dense_utilization(facts: Facts) -> Answer:
     premises, chip = facts.premises, facts.premises.h100_chip
-    needed = 2 * premises.dense_parameters * premises.dense_tokens_per_second / NODE_CHIPS
+    needed = 2 * premises.dense_parameters * premises.dense_tokens_per_second / premises.gpus_per_node
     computed = 100 * needed / chip.peak_8bit_ops
     batch = facts.claims[8].number / computed
     of_16bit = 100 * needed / chip.peak_flops
@@ -56,7 +55,7 @@ def _dense_utilization(facts: Facts) -> Answer:
 
 def _largest_dense(facts: Facts) -> Answer:
     premises = facts.premises
-    there = NODE_CHIPS * premises.h100_chip.bandwidth_bytes_per_second
+    there = premises.gpus_per_node * premises.h100_chip.bandwidth_bytes_per_second
     computed = there / (_fast_rate(facts) * premises.weight_bytes)
     return Answer(computed, f"at all of the bandwidth; the claim is {facts.claims[9].number / computed:.0%} of it")
 

@@ -25,8 +25,7 @@ class Compared:
     """A row and what was predicted, in the row's unit. seconds: of a step, None for what is no training step.
 
     error: of the time, predicted over measured minus one (of the value, where it is no time or rate). is_whole_run: the
-    measured number has restarts and stops in it. layout_key: None where nothing tells the layout. fits: whether the
-    prediction's bytes fit the chip.
+    measured number has restarts and stops in it. fits: whether the prediction's bytes fit the chip.
     """
 
     row: Row
@@ -130,7 +129,7 @@ def _compare_inference(row: Row, calibration: Mapping[str, Entry]) -> Compared:
     if not predicted > 0:
         raise NotTold(f"nothing can be served like this: predicted {row.measured_metric} {predicted:g}")
     ratio = row.value / predicted if higher_is_better else predicted / row.value
-    source = row.source.split("(")[0].strip() if not row.name else _first_words(row)
+    source = _first_words(row)
     return Compared(row, source, f"{source}/{row.chip.name}", predicted, ratio - 1)
 
 

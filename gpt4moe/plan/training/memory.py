@@ -1,8 +1,7 @@
-"""Bytes on the fullest chip: weights, gradients, optimizer under ZeRO, activations by remat and schedule, cache.
+"""Bytes on the fullest chip: weights, gradients, optimizer under ZeRO, activations by remat and schedule.
 
 In: shape, layout, chip, sequence length, numerics. Out: `MemoryEstimate`, per part and with the stage named. Sources:
-Korthikanti et al. 2022 (2205.05198), equations 1 to 5; Rajbhandari et al. 2020 (1910.02054); Pope et al. 2022
-(2211.05102), section 3.3, for the cache.
+Korthikanti et al. 2022 (2205.05198), equations 1 to 5; Rajbhandari et al. 2020 (1910.02054).
 """
 
 from __future__ import annotations
@@ -280,15 +279,3 @@ def kept_keys(shape: Shape) -> float:
 def _hidden(shape: Shape, hidden_dim: int) -> int:
     """Values kept of a feed-forward: input and output of its nonlinearity, the gate where there is one."""
     return shape.matrices * hidden_dim
-
-
-def cache_bytes_per_token(shape: Shape, tensor: int = 1, *, batch_sharded: bool = False, value_bytes: int = 2) -> float:
-    """Returns the cache of one token over all layers, on one chip of a tensor group.
-
-    Key heads are sharded over tensor; fewer heads than chips are stored several times, a latent on every chip. Batch
-    sharded (Pope et al., section 3.3): each chip holds all heads of its part of the batch, nothing twice.
-    """
-    values = shape.num_layers * shape.cache_width * value_bytes
-    if batch_sharded:
-        return values / tensor
-    return values if shape.latent else values / min(tensor, shape.num_kv_heads)

@@ -55,6 +55,7 @@ MOVES = {
     "vision_bytes_per_patch=300": {75},
     "text_bytes_per_token=2": {75},
     "h100=h200": {9, 50},
+    "gpus_per_node=4": {7, 8, 9, 44},
 }
 
 

@@ -94,3 +94,14 @@ def test_slow_widths():
     assert slow_widths(shape_named("gpt4_1p8t"), Layout(8, expert_tensor=8)) == []
     narrow = slow_widths(shape_named("llama3_70b"), Layout(8))
     assert narrow == ["vocab_size / tensor=16032 is no multiple of 128: tiles are cut"]
+
+
+def test_the_bound_of_experts_on_few_servers_and_on_another_network():
+    layout, shape = Layout(expert=64, data=128, zero=3), shape_named("deepseek_v3")
+    chip = chip_named("h800")
+    plain = expert_bound(shape, layout, chip, Stack(matmul_bits=8))
+    assert expert_bound(shape, layout, chip, Stack(matmul_bits=8, domain_limit=4)) == pytest.approx(plain / 2)
+    slow = chip.network.outside_bytes_per_second / 4
+    assert expert_bound(shape, layout, chip, Stack(matmul_bits=8, scale_out_bytes_per_second=slow)) == pytest.approx(
+        4 * plain
+    )

@@ -51,6 +51,8 @@ def test_shares_of_the_cache():
     assert [cache_share(some, ServeLayout(tensor)) for tensor in (32, 64)] == [2 / 48, 1 / 48]
     assert cache_share(shape, ServeLayout(16, cache="batch")) == 1 / 16
     assert cache_share(shape_named("deepseek_v3"), ServeLayout(8)) == 1
+    palm = shape_named("palm_540b")  # one key head
+    assert [cache_share(palm, ServeLayout(64, cache=cache)) for cache in ("heads", "batch")] == [1, 1 / 64]
 
 
 def test_a_replicas_weights_are_there_once_but_for_what_every_group_holds():

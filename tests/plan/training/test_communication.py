@@ -104,3 +104,10 @@ def test_chips_without_a_network_do_not_communicate():
     ):
         with pytest.raises(CallerError, match="--chip='t4' has no network that its table tells; take one chip"):
             call()
+
+
+def test_what_stays_in_a_server_of_an_exchange_over_many():
+    """64 chips: 7 of 64 parts go over fast links, 56 of 64 through the card."""
+    fast = dataclasses.replace(A100.network, outside_bytes_per_second=1e15)
+    chip = dataclasses.replace(A100, network=fast)
+    assert all_to_all_seconds(LARGE, chip, Group(64), STACK) == pytest.approx(7 / 64 * LARGE / NVLINK, rel=1e-3)

@@ -157,24 +157,6 @@ def test_remat_keeps_less():
     assert kept[0] > 15 * kept[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor", "batch_sharded", "copies"),
-    [
-        ("llama3_70b", 8, False, 1),  # eight key heads over eight chips
-        ("llama3_70b", 16, False, 2),
-        ("palm_540b", 64, False, 64),  # one key head
-        ("palm_540b", 64, True, 1),
-        ("opt_175b", 8, False, 1),
-        ("deepseek_v3", 8, False, 8),  # a latent
-    ],
-)
-def test_the_cache_and_its_copies(name, tensor, batch_sharded, copies):
-    shape = shape_named(name)
-    once = shape.num_layers * shape.cache_width * 2
-    found = memory.cache_bytes_per_token(shape, tensor, batch_sharded=batch_sharded)
-    assert found * tensor == pytest.approx(copies * once)
-
-
 def test_a_layout_that_is_none_is_refused():
     with pytest.raises(CallerError, match="num_heads=32 must be divisible by the tensor degree"):
         _estimate(shape_named("llama2_7b"), Layout(tensor=3))

@@ -358,3 +358,82 @@ def test_messages_that_fill_and_empty_the_pipeline_are_not_hidden():
     )
     assert hidden == pytest.approx(2 * 3 * one) and shown == pytest.approx(2 * 8 * one)
     assert whole == pytest.approx(2 * 8 * message_seconds(2048 * 1024 * 2, A100, 2, Stack()))
+
+
+def _data_seconds(layout, **stack):
+    shape = gpt("x", 8, 1024, 8, learned_positions=0)
+    tokens = layout.data * 2048 * 2
+    return _estimate(shape, layout, tokens=tokens, data_overlap=0.0, **stack).parts["data_communication"]
+
+
+def test_collectives_of_every_zero():
+    """One ring of a server: 7/8 of the bytes each time; two microbatches, two bytes a value."""
+    count = parameters.count(gpt("x", 8, 1024, 8, learned_positions=0)).total
+    once = all_gather_seconds(2 * count, A100, Group(8, 1, 8), Stack())
+    times = {zero: _data_seconds(Layout(data=8, zero=zero)) / once for zero in range(4)}
+    assert times == pytest.approx({0: 2, 1: 2, 2: 3, 3: 6})
+    four = all_gather_seconds(4 * count, A100, Group(8, 1, 8), Stack())
+    assert _data_seconds(Layout(data=8, zero=1), gradient_bytes=4) == pytest.approx(once + four)
+
+
+def test_context_and_other_slices_take_part_in_the_sum():
+    count = parameters.count(gpt("x", 8, 1024, 8, learned_positions=0)).total
+    spread = all_gather_seconds(2 * count, A100, Group(8, 1, 8), Stack())
+    assert _data_seconds(Layout(context=2, data=4, zero=1)) == pytest.approx(2 * spread)
+    inside = all_gather_seconds(2 * count, A100, Group(8, 1, 32), Stack())
+    across = all_gather_seconds(2 * count / 8, A100, Group(4, 8, 32), Stack())
+    assert _data_seconds(Layout(data=32, zero=1, zero_group=8)) == pytest.approx(2 * inside + 2 * across)
+
+
+def test_the_first_stage_sums_its_embedding():
+    shape = gpt("x", 8, 1024, 8, learned_positions=0)
+    layout = Layout(stage=4, data=2, zero=0)
+    counted = parameters.count(shape)
+    fullest = (counted.attention + counted.dense) / 4 + counted.embedding
+    expected = 2 * all_gather_seconds(2 * fullest, A100, Group(2, 1, 2), Stack())
+    found = _estimate(shape, layout, tokens=8 * 2048, data_overlap=0.0).parts["data_communication"]
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_only_computing_hides_what_replicas_send():
+    """All of it may hide: what is left is what exceeds the last microbatch's products, elementwise work and head."""
+    shape, layout = gpt("x", 8, 1024, 8), Layout(tensor=8, data=8)
+    parts = _estimate(shape, layout, tokens=8 * 2048, data_overlap=1.0, scale_out_bytes_per_second=1e7).parts
+    whole = _estimate(shape, layout, tokens=8 * 2048, data_overlap=0.0, scale_out_bytes_per_second=1e7).parts
+    beside = sum(parts[name] for name in ("matmul", "attention_core", "elementwise", "overhead", "recompute", "head"))
+    assert whole["data_communication"] - parts["data_communication"] == pytest.approx(beside)
+
+
+def test_exchanges_hide_no_more_than_there_is_to_compute():
+    layout = Layout(expert=8, data=64, remat="none")
+    slow = {"scale_out_bytes_per_second": 1e6, "expert_overlap": 1.0}
+    shape = dataclasses.replace(MIXTRAL, num_experts=64)
+    apart = dataclasses.replace(layout, expert=64)
+    assert _estimate(shape, apart, H100, 64 * 4096, 4096, **slow).parts["expert_communication"] > 0
+
+
+def test_a_shared_expert_is_summed_over_tensor():
+    plain = dataclasses.replace(MIXTRAL, shared_hidden_dim=0)
+    shared = dataclasses.replace(MIXTRAL, shared_hidden_dim=1024)
+    layout = Layout(tensor=8, expert=1, expert_tensor=8)
+    one, two = (_estimate(shape, layout, H100, 4096, 4096).parts["tensor_communication"] for shape in (plain, shared))
+    sums = two - one
+    each = 2 * all_gather_seconds(4096 * MIXTRAL.model_dim * 2, H100, Group(8, 1, 8), Stack())
+    assert sums == pytest.approx(MIXTRAL.num_layers * 2 * each, rel=0.01)
+
+
+def test_two_passes_fill_the_pipeline_twice():
+    shape = gpt("x", 8, 1024, 8)
+    one = Layout(stage=4, schedule="circular", zero=0)
+    bubbles = [
+        _estimate(shape, dataclasses.replace(one, passes=passes), tokens=16 * 2048).parts["bubble"] for passes in (1, 2)
+    ]
+    assert bubbles[1] == pytest.approx(2 * bubbles[0])
+
+
+def test_the_bubble_lasts_as_long_as_the_mean_stage():
+    """2 stages, 2 microbatches: half a step of the mean, though the last has the head."""
+    shape = gpt("x", 4, 1024, 8, 200_000)
+    parts = _estimate(shape, Layout(stage=2, zero=0), tokens=2 * 2048).parts
+    last = sum(parts[name] for name in ("matmul", "attention_core", "elementwise", "overhead", "recompute", "head"))
+    assert parts["bubble"] == pytest.approx((last + last - parts["head"]) / 2 / 2)

@@ -289,3 +289,18 @@ def test_mistakes_are_one_line(words, said, capsys):
         code = left.code
     captured = capsys.readouterr()
     assert code == 2 and said in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_energy_and_owned_dollars_of_a_run(capsys):
+    """700 W a chip, 1.82 for its server, three quarters drawn, 1.1 for the building; 28 % of the value a year."""
+    words = ["plan", "cost", "--shape=llama3_8b", "--chip=h100", "--num_chips=64", "--tokens=1e12", "--json"]
+    rest = ["--mfu=0.4", "--chip_dollars=30000", "--kwh_price=0.1"]
+    assert main([*words, *rest]) == 0
+    found = json.loads(capsys.readouterr().out)
+    energy = found["chip_hours"] * 700 * 1.82 * 0.75 * 1.1 / 1000
+    assert found["energy_kwh"] == pytest.approx(energy) and found["energy_dollars"] == pytest.approx(0.1 * energy)
+    assert found["amortized_dollars"] == pytest.approx(found["chip_hours"] / 8760 * 30_000 * 0.14 * 2.302585)
+    assert main([*words, *rest, "--stage=8", "--ramp=0:1e6,5e11:8e6"]) == 0
+    ramped = json.loads(capsys.readouterr().out)
+    assert ramped["energy_kwh"] / energy == pytest.approx(ramped["days"] / found["days"])
+    assert ramped["days"] > 1.01 * found["days"]

@@ -144,6 +144,11 @@ def _again(word: str, words: tuple[str, ...]) -> bool:
         ((), "--num_chips=None must be given: no run file's MESH tells it"),
         (("--num_chips=8", "--shape=gpt4_1p8t"), "--shape='gpt4_1p8t' goes without --gin_file; give one of them"),
         (("--num_chips=8", "--save_seconds=0"), "--save_seconds=0.0 must be a number above 0"),
+        (("--num_chips=8", "--verify=-1"), "--verify=-1 must be an integer of at least 0"),
+        (("--num_chips=8", "--sequence_length=0"), "--sequence_length=0 must be an integer of at least 1"),
+        (("--num_chips=8", "--layout=tensor=2,tensor=4"), "has tensor twice; give it once"),
+        (("--num_chips=8", "--export=gin_configs/run/tiny.gin"), "is the run file itself; give another name"),
+        (("--num_chips=8", "--export=/nowhere/x.gin"), "must lie in a folder that is there"),
         (("--num_chips=8", "--most_idle=1"), "--most_idle=1.0 must be at least 0 and below 1"),
         (("--num_chips=8", "--layout=tensor=0"), "--layout='tensor=0': tensor=0 must be an integer of at least 1"),
         (("--num_chips=99000000",), "--num_chips=99000000 must be at most 10,000,000"),
@@ -213,3 +218,14 @@ def test_the_page_of_a_search_that_found_nothing(capsys, tmp_path):
     page = tmp_path / "search.html"
     document = document_of(capsys, "search", *SHAPE, "--memory_gb=5", f"--report={page}")
     assert not document["best"] and page.read_text().count("<svg") == 1
+
+
+def test_an_export_is_found_from_any_folder(capsys, tmp_path, monkeypatch):
+    """A run file beside the user's own work, exported there, built from elsewhere."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/own.gin").write_text('include "gin_configs/run/tiny.gin"\nNUM_LAYERS = 4\nBATCH_TOKENS = 2048\n')
+    monkeypatch.chdir(tmp_path / "mine")
+    words = ("--gin_file=own.gin", "--chip=h100", "--num_chips=8", "--export=planned.gin")
+    document_of(capsys, "search", *words)
+    monkeypatch.chdir(tmp_path)
+    assert build_run(["mine/planned.gin"])[0].model.num_layers == 4

@@ -148,3 +148,12 @@ def test_mistakes_about_drafts_are_one_line(capsys, word, says):
     assert main(["plan", "speculate", "--shape=mixtral_8x7b", word]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"gpt4moe plan: {says}") and error.count("\n") == 1
+
+
+def test_the_first_token_passes_every_stage(capsys):
+    one, four = (
+        document(capsys, *MIXTRAL, f"--stage={stage}", "--tensor=2", "--expert=1", "--batch=1")["frontier"][0]
+        for stage in (1, 4)
+    )
+    hops = 4 * four["stage_seconds"]["hop_seconds"]
+    assert four["first_token_seconds"] == pytest.approx(one["first_token_seconds"], rel=0.05, abs=hops)
