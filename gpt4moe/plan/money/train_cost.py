@@ -109,9 +109,3 @@ def busy_share(batch_rows: int, replicas: int, microbatch_rows: int, num_stages:
     idle = pipeline.idle_fraction(num_stages, microbatches, virtual_stages)
     given = batch_rows / (microbatches * replicas * microbatch_rows)
     return float(1 - idle) * given
-
-
-def tokens_at_batch(least_steps: float, critical_batch_tokens: float, batch_tokens: float) -> float:
-    """Returns the tokens to a given loss at a batch: S_min (1 + B_crit / B) steps (McCandlish et al. 2018)."""
-    require_positive("batch_tokens", batch_tokens)
-    return least_steps * (1 + critical_batch_tokens / batch_tokens) * batch_tokens

@@ -46,11 +46,6 @@ class Numerics:
         """What ZeRO-1 shards."""
         return self.master_bytes + self.moment_bytes
 
-    @property
-    def bytes_per_parameter(self) -> float:
-        """All of it, nothing sharded."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-
 
 _OURS = exact.FLOAT32_BYTES
 NUMERICS = {

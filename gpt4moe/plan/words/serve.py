@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 from gpt4moe.accounting import parameters
 from gpt4moe.config.check import require, require_positive
+from gpt4moe.plan.serving.batching import Lengths, continuous_batching_gain
 from gpt4moe.plan.serving.cost import (
     Service,
     blended_dollars_per_1k_tokens,
     disaggregation_ratio,
     prefill_tokens_per_second,
 )
+from gpt4moe.plan.serving.expert_load import max_expert_rows
 from gpt4moe.plan.serving.frontier import Question, sweep
 from gpt4moe.plan.serving.layout import WEIGHT_BYTES, Efficiency, total_weight_bytes
 from gpt4moe.plan.serving.rooflines import Server, critical_rows, prefill_step
@@ -99,7 +101,7 @@ def _about(question: Question, args: argparse.Namespace) -> dict:
 
 def _row(service: Service, args: argparse.Namespace) -> dict:
     """One service: layout, batch, what it delivers, where a stage's time goes; prompts at the same layout."""
-    server, layout = service.server, service.server.layout
+    server, layout, shape = service.server, service.server.layout, service.server.shape
     prompt = prompt_numbers(server, args.prompt_tokens, service.dollars_per_1k_tokens, service.tokens_per_second)
     blended = blended_dollars_per_1k_tokens(
         prompt["prompt_dollars_per_1k_tokens"], service.dollars_per_1k_tokens, args.prompt_tokens, args.new_tokens
@@ -113,6 +115,10 @@ def _row(service: Service, args: argparse.Namespace) -> dict:
             "rows": service.rows,
             "sequences": service.sequences,
             "max_sequences": service.max_sequences,
+            "fullest_expert_rows": max_expert_rows(shape.num_experts, shape.experts_per_token, service.rows),
+            "continuous_batching_gain": continuous_batching_gain(
+                Lengths(args.lengths, args.new_tokens), int(service.rows)
+            ),
             "weight_bytes": total_weight_bytes(server.shape, layout),
             "tokens_per_second": service.tokens_per_second,
             "user_tokens_per_second": service.user_tokens_per_second,

@@ -157,3 +157,13 @@ def test_the_first_token_passes_every_stage(capsys):
     )
     hops = 4 * four["stage_seconds"]["hop_seconds"]
     assert four["first_token_seconds"] == pytest.approx(one["first_token_seconds"], rel=0.05, abs=hops)
+
+
+def test_what_batching_and_experts_do_to_a_batch(capsys):
+    """The longest of 64 exponential answers is H(64) = 4.7 times their mean; fixed ones gain nothing. 16 rows an expert."""
+    words = (*MIXTRAL, "--tensor=2", "--stage=1", "--expert=1", "--batch=64")
+    (row,) = document(capsys, *words)["frontier"]
+    assert row["continuous_batching_gain"] == pytest.approx(sum(1 / n for n in range(1, 65)), rel=0.02)
+    assert 16 < row["fullest_expert_rows"] < 32
+    (row,) = document(capsys, *words, "--lengths=fixed")["frontier"]
+    assert row["continuous_batching_gain"] == 1
