@@ -76,7 +76,7 @@ def _cheapest(item: dict) -> str:
         f"cheapest at {speed:.2f} tok/s a user: ${dollars:.5f} per 1k tokens (${blended:.5f} with prompts) on "
         f"{row['chips']} chips, {axes}, {row['weights']}, {row['rows']:,} rows; "
         f"{row['prefill_chips_per_decode_chip']:.2f} chips for prompts to one that decodes; continuous batching gains "
-        f"{row['continuous_batching_gain']:.1f}x over static; the fullest expert has {row['fullest_expert_rows']:,.0f} rows"
+        f"{row['continuous_batching_gain']:.1f}x over static, the fullest expert has {row['fullest_expert_rows']:,.0f}"
     )
 
 

@@ -160,7 +160,7 @@ def test_the_first_token_passes_every_stage(capsys):
 
 
 def test_what_batching_and_experts_do_to_a_batch(capsys):
-    """The longest of 64 exponential answers is H(64) = 4.7 times their mean; fixed ones gain nothing. 16 rows an expert."""
+    """The longest of 64 exponential answers is H(64) = 4.7 times their mean; fixed ones gain nothing."""
     words = (*MIXTRAL, "--tensor=2", "--stage=1", "--expert=1", "--batch=64")
     (row,) = document(capsys, *words)["frontier"]
     assert row["continuous_batching_gain"] == pytest.approx(sum(1 / n for n in range(1, 65)), rel=0.02)
