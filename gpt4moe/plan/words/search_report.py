@@ -55,6 +55,7 @@ def _candidates(found: Found) -> Picture:
     """A dot for each layout: seconds a million tokens against the fullest chip's bytes."""
     limit = found.job.chip.memory_bytes / 1e9
     near = [item for item in found.missed if item.memory.total_bytes < MOST_MEMORY * 1e9 * limit]
+    near = near or (found.missed if not found.ranked else [])  # where nothing comes near, all of them
     groups = ((_thinned(found.ranked), "fits", LESS), (_thinned(near), "does not", BAD))
 
     def draw(axes) -> None:
@@ -73,8 +74,7 @@ def _candidates(found: Found) -> Picture:
 
     caption = (
         f"Each dot is a layout, {len(groups[0][0]):,} of {len(found.ranked):,} that fit and "
-        f"{len(groups[1][0]):,} of {len(near):,} that need up to {MOST_MEMORY} times a chip's {limit:g} GB, "
-        "where the line is. Down is faster."
+        f"{len(groups[1][0]):,} of {len(near):,} near them that do not; the line is a chip's {limit:g} GB. Down is faster."
     )
     return Picture("Time against memory", caption, draw)
 
