@@ -74,7 +74,7 @@ def _candidates(found: Found) -> Picture:
 
     caption = (
         f"Each dot is a layout, {len(groups[0][0]):,} of {len(found.ranked):,} that fit and "
-        f"{len(groups[1][0]):,} of {len(near):,} near them that do not; the line is a chip's {limit:g} GB. Down: faster."
+        f"{len(groups[1][0]):,} of {len(near):,} near them that do not; the line is a chip's {limit:g} GB."
     )
     return Picture("Time against memory", caption, draw)
 
