@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from gpt4moe.config.check import CallerError
-from gpt4moe.plan.published import conventions
+from gpt4moe.plan.published import conventions, units
 from gpt4moe.plan.published.calibration import Entry, calibrated
 from gpt4moe.plan.published.measurements import WIDTHS, NotTold, Row
 from gpt4moe.plan.published.serving_rows import predict_row
@@ -17,6 +17,8 @@ from gpt4moe.plan.published.setups import Setup, setup_of
 
 # A stack's rows of hours of whole runs are apart: restarts and stops are in them, which are no matter of a step.
 WHOLE_RUN = ", whole runs"
+# No software is so far from its data sheets: a row beyond has a slip in a number or a unit.
+FARTHEST = 1000.0
 PER_SECOND = ("tokens_per_s", "tokens_per_s_per_gpu", "tokens_per_s_per_node", "max_context")
 
 
@@ -66,10 +68,21 @@ def compare(row: Row, calibration: Mapping[str, Entry] | None = None) -> Compare
     calibration: constants by stack and chip (`calibration`), None for the uncalibrated model.
     """
     try:
-        return PREDICTORS[row.kind](row, calibration or {})
+        found = PREDICTORS[row.kind](row, calibration or {})
+        _check_near(found)
+        return found
     except CallerError as error:
         reason = str(error)
-        return Skipped(row.name, reason if row.where in reason else f"{row.where}: {reason}")
+        between = ", " if reason.startswith("column ") else ": "
+        return Skipped(row.name, reason if row.where in reason else f"{row.where}{between}{reason}")
+
+
+def _check_near(found: Compared) -> None:
+    if 1 / FARTHEST < 1 + found.error < FARTHEST:
+        return
+    row = found.row
+    said = f"{row.value:g} {row.unit} is more than {FARTHEST:g} times from the {found.predicted:.4g} predicted"
+    raise CallerError(f"{row.where}, column value: {said}; look at unit, gpus and counts")
 
 
 def compare_all(
@@ -90,7 +103,7 @@ def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared:
     for name in WIDTHS:
         if getattr(row, name) is None:
             raise NotTold(f"{row.where}, column {name}: '' must be told of a model to train")
-    if conventions.is_memory(metric):
+    if units.is_memory(metric):
         return _compare_memory(row)
     if metric not in conventions.SECONDS:
         raise NotTold(f"{row.where}, column measured_metric: {metric!r} is no time, rate or memory of a step")
@@ -111,20 +124,14 @@ def _compare_training(row: Row, calibration: Mapping[str, Entry]) -> Compared:
 
 
 def _compare_memory(row: Row) -> Compared:
-    if row.unit not in conventions.MEMORY_UNITS:
-        raise NotTold(
-            f"{row.where}, column unit: {row.unit!r} of a memory must be in {tuple(conventions.MEMORY_UNITS)}"
-        )
     setup = setup_of(row)
-    predicted = setup.memory.total_bytes / conventions.MEMORY_UNITS[row.unit]
+    predicted = setup.memory.total_bytes / 1e9 * row.value / row.told
     source = f"{setup.source.name}-memory"
     return Compared(row, source, f"{source}/{setup.chip.name}", predicted, predicted / row.value - 1, setup=setup)
 
 
 def _compare_inference(row: Row, calibration: Mapping[str, Entry]) -> Compared:
-    predicted = predict_row(dataclasses.asdict(row))
-    if row.measured_metric == "latency":
-        predicted /= row.unit_seconds
+    predicted = predict_row(dataclasses.asdict(row)) * row.value / row.told
     higher_is_better = row.measured_metric in PER_SECOND and row.measured_metric != "max_context"
     if not predicted > 0:
         raise NotTold(f"nothing can be served like this: predicted {row.measured_metric} {predicted:g}")

@@ -14,8 +14,6 @@ from gpt4moe.plan.published.measurements import NotTold
 from gpt4moe.plan.published.setups import Setup
 
 HOUR_SECONDS = 3600
-HOURS = {"h": 1.0, "hours": 1.0, "kh": 1e3, "Mh": 1e6}
-TERA = {"G": 1e-3, "T": 1.0, "P": 1e3}
 
 
 def model_flops_per_token(setup: Setup, *, causal: bool, recompute: bool = False) -> float:
@@ -77,39 +75,33 @@ SECONDS: dict[str, Callable[[Setup, float], float]] = {
     "tokens_per_s": lambda setup, value: setup.batch_tokens / value,
     "gpu_hours": _chip_hours,
 }
-MEMORY_UNITS = {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "B": 1.0}
-MEMORY_METRICS = ("memory", "memory_gb", "mem_gb", "memory_per_gpu", "peak_memory", "peak_memory_gb", "max_memory")
-
-
-def is_memory(metric: str) -> bool:
-    """Whether the metric is bytes of one chip."""
-    return metric in MEMORY_METRICS or metric.startswith("memory")
 
 
 def measured_seconds(setup: Setup) -> float:
     """Returns the seconds of a step that the row's value means; raises for more than the chips' peak."""
     row = setup.row
-    seconds = SECONDS[row.measured_metric](setup, _scaled(setup))
-    peak = setup.chip.peak_8bit_ops or setup.chip.peak_flops
-    least = flops.train_flops_per_token(setup.shape) * setup.batch_tokens / (setup.chips * peak)
-    if seconds < least:
-        told = f"{row.value:g} {row.unit} is {least / seconds:.3g} times what the chips compute at their peak"
-        raise CallerError(f"{row.where}, column value: {told}; look at unit, gpus and counts")
+    seconds = SECONDS[row.measured_metric](setup, row.told)
+    _check_peak(setup, seconds)
     return seconds
 
 
-def _scaled(setup: Setup) -> float:
-    """The value in the unit of its metric: seconds, hours, percent, TFLOP/s; rows have other prefixes, or fractions."""
-    row, value = setup.row, setup.row.value
-    metric, unit = row.measured_metric, row.unit
-    if metric == "step_time":
-        return value * row.unit_seconds
-    if metric == "gpu_hours":
-        if unit not in HOURS:
-            raise NotTold(f"{row.where}, column unit: {unit!r} of gpu_hours must be in {tuple(HOURS)}")
-        return value * HOURS[unit]
-    if metric.startswith(("mfu", "hfu")) and unit != "%" and value <= 1:
-        return 100 * value
-    if "tflops" in metric and "flop" in unit.lower():
-        return value * TERA.get(unit[0].upper(), 1.0)
-    return value
+def _check_peak(setup: Setup, seconds: float) -> None:
+    """Raises for a rate above the peak, or a step of more FLOPs; where the batch is a guess of ours, that is named.
+
+    The peak is the 8-bit one where the row's software multiplies in 8 bits.
+    """
+    row, chip = setup.row, setup.chip
+    in_eight = setup.source.stack.matmul_bits == 8 and chip.peak_8bit_ops
+    peak = chip.peak_8bit_ops if in_eight else chip.peak_flops
+    if row.measured_metric.endswith("tflops_per_gpu"):
+        needed = row.told * 1e12
+    elif row.measured_metric.startswith(("mfu", "hfu")):
+        needed = row.told / 100 * (peak if setup.source.name == "mpt" else chip.peak_flops)
+    else:
+        needed = flops.train_flops_per_token(setup.shape) * setup.batch_tokens / (seconds * setup.chips)
+    if needed <= peak:
+        return
+    said = f"{row.value:g} {row.unit} means {needed / 1e12:.4g} TFLOP/s a chip, {chip.name} has {peak / 1e12:.4g}"
+    if row.measured_metric == "step_time" and "global_batch_tokens" in setup.guessed:
+        raise NotTold(f"{row.where}, column global_batch_tokens: is empty, and with {setup.batch_tokens} {said}")
+    raise CallerError(f"{row.where}, column value: {said}; look at unit, gpus and counts")

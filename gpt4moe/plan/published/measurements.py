@@ -7,15 +7,16 @@ What a row leaves open is decided in `setups`; a row that nothing can be predict
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import math
 import os
 import pathlib
+import re
 
 from gpt4moe.accounting import chips
 from gpt4moe.accounting.chips import Chip
 from gpt4moe.config.check import CallerError
+from gpt4moe.plan.published import csv_table, units
 
 PUBLISHED_RUNS = pathlib.Path(__file__).with_name("published_runs.csv")
 COUNTS = ("layers", "d_model", "n_heads", "seq", "gpus", "tp", "pp", "dp")
@@ -26,8 +27,6 @@ KINDS = ("train", "infer")
 WIDTHS = ("params_total", "layers", "d_model", "n_heads")
 # How tables write a number that nobody told.
 EMPTY = ("", "-", "n/a", "na", "none", "?")
-# Seconds of a time's unit.
-TIME_UNITS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
 # Of counts and of other numbers: beyond it is a slip of the pen, and nothing here is reckoned with it.
 MOST_COUNT, MOST_NUMBER = 10**7, 1e18
 
@@ -74,11 +73,12 @@ class Row:
             raise CallerError(f"{self.where}, column gpu_type: {self.gpu_type!r}: {error}") from None
 
     @property
-    def unit_seconds(self) -> float:
-        """Seconds of the unit of a row that tells a time; raises `NotTold` with its place for another unit."""
-        if self.unit not in TIME_UNITS:
-            raise NotTold(f"{self.where}, column unit: {self.unit!r} of a time must be in {tuple(TIME_UNITS)}")
-        return TIME_UNITS[self.unit]
+    def told(self) -> float:
+        """The value in the unit of its metric (`units`); raises `NotTold` with its place for a unit of another kind."""
+        try:
+            return units.in_unit_of(self.measured_metric, self.value, self.unit)
+        except CallerError as error:
+            raise NotTold(f"{self.where}, column unit: {error}") from None
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
@@ -86,22 +86,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
     Columns may stand in any order, beside others; rows without a single cell are passed over.
     """
-    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a byte order mark
-        reader = csv.DictReader(file, strict=True)
-        try:
-            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-            missing = [name for name in COLUMNS if name not in reader.fieldnames]
-            if missing:
-                told = f"no column {', '.join(missing)}; the columns are {','.join(COLUMNS)}, with commas between"
-                raise CallerError(f"{path}, line 1: {told}")
-            twice = [name for name in COLUMNS if reader.fieldnames.count(name) > 1]
-            if twice:
-                raise CallerError(f"{path}, line 1: column {twice[0]} is there twice; take one out")
-            rows = [_read_row(cells, f"{path}, line {reader.line_num}") for cells in reader if _is_told(cells)]
-        except csv.Error as error:
-            raise CallerError(f"{path}, line {reader.reader.line_num}: is no CSV ({error}); close its quotes") from None
-        except UnicodeDecodeError as error:
-            raise CallerError(f"{path}: is not UTF-8 ({error.reason}); save it so") from None
+    rows = [_read_row(cells, f"{path}, line {line}") for line, cells in csv_table.read_cells(path, COLUMNS)]
     if not rows:
         raise CallerError(f"{path}, line 2: no rows; give at least one measurement")
     keys = collections.Counter(row.key for row in rows)
@@ -113,29 +98,42 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 
 def chip_of(gpu_type: str) -> Chip:
-    """Returns the chip of a published name: `A100-80GB`, `TPUv5p`, `H800`; raises `CallerError` for an unknown one."""
-    if gpu_type in {chip.name for chip in chips.CHIPS}:
-        return chips.chip_named(gpu_type)
-    plain = "".join(letter for letter in gpu_type.lower() if letter.isalnum())
-    for word in ("nvidia", "sxm4", "sxm5", "sxm", "pcie", "dgx"):
+    """Returns the chip of a published name: `A100-80GB`, `TPUv5p`, `a100_80`; raises `CallerError` for an unknown one.
+
+    Names of our table, as `--chip` takes them, and those that JAX reports are known too.
+    """
+    own = gpu_type.strip().lower()
+    if own in {chip.name for chip in chips.CHIPS}:
+        return chips.chip_named(own)
+    plain = "".join(letter for letter in own if letter.isalnum())
+    for word in (
+        "nvidia",
+        "tesla",
+        "sxm2",
+        "sxm3",
+        "sxm4",
+        "sxm5",
+        "sxm",
+        "pcie",
+        "dgx",
+        "hbm2e",
+        "hbm2",
+        "hbm3e",
+        "hbm3",
+    ):
         plain = plain.replace(word, "")
     small = plain.endswith("40gb")
-    plain = plain.removesuffix("80gb").removesuffix("40gb").removesuffix("32gb").removesuffix("141gb")
+    plain = re.sub(r"(16|32|40|80|94|96|141)gb$", "", plain)
     plain = plain.replace("tpu", "tpu_").removesuffix("ironwood") if plain.startswith("tpu") else plain
     known = {"a100": "a100_40" if small else "a100_80", "tpu_7": "tpu_7x", "tpu_v7": "tpu_7x", "tpu_v7x": "tpu_7x"}
     known |= {"v5p": "tpu_v5p", "v5e": "tpu_v5e", "tpu_v5litepod": "tpu_v5e", "trillium": "tpu_v6e", "v6e": "tpu_v6e"}
-    return chips.chip_named(known.get(plain, plain))
+    name = known.get(plain, plain)
+    reported = None if name in {chip.name for chip in chips.CHIPS} else chips.find_chip(gpu_type.strip())
+    return reported or chips.chip_named(name)
 
 
-def _is_told(cells: dict[str, str | None]) -> bool:
-    return any(value and (type(value) is list or value.strip()) for value in cells.values())
-
-
-def _read_row(cells: dict[str, str | None], where: str) -> Row:
-    if None in cells or None in cells.values():
-        columns = sum(name is not None for name in cells)
-        raise CallerError(f"{where}: not as many cells as the {columns} columns; quote cells with commas")
-    texts = {name: (cells[name] or "").strip() for name in COLUMNS}
+def _read_row(texts: dict[str, str], where: str) -> Row:
+    texts |= {name: texts[name].lower() for name in ("kind", "measured_metric")}
     if not texts["name"]:
         raise CallerError(f"{where}, column name: '' must not be empty")
     if texts["kind"] not in KINDS:

@@ -45,8 +45,10 @@ def predict_row(row: dict[str, Any]) -> float:
     Raises `CallerError` for a row it cannot read, `NotTold` for one of a source whose layouts it does not know.
     """
     name = row["name"]
-    for prefix, predict in PREDICTORS.items():
+    for prefix, (metric, predict) in PREDICTORS.items():
         if name.startswith(prefix):
+            if row.get("measured_metric", metric) != metric:
+                raise NotTold(f"column measured_metric: {row['measured_metric']!r} of {prefix} rows must be {metric}")
             return predict(row)
     near = ", ".join(PREDICTORS)
     raise NotTold(f"the layout of a server is known of names that begin with {near}")
@@ -114,10 +116,10 @@ def _deepseek(row: dict[str, Any]) -> float:
 
 
 PREDICTORS = {
-    "pope-maxctx": _pope_context,
-    "pope-": _pope_latency,
-    "kipply-": _kipply,
-    "deepseek-v3-serving": _deepseek,
+    "pope-maxctx": ("max_context", _pope_context),
+    "pope-": ("latency", _pope_latency),
+    "kipply-": ("latency", _kipply),
+    "deepseek-v3-serving": ("tokens_per_s_per_node", _deepseek),
 }
 _SHAPES = {"kipply": "gpt_13b", "pope-palm62B": "palm_62b", "pope": "palm_540b", "deepseek": "deepseek_v3"}
 

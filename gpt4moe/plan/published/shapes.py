@@ -15,6 +15,8 @@ from gpt4moe.plan.published.measurements import NotTold, Row
 
 # A published shape is the row's where widths agree and parameters are this near.
 NEAR = 0.04
+# Beyond, parameters and widths are of two models. The widest feed-forward is T5's of 11B, 64 times its d_model.
+MOST_OFF, MOST_HIDDEN = 1.5, 64
 # Models that are no GPT have SwiGLU here, Llama 2's vocabulary and, with experts, eight key heads.
 USUAL_VOCAB_SIZE, USUAL_KV_HEADS = 32_000, 8
 EXPERTS_IN_NAME = re.compile(r"(\d+)e(\d+)(?!\d)")
@@ -26,6 +28,16 @@ def shape_of_row(row: Row, vocab_size: int = 51_200, *, is_gpt: bool = False) ->
 
     vocab_size: of a GPT model, which published counts often leave out. is_gpt: the row is one, whatever it looks like.
     """
+    shape = _shape_of_row(row, vocab_size, is_gpt)
+    found, widest = parameters.count(shape).total, max(shape.hidden_dim or 0, shape.expert_hidden_dim or 0)
+    wide = widest > MOST_HIDDEN * row.d_model
+    if wide or not 1 / MOST_OFF < found / row.params_total < MOST_OFF:
+        said = f"a feed-forward of {widest:,}" if wide else f"layers and d_model, which give {found:.4g}"
+        raise CallerError(f"{row.where}, column params_total: {row.params_total:g} does not go with {said}; check them")
+    return shape
+
+
+def _shape_of_row(row: Row, vocab_size: int, is_gpt: bool) -> Shape:
     widths = (row.layers, row.d_model, row.n_heads)
     alike = [shape for shape in SHAPES if (shape.num_layers, shape.model_dim, shape.num_heads) == widths]
     nearest = min(alike, key=lambda shape: _off(shape, row), default=None)
@@ -68,7 +80,8 @@ def _with_experts(row: Row) -> Shape:
     """Experts in every layer; their width from total minus active, the head's from what is left of active."""
     found = EXPERTS_IN_NAME.search(row.name)
     if not found:
-        raise NotTold(f"no model we know, and the name does not say its experts, as in moe-16e2 ({row.where})")
+        said = "is no model we know, and does not say its experts, as in moe-16e2"
+        raise NotTold(f"{row.where}, column name: {row.name!r} {said}")
     experts, taken = int(found[1]), int(found[2])
     if not 0 < taken < experts:
         raise CallerError(f"{row.where}, column name: {found[0]!r} must have more experts than a token takes")

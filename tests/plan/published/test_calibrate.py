@@ -86,7 +86,9 @@ def test_one_job_told_twice_is_one_row():
 
 def test_the_file_goes_round(tmp_path, capsys):
     """Constants fitted to a file bring its errors down, and a stack takes them."""
-    rows = [{"name": f"mine-{index}", "dp": dp, "gpus": 8 * dp, "value": 30 / dp} for index, dp in enumerate((1, 2, 4))]
+    rows = [
+        {"name": f"mine-{index}", "dp": dp, "gpus": 8 * dp, "value": 300 / dp} for index, dp in enumerate((1, 2, 4))
+    ]
     csv, out = write(tmp_path / "rows.csv", *rows), tmp_path / "constants.json"
     assert main(["plan", "calibrate", "--csv", str(csv), "--out", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["stacks"]["mine/a100_80"]

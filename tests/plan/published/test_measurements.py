@@ -9,6 +9,7 @@ import pytest
 
 from gpt4moe.accounting import parameters
 from gpt4moe.config.check import CallerError
+from gpt4moe.launch import main
 from gpt4moe.plan.published import conventions, validate
 from gpt4moe.plan.published.measurements import COLUMNS, PUBLISHED_RUNS, NotTold, chip_of, read_rows
 from gpt4moe.plan.published.setups import setup_of
@@ -62,7 +63,10 @@ def test_a_bad_row_names_its_place(tmp_path, changes, says):
             r"line 2, columns tp, pp, dp: num_heads=40 must be divisible by the tensor",
         ),
         ({"global_batch_tokens": "100"}, r"line 2, column global_batch_tokens: 100 must be at least seq \(2048\)"),
-        ({"params_active": "2e9"}, r"no model we know, and the name does not say its experts, as in moe-16e2 .*line 2"),
+        (
+            {"params_active": "2e9"},
+            r"line 2, column name: 'some-13b' is no model we know, and does not say its experts",
+        ),
         ({"params_active": "2e9", "name": "some-2e4"}, r"line 2, column name: '2e4' must have more experts than"),
         ({"params_total": "1e9", "params_active": "1e9"}, r"line 2, column params_total: 1e\+09 must be above what"),
     ],
@@ -80,11 +84,25 @@ def test_a_row_without_a_prediction_is_passed_over_with_its_place(tmp_path):
         "chip": ({"gpu_type": "X100"}, "column gpu_type: 'X100': chip='x100' is not in the table; near: "),
         "empty": ({"layers": ""}, "column layers: '' must be told of a model to train"),
         "heads": ({"tp": "7", "gpus": "56"}, "num_heads=40 must be divisible by the tensor degree"),
-        "unit": ({"unit": "fortnights"}, "column unit: 'fortnights' of a time must be in ('s', "),
-        "fast": ({"value": "0.1"}, "column value: 0.1 s is "),
+        "unit": ({"unit": "fortnights"}, "column unit: 'fortnights' is no unit of step_time; give s or ms"),
+        "kind": ({"unit": "TFLOP/s"}, "column unit: 'TFLOP/s' is no unit of step_time; give s or ms"),
+        "fast": ({"value": "0.1"}, "column value: 0.1 s means "),
+        "slow": ({"value": "1e17"}, "column value: 1e+17 s is more than 1000 times from the "),
+        "megatron-sc21-x": (
+            {"params_total": "1300e9", "params_active": "1300e9"},
+            "column params_total: 1.3e+12 does not go with layers and d_model, which give 1.286e+10",
+        ),
+        "wide": (
+            {"params_total": "3000e9", "params_active": "3000e9"},
+            "column params_total: 3e+12 does not go with a feed-forward of 4,875,520; check them",
+        ),
         "some-fp8": ({}, "matmul_bits=8 needs fp8 products, which a100_80 lacks"),
         "metric": ({"measured_metric": "joy"}, "column measured_metric: 'joy' is no time, rate or memory of a step"),
-        "pope-palm540B-decode": ({"kind": "infer"}, "must end in prefill-bN or decode-bN"),
+        "pope-palm540B-decode": (
+            {"kind": "infer", "measured_metric": "latency"},
+            "must end in prefill-bN or decode-bN",
+        ),
+        "kipply-13B-decode": ({"kind": "infer"}, "column measured_metric: 'step_time' of kipply- rows must be latency"),
         "pope-palm540B-decode-b64": ({"kind": "infer", "measured_metric": "latency", "unit": "moons"}, "column unit: "),
     }
     path = write(tmp_path / "rows.csv", {"name": "good"}, *({"name": name} | row for name, (row, _) in bad.items()))
@@ -145,7 +163,7 @@ def test_no_cell_makes_an_error_that_is_not_told(tmp_path):
         except CallerError as error:
             assert "\n" not in str(error) and "rows.csv, line " in str(error)
             results["told"] += 1
-    assert min(results["scored"], results["told"]) > 50
+    assert min(results["scored"], results["told"]) > 40
 
 
 def test_columns_in_another_order_beside_others(tmp_path):
@@ -170,6 +188,62 @@ def test_rates_in_any_unit(tmp_path):
     assert conventions.measured_seconds(setups[0]) == pytest.approx(conventions.measured_seconds(setups[1]))
 
 
+def as_written(path):
+    """The rows of a file without their places."""
+    return [dataclasses.replace(row, where="") for row in read_rows(path)]
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: text.replace("\n", "\r").encode(),
+        lambda text: text.replace(",", ";").encode(),
+        lambda text: text.replace(",", "\t").encode(),
+        lambda text: text.replace("name,kind", "Name, KIND ", 1).encode(),
+        lambda text: "".join(f'"{line.replace(",", chr(34) + "," + chr(34))}"\n' for line in text.split()).encode(),
+        lambda text: "".join(f"{line},,more\n" for line in text.split()).encode().replace(b",,more", b",,note", 1),
+        lambda text: (text + "\n," + 16 * "," + "\n").encode(),
+        lambda text: "".join(",".join(reversed(line.split(","))) + "\n" for line in text.split()).encode(),
+    ],
+    ids=["mark", "crlf", "cr", "semicolons", "tabs", "capitals", "quotes", "more columns", "blank rows", "other order"],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path, rewrite):
+    plain = write(tmp_path / "plain.csv", {"name": "one"}, {"name": "two", "seq": ""})
+    (tmp_path / "other.csv").write_bytes(rewrite(plain.read_text()))
+    assert as_written(tmp_path / "other.csv") == as_written(plain)
+    assert [row.where.rpartition("line ")[2] for row in read_rows(tmp_path / "other.csv")] == ["2", "3"]
+
+
+def test_a_quoted_cell_may_hold_separators_and_lines(tmp_path):
+    path = write(tmp_path / "rows.csv", {"source": '"one, ""two""\nand three"'}, {"name": "next", "value": "-1"})
+    with pytest.raises(CallerError, match="line 4, column value: '-1' must be"):
+        read_rows(path)
+    path.write_text(path.read_text().replace("-1", "1"))
+    assert read_rows(path)[0].source == 'one, "two"\nand three'
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "line 1: has no names of columns; begin with name,kind,params_total"),
+        (b"\n\n", "line 1: has no names of columns"),
+        (b"name,kind\n", "line 1: no column params_total, params_active"),
+        (",".join(COLUMNS).encode() + b",Value\n", "line 1: column value is there 2 times; keep one"),
+        (",".join(COLUMNS).encode() + b"\nAm\xe9lie,train\n", "line 2, byte 3: 0xe9 is not UTF-8; save the table as"),
+        (",".join(COLUMNS).encode("utf-16"), "line 1, byte 1: 0xff is not UTF-8"),
+        (",".join(COLUMNS).encode() + b"\n\0\0", "line 2: holds a zero byte"),
+    ],
+)
+def test_files_that_are_no_table(tmp_path, capsys, data, says):
+    (tmp_path / "rows.csv").write_bytes(data)
+    for word in ("validate", "calibrate"):
+        assert main(["plan", word, "--csv", str(tmp_path / "rows.csv")]) == 2
+        said = capsys.readouterr().err
+        assert f"rows.csv, {says}" in said and said.count("\n") == 1
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(CallerError, match=r"line 1: no column value; the columns are name,kind,"):
         read_rows(write(tmp_path / "a.csv", {}, columns=[name for name in COLUMNS if name != "value"]))
@@ -179,14 +253,14 @@ def test_files_that_are_none(tmp_path):
     twice.write_text(
         write(tmp_path / "e.csv", {}).read_text().replace("source", "source,value").replace("nobody", "nobody,1")
     )
-    with pytest.raises(CallerError, match=r"f\.csv, line 1: column value is there twice; take one out"):
+    with pytest.raises(CallerError, match=r"f\.csv, line 1: column value is there 2 times; keep one"):
         read_rows(twice)
     with pytest.raises(FileNotFoundError):
         read_rows(tmp_path / "c.csv")
     (tmp_path / "d.csv").write_bytes(write(tmp_path / "e.csv", {}).read_bytes().replace(b"nobody", b"M\xfcller"))
-    with pytest.raises(CallerError, match=r"d\.csv: is not UTF-8"):
+    with pytest.raises(CallerError, match=r"d\.csv, line 2, byte \d+: 0xfc is not UTF-8"):
         read_rows(tmp_path / "d.csv")
-    with pytest.raises(CallerError, match=r"b\.csv, line 2: is no CSV .*close its quotes"):
+    with pytest.raises(CallerError, match=r"b\.csv, line 2: is no row of cells .*close every quotation mark"):
         read_rows(write(tmp_path / "b.csv", {"source": '"nobody'}))
 
 
@@ -196,7 +270,8 @@ def test_files_that_are_none(tmp_path):
         ("A100-80GB", "a100_80"), ("A100-40GB", "a100_40"), ("a100_40gb", "a100_40"), ("A100", "a100_80"),
         ("NVIDIA A100-SXM4-80GB", "a100_80"), ("A800-80GB", "a800"), ("H100-80GB", "h100"), ("H100 SXM5", "h100"),
         ("H800", "h800"), ("H200", "h200"), ("V100", "v100"), ("TPUv4", "tpu_v4"), ("TPUv5p", "tpu_v5p"),
-        ("TPU v5e", "tpu_v5e"), ("a100_80", "a100_80"),
+        ("TPU v5e", "tpu_v5e"), ("a100_80", "a100_80"), ("A100_40", "a100_40"), ("tpu_v6e", "tpu_v6e"),
+        ("TPU v5 lite", "tpu_v5e"), ("NVIDIA H100 80GB HBM3", "h100"), ("Tesla V100-SXM2-32GB", "v100"),
         ("v5p", "tpu_v5p"), ("TPUv6e", "tpu_v6e"), ("trillium", "tpu_v6e"), ("B200", "b200"),
     ],
 )  # fmt: skip
@@ -345,3 +420,21 @@ def test_a_batch_is_rounded_up_by_a_tenth_at_most(tmp_path):
     """80 sequences over 64 replicas: one each; microbatches of two would make 128 of them."""
     layout = _setup(tmp_path, tp="1", dp="64", global_batch_tokens=str(80 * 2048)).layout
     assert layout.microbatch_rows == 1
+
+
+def test_values_that_no_chip_reaches(tmp_path):
+    """Above the peak by its own claim, by the FLOPs of its step, or with a batch that we guessed."""
+    claims = (
+        ({"measured_metric": "hw_tflops_per_gpu", "unit": "TFLOP/s", "value": "400"}, "400 TFLOP/s means 400 TFLOP/s"),
+        ({"measured_metric": "mfu", "unit": "%", "value": "101"}, "101 % means 315.1 TFLOP/s"),
+        ({"value": "1"}, r"1 s means 1\d\d\d TFLOP/s"),
+        ({"measured_metric": "tokens_per_s", "unit": "tok/s", "value": "1e18"}, r"1e\+18 tok/s means"),
+    )
+    for changes, says in claims:
+        with pytest.raises(CallerError, match=rf"line 2, column value: {says}.* a chip, a100_80 has 312; look"):
+            conventions.measured_seconds(_setup(tmp_path, **changes))
+    with pytest.raises(NotTold, match="line 2, column global_batch_tokens: is empty, and with 524288 1 s means"):
+        conventions.measured_seconds(_setup(tmp_path, value="1", global_batch_tokens=""))
+    conventions.measured_seconds(_setup(tmp_path, value="5"))
+    eight = {"name": "mpt-7b-fp8", "gpu_type": "H100", "measured_metric": "tflops_per_gpu", "unit": "TFLOP/s"}
+    conventions.measured_seconds(_setup(tmp_path, **eight, value="1200"))
