@@ -214,7 +214,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--simulate", action="store_true", help="simulate the cheapest layout (of at least --min_speed) under traffic")
     simulated = parser.add_argument_group("simulation")
     add = simulated.add_argument
-    add("--requests", type=int, default=1000, metavar="N", help="how many come, without --day; default %(default)s")
+    add("--requests", type=int, metavar="N", help="how many come; default: 1000, with --day what its hours bring")
     add("--requests_per_second", type=float, metavar="RATE", help="default: 70 %% of what the replicas serve")
     add("--lengths", default="exponential", metavar="KIND", help="fixed, uniform, exponential, lognormal")
     add("--batching", default="continuous", choices=("continuous", "static"), help="default %(default)s")
@@ -269,7 +269,7 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--export", metavar="FILE.gin", help="write the best as a run file of our trainer")
     parser.add_argument("--report", metavar="FILE.html", help="also write figures and tables as one HTML page")
     verify = "compile the N best and set what was predicted beside it (default: 1)"
-    parser.add_argument("--verify", type=int, nargs="?", const=1, default=0, metavar="N", help=verify)
+    parser.add_argument("--verify", type=int, nargs="?", const=1, metavar="N", help=verify)
     _reliability_flags(parser)
 
 

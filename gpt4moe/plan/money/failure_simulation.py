@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -66,6 +67,19 @@ class Time:
     def goodput(self) -> float:
         """The share that went into work that lasted."""
         return self.work / self.elapsed
+
+
+def expected_events(job: Job) -> float:
+    """Returns how many saves and failures a run of the job has on average, about: what a simulation works through.
+
+    Of a job that gets nowhere, those until `simulate` says so.
+    """
+    reliability = job.reliability
+    mtbf = reliability.job_mtbf_seconds
+    interval, restart = (job.interval + reliability.blocking_seconds) / mtbf, reliability.restart_seconds / mtbf
+    failures = math.exp(min(restart, 100)) * math.expm1(min(interval, 100))  # for each save
+    saves = job.work_seconds / job.interval if failures < MAX_FAILURES_IN_VAIN else 1.0
+    return saves * (1 + min(failures, MAX_FAILURES_IN_VAIN))
 
 
 def simulate(job: Job, seed: int) -> Time:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 
 from gpt4moe.config.check import require, require_count, require_not_negative, require_positive
 
 HOUR_SECONDS = 3600
 MOST_CHIPS = 10_000_000
+LARGE_MEAN = 10_000  # of a Poisson law
 # Llama 3 405B: 419 unexpected interruptions in 54 days on 16,384 H100 (Grattafiori et al. 2024, section 3.3.4).
 LLAMA3_FAILURES, LLAMA3_CHIPS, LLAMA3_DAYS = 419, 16_384, 54
 
@@ -96,11 +98,15 @@ def exact_goodput(reliability: Reliability, interval_seconds: float | None = Non
 def spare_chips(num_chips: int, chip_mtbf_hours: float, repair_hours: float, risk: float = 0.01) -> int:
     """Returns the fewest spares that are used up with a chance of at most `risk` at any moment.
 
-    Chips under repair follow a Poisson law with mean n * repair / M_1.
+    Chips under repair follow a Poisson law with mean n * repair / M_1. Of a large mean the law is summed no more:
+    its quantile is the normal one with the first term for skewness (Cornish and Fisher 1937), right to one chip.
     """
     require(1e-9 <= risk < 1, "risk", risk, "must lie between 1e-9 and 1")
     require_positive("repair_hours", repair_hours)
     mean = repair_hours * HOUR_SECONDS / job_mtbf_seconds(chip_mtbf_hours, num_chips)
+    if mean > LARGE_MEAN:
+        normal = statistics.NormalDist().inv_cdf(1 - risk)
+        return math.ceil(mean + normal * math.sqrt(mean) + (normal**2 - 1) / 6 - 0.5)
     spares, log_term = 0, -mean
     below = math.exp(log_term)
     while 1 - below > risk:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt4moe.config.check import require, require_count, require_not_negative
@@ -83,6 +83,7 @@ def simulate(
     dollars_per_hour: float,
     generator: Any,
     lender: Lender | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> SimulatedService:
     """Returns what a cluster does with the requests, from the first's arrival to the last's end.
 
@@ -92,11 +93,12 @@ def simulate(
       dollars_per_hour: of one chip.
       generator: numpy random generator, for sampled routing.
       lender: closes and opens replicas by the hour and lends them to training; None keeps all open.
+      progress: told the share of the requests that have come, ten times.
     """
     require(bool(requests), "requests", 0, "must be at least one")
     require_not_negative("price", dollars_per_hour)
     simulation = _Simulation(cluster, requests, generator, lender)
-    simulation.run()
+    simulation.run(progress)
     return simulation.report(dollars_per_hour)
 
 
@@ -124,13 +126,17 @@ class _Simulation:
         for closes, time, index in lender.events() if lender else ():
             self._at(time, CLOSE if closes else OPEN, self.replicas[index])
 
-    def run(self) -> None:
+    def run(self, progress: Callable[[float], None] | None = None) -> None:
         """Works through all events; afterwards every request has ended."""
+        come, number = 0, sum(kind == ARRIVE for _, _, kind, _ in self.events)
         while self.events:
             time, _, kind, what = heapq.heappop(self.events)
             self._pass_time(time)
             if kind == ARRIVE:
                 self.queue.append(what)
+                come += 1
+                if progress and 10 * come // number > 10 * (come - 1) // number:
+                    progress(come / number)
                 if self.events and self.events[0][0] == time and self.events[0][2] == ARRIVE:
                     continue  # requests that come together are batched together
                 self._offer()

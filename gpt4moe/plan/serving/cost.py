@@ -14,6 +14,7 @@ from gpt4moe.plan.serving.layout import max_sequences
 from gpt4moe.plan.serving.rooflines import Server, StageTime, decode_step, prefill_step
 
 SECONDS_PER_HOUR = 3600
+LEAST_PROMPT_GAIN = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,22 @@ def blended_dollars_per_1k_tokens(prompt: float, completion: float, prompt_token
 def prefill_tokens_per_second(server: Server, prompts: float, prompt_tokens: float) -> float:
     """Returns the prompt tokens a second of a replica whose stages are all busy with prompts."""
     return prompts * prompt_tokens / prefill_step(server, prompts, prompt_tokens).seconds
+
+
+def prompts_at_once(server: Server, prompt_tokens: float) -> int:
+    """Returns how many prompts a pass of a replica that reads prompts alone takes together.
+
+    Doubled while that brings `LEAST_PROMPT_GAIN` more tokens a second, and weights and cache have room on all stages:
+    short prompts alone are too few tokens to be worth the reading of the weights.
+    """
+    room = max_sequences(server.shape, server.chip, server.layout, prompt_tokens, server.efficiency)
+    prompts, speed = 1, prefill_tokens_per_second(server, 1, prompt_tokens)
+    while 2 * prompts * server.layout.stage <= room:
+        faster = prefill_tokens_per_second(server, 2 * prompts, prompt_tokens)
+        if faster < (1 + LEAST_PROMPT_GAIN) * speed:
+            break
+        prompts, speed = 2 * prompts, faster
+    return prompts
 
 
 def disaggregation_ratio(

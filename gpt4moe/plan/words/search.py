@@ -36,7 +36,8 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
     given = bool(args.shape or args.gin_file)
     require(given, "--shape", args.shape, "must be given, or a --gin_file instead", "e.g. --shape=gpt4_1p8t")
     require_count("--top", args.top)
-    require_count("--verify", args.verify, least=0)
+    if args.verify is not None:
+        require_count("--verify", args.verify)
     run = build.run() if args.gin_file else None
     space = SPACES[args.space or ("ours" if run else "megatron")]
     ours = run is not None and space.name == "ours"

@@ -17,6 +17,7 @@ from gpt4moe.plan.serving.cost import (
     blended_dollars_per_1k_tokens,
     disaggregation_ratio,
     prefill_tokens_per_second,
+    prompts_at_once,
 )
 from gpt4moe.plan.serving.expert_load import max_expert_rows
 from gpt4moe.plan.serving.frontier import Question, sweep
@@ -138,11 +139,13 @@ def _row(service: Service, args: argparse.Namespace) -> dict:
 def prompt_numbers(server: Server, prompt_tokens: int, decode_dollars: float, decode_speed: float) -> dict:
     """Returns what prompts cost on the same replica: seconds to the first token, tokens a second, dollars.
 
+    Seconds are of a prompt alone, tokens a second and dollars of as many at once as pay (`prompts_at_once`).
     decode_dollars: of a thousand decoded tokens at `decode_speed` tokens a second: a second costs the same for both.
     """
-    step = prefill_step(server, 1, prompt_tokens)
-    speed = prefill_tokens_per_second(server, 1, prompt_tokens)
+    step, prompts = prefill_step(server, 1, prompt_tokens), prompts_at_once(server, prompt_tokens)
+    speed = prefill_tokens_per_second(server, prompts, prompt_tokens)
     return {
+        "prompts_at_once": prompts,
         "first_token_seconds": step.seconds * server.layout.stage,
         "prompt_tokens_per_second": speed,
         "prompt_dollars_per_1k_tokens": decode_dollars * decode_speed / speed,

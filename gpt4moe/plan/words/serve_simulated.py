@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,12 +19,16 @@ from gpt4moe.plan.serving.replica import Policy
 from gpt4moe.plan.serving.traffic import Traffic, day_curve, day_requests, poisson_requests
 
 DEFAULT_LOAD = 0.7
+DEFAULT_REQUESTS = 1000
+MOST_IN_SILENCE = 5000  # requests that are simulated in a few seconds
 TARGET_LOAD = 0.8  # of the replicas that an hour keeps
 
 
 def simulated(args: argparse.Namespace, question: Question, service: Service) -> dict:
     """Returns what a simulation of the chosen layout found, and what it assumed."""
     require_seed("seed", args.seed)
+    together = "goes without --day, whose rate and hours tell how many come"
+    require(not (args.day and args.requests is not None), "--requests", args.requests, together, "drop one of them")
     generator = np.random.default_rng(args.seed)
     cluster = _cluster(args, question, service)
     is_mixed = cluster.policy.prefill == "mixed"
@@ -39,8 +45,9 @@ def simulated(args: argparse.Namespace, question: Question, service: Service) ->
         lender = Lender(cluster.replicas, needed, args.hour_seconds, return_seconds)
         requests = day_requests(traffic, generator)
     else:
-        requests = poisson_requests(traffic, args.requests, generator)
-    found = simulate(cluster, requests, question.dollars_per_hour, generator, lender)
+        requests = poisson_requests(traffic, DEFAULT_REQUESTS if args.requests is None else args.requests, generator)
+    tell = _progress(len(requests)) if len(requests) > MOST_IN_SILENCE else None
+    found = simulate(cluster, requests, question.dollars_per_hour, generator, lender, tell)
     return (
         dataclasses.asdict(found)
         | {
@@ -59,6 +66,13 @@ def simulated(args: argparse.Namespace, question: Question, service: Service) ->
         }
         | ({"needed_replicas": lender.needed, "formula_lent_fraction": lender.lent_fraction()} if lender else {})
     )
+
+
+def _progress(requests: int) -> Callable[[float], None]:
+    def tell(share: float) -> None:
+        print(f"simulating {requests:,} requests: {share:.0%} have come", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def _cluster(args: argparse.Namespace, question: Question, service: Service) -> Cluster:

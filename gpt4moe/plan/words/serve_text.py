@@ -9,10 +9,9 @@ from gpt4moe.accounting.summary import scaled
 
 MOST_ROWS = 24
 HEAD = (
-    f"{'tok/s/user':>10}{'$/1k':>10}{'chips':>7}{'tensor':>8}{'stage':>7}{'expert':>8}{'cache':>7}{'weights':>10}"
-    f"{'rows':>7}{'seqs':>8}{'most':>9}{'tok/s':>10}{'MFU':>7}{'HBM':>6}{'stage ms: weights/cache/FLOPs/links':>37}"
-    f"{'first token':>13}"
-)
+    "tok/s/user", "$/1k", "chips", "tensor", "stage", "expert", "cache", "weights", "rows", "seqs", "most", "tok/s",
+    "MFU", "HBM", "stage ms: weights/cache/FLOPs/links", "first token",
+)  # fmt: skip
 
 
 def to_text(document: dict) -> str:
@@ -29,8 +28,7 @@ def to_text(document: dict) -> str:
         f"{_short(document)}; no other beats these {len(document['frontier'])}"
         f"{f' ({len(rows)} shown)' if len(rows) < len(document['frontier']) else ''}:",
         "",
-        HEAD,
-        *(_line(row) for row in rows),
+        *_table([HEAD, *(_cells(row) for row in rows)]),
         "",
         *(_cheapest(item) for item in document["cheapest"]),
         *_uneven(document),
@@ -52,18 +50,32 @@ def _thinned(rows: Sequence[dict]) -> list[dict]:
     return [rows[round(index * (len(rows) - 1) / (MOST_ROWS - 1))] for index in range(MOST_ROWS)]
 
 
-def _line(row: dict) -> str:
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells, each column as wide as its widest, two spaces between."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _cells(row: dict) -> tuple[str, ...]:
     stage = row["stage_seconds"]
     links = stage["exchange_seconds"] + stage["hop_seconds"]
     parts = (stage["weights_seconds"], stage["cache_seconds"], stage["flops_seconds"], links)
-    times = f"{1e3 * stage['seconds']:.1f} ({'/'.join(f'{1e3 * part:.1f}' for part in parts)})"
+    digits = ".1f" if stage["seconds"] >= 1e-3 else ".2g"  # of milliseconds
     return (
-        f"{row['user_tokens_per_second']:>10.2f}{row['dollars_per_1k_tokens']:>10.5f}{row['chips']:>7}"
-        f"{row['tensor']:>8}{row['stage']:>7}{row['expert']:>8}{row['cache']:>7}{row['weights']:>10}{row['rows']:>7,}"
-        f"{row['sequences']:>8,}{row['max_sequences']:>9,.0f}{row['tokens_per_second']:>10,.0f}"
-        f"{row['model_flops_utilization']:>7.1%}{row['bandwidth_utilization']:>6.0%}{times:>37}"
-        f"{row['first_token_seconds']:>11.2f} s"
+        f"{row['user_tokens_per_second']:.2f}",
+        dollars(row["dollars_per_1k_tokens"]),
+        *(f"{row[name]}" for name in ("chips", "tensor", "stage", "expert", "cache", "weights")),
+        *(f"{row[name]:,.0f}" for name in ("rows", "sequences", "max_sequences", "tokens_per_second")),
+        f"{row['model_flops_utilization']:.1%}",
+        f"{row['bandwidth_utilization']:.0%}",
+        f"{1e3 * stage['seconds']:{digits}} ({'/'.join(f'{1e3 * part:{digits}}' for part in parts)})",
+        f"{row['first_token_seconds']:.2f} s",
     )
+
+
+def dollars(amount: float) -> str:
+    """Returns a price with five places behind the point, or where that leaves fewer than two digits, with three."""
+    return f"{amount:.5f}" if amount >= 1e-4 or not amount else f"{amount:.2e}"
 
 
 def _cheapest(item: dict) -> str:
@@ -71,9 +83,9 @@ def _cheapest(item: dict) -> str:
     if row is None:
         return f"no layout gives every user {speed:.2f} tokens a second"
     axes = " x ".join(f"{axis} {row[axis]}" for axis in ("tensor", "stage", "expert"))
-    dollars, blended = row["dollars_per_1k_tokens"], row["blended_dollars_per_1k_tokens"]
+    price, blended = dollars(row["dollars_per_1k_tokens"]), dollars(row["blended_dollars_per_1k_tokens"])
     return (
-        f"cheapest at {speed:.2f} tok/s a user: ${dollars:.5f} per 1k tokens (${blended:.5f} with prompts) on "
+        f"cheapest at {speed:.2f} tok/s a user: ${price} per 1k tokens (${blended} with prompts) on "
         f"{row['chips']} chips, {axes}, {row['weights']}, {row['rows']:,} rows; "
         f"{row['prefill_chips_per_decode_chip']:.2f} chips for prompts to one that decodes; continuous batching gains "
         f"{row['continuous_batching_gain']:.1f}x over static, the fullest expert has {row['fullest_expert_rows']:,.0f}"
@@ -104,7 +116,7 @@ def _simulation(found: dict) -> list[str]:
         f"{found['roofline_tokens_per_second']:,.0f} at --context",
         f"  first token       {_percentiles(first)}, of which waiting {found['mean_wait_seconds']:.3f} s on average",
         f"  between tokens    {_percentiles(gap)}",
-        f"  dollars per 1k    {found['dollars_per_1k_tokens']:.5f} over {found['elapsed_hours']:.2f} h"
+        f"  dollars per 1k    {dollars(found['dollars_per_1k_tokens'])} over {found['elapsed_hours']:.2f} h"
         f"{day if found['lent_fraction'] else ''}",
     ]
 

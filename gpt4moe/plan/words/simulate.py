@@ -10,7 +10,7 @@ from typing import Any
 
 from gpt4moe.config.check import require, require_count, require_positive
 from gpt4moe.plan.money import goodput
-from gpt4moe.plan.money.failure_simulation import Job, Time, mean_goodput, simulate_many
+from gpt4moe.plan.money.failure_simulation import Job, Time, expected_events, mean_goodput, simulate_many
 from gpt4moe.plan.money.goodput import HOUR_SECONDS
 from gpt4moe.plan.words.chosen import reliability_from
 
@@ -31,7 +31,7 @@ def answer(args: argparse.Namespace, build: Any) -> tuple[dict, Callable[[dict],
         repair_seconds=args.repair_hours * HOUR_SECONDS,
     )
     require_count("--runs", args.runs)
-    events = args.runs * job.work_seconds * (1 / job.interval + 1 / mtbf)
+    events = args.runs * expected_events(job)
     most = f"means {events:.2g} saves and failures to draw, at most are {MOST_EVENTS:.0e}"
     require(events <= MOST_EVENTS, "--days", args.days, most, "take fewer days, --runs or chips")
     times = simulate_many(job, args.seed, args.runs)

@@ -6,7 +6,7 @@ import pytest
 
 from gpt4moe.config.check import CallerError
 from gpt4moe.plan.money import goodput
-from gpt4moe.plan.money.failure_simulation import Job, mean_goodput, simulate, simulate_many
+from gpt4moe.plan.money.failure_simulation import Job, expected_events, mean_goodput, simulate, simulate_many
 from gpt4moe.plan.money.goodput import Reliability
 
 CHIP_HOURS = goodput.observed_chip_mtbf_hours(419, 16_384, 54)
@@ -103,6 +103,25 @@ def test_spares():
     enough = goodput.spare_chips(25_000, CHIP_HOURS, 24, risk=1e-6)
     assert enough <= 31 and simulate(many, 0).waiting == 0
     assert 5000 < goodput.spare_chips(2_500_000, 12_000, 24) < 5200
+
+
+def test_spares_of_many_chips_are_those_of_the_sum(monkeypatch):
+    """Chips under repair: 24 h of 2,000 h, so 12,000 of a million; both ways agree to a chip."""
+    for chips in (4000, 100_000, 1_000_000):
+        for risk in (0.3, 0.01, 1e-6):
+            monkeypatch.setattr(goodput, "LARGE_MEAN", 0)
+            near = goodput.spare_chips(chips, 2000, 24, risk)
+            monkeypatch.setattr(goodput, "LARGE_MEAN", 1e9)
+            assert abs(near - goodput.spare_chips(chips, 2000, 24, risk)) <= 1
+    monkeypatch.undo()
+    assert goodput.spare_chips(10**7, 1e-3, 24) == pytest.approx(10**7 * 24 / 1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("chips", [1000, 16_384, 100_000])
+def test_expected_events_are_those_of_a_run(chips):
+    job = Job(30 * DAY, of_chips(chips, 60, 600))
+    run = simulate(job, 1)
+    assert expected_events(job) == pytest.approx(run.failures + run.work / job.interval, rel=0.15)
 
 
 def test_without_spares_every_failure_waits_for_its_repair():

@@ -9,6 +9,7 @@ from gpt4moe.accounting.chips import chip_named
 from gpt4moe.accounting.published import shape_named
 from gpt4moe.config.check import CallerError
 from gpt4moe.plan.serving.cost import (
+    LEAST_PROMPT_GAIN,
     Service,
     blended_dollars_per_1k_tokens,
     day_utilization,
@@ -16,11 +17,12 @@ from gpt4moe.plan.serving.cost import (
     dollars_per_1k_tokens,
     frontier,
     prefill_tokens_per_second,
+    prompts_at_once,
     rows_at_speed,
     serve,
 )
 from gpt4moe.plan.serving.frontier import Question, layouts, sweep
-from gpt4moe.plan.serving.layout import ServeLayout
+from gpt4moe.plan.serving.layout import ServeLayout, cache_bytes_per_chip, weight_bytes_per_chip
 from gpt4moe.plan.serving.rooflines import Server, decode_step
 
 MIXTRAL, H100 = shape_named("mixtral_8x7b"), chip_named("h100")
@@ -87,6 +89,20 @@ def test_readers_and_writers_in_the_ratio_wait_for_nobody():
     ratio = disaggregation_ratio(512, 128, read, write)
     assert ratio * read / 512 == pytest.approx(1 * write / 128)  # requests a second of either side
     assert disaggregation_ratio(1, 1, 73_700, 14_800) == pytest.approx(0.2008, rel=1e-3)
+
+
+def test_prompts_are_read_together_as_long_as_that_pays():
+    """A group of 32 chips has 32 tokens of a prompt for each; long prompts fill it alone, and memory bounds them."""
+    server = Server(shape_named("deepseek_v3"), chip_named("h800"), ServeLayout(expert=32, weights="fp8"))
+    together = prompts_at_once(server, 1024)
+    alone, at_once, twice = (prefill_tokens_per_second(server, many, 1024) for many in (1, together, 2 * together))
+    assert together > 8 and at_once > 1.5 * alone and at_once * (1 + LEAST_PROMPT_GAIN) > twice
+    assert prompts_at_once(server, 65_536) < together
+    held = weight_bytes_per_chip(server.shape, server.layout) + cache_bytes_per_chip(
+        server.shape, server.layout, 5, 1024
+    )
+    tight = dataclasses.replace(server.chip, memory_bytes=held / server.efficiency.usable_memory)
+    assert prompts_at_once(dataclasses.replace(server, chip=tight), 1024) == 4  # five have room
 
 
 @pytest.mark.parametrize("speed", [5.0, 20.0, 60.0])

@@ -256,6 +256,7 @@ def test_the_page_of_the_audit_is_whole_and_alone(tmp_path, capsys):
         (["cost", *RUN, "--mfu=0.3", "--tokens=1e300"], "--tokens=1e+300 must be at most 1e+18"),
         (["cost", *RUN, "--mfu=0.3", "--num_chips=10000000000000"], "must be at most 10,000,000"),
         (["cost", *RUN, "--chip=t4", "--num_chips=64", "--batch_tokens=6e7"], "--chip='t4' has no network"),
+        (["simulate", "--num_chips=10000000", "--days=1e3"], "leaves no time to get ahead"),
         (["simulate", "--num_chips=100", "--days=1e9"], "saves and failures to draw, at most are 1e+07"),
         (["what-if", *RUN, "--mfu=0.3", "--price=0"], "--price=0.0 must be a number above 0"),
         (["what-if", *RUN, "--mfu=0.3", "--serve_tensor=0"], "--serve_tensor=0 must be an integer of at least 1"),

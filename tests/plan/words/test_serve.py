@@ -1,10 +1,12 @@
 """`gpt4moe plan serve` and `speculate` as a user calls them: JSON, text, pictures, mistakes in one line."""
 
 import json
+import re
 
 import pytest
 
 from gpt4moe.launch import main
+from gpt4moe.plan.words import serve_simulated
 
 MIXTRAL = ("plan", "serve", "--shape=mixtral_8x7b", "--num_chips=8")
 REFERENCE = ("plan", "serve", "--gin_file=gin_configs/model/gpt4_1p8t.gin", "--chip=a100_40", "--price=1")
@@ -79,6 +81,31 @@ def test_a_simulation_is_told_with_what_it_assumed(capsys):
     assert "simulated: 40 requests" in capsys.readouterr().out
 
 
+def test_a_long_simulation_tells_how_far_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(serve_simulated, "MOST_IN_SILENCE", 30)
+    words = ("--tensor=2", "--stage=1", "--expert=1", "--batch=16", "--simulate", "--new_tokens=8", "--json")
+    assert main([*MIXTRAL, *words, "--requests=40"]) == 0
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [f"simulating 40 requests: {share}0% have come" for share in range(1, 11)]
+    assert json.loads(told.out)["simulation"]["completed"] == 40
+    assert main([*MIXTRAL, *words, "--requests=30"]) == 0
+    assert not capsys.readouterr().err
+
+
+def test_small_models_have_columns_and_prices_too(capsys):
+    words = ("plan", "serve", "--gin_file=gin_configs/model/tiny.gin", "--num_chips=4")
+    row = document(capsys, *words)["frontier"][0]
+    assert main(list(words)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(number for number, line in enumerate(lines) if "tok/s/user" in line)
+    cells = re.split(r"  +", lines[head + 1].strip())
+    assert len(cells) == len(re.split(r"  +", lines[head].strip())) == 16
+    assert float(cells[1]) == pytest.approx(row["dollars_per_1k_tokens"], rel=0.01) != 0
+    assert cells[11] == f"{row['tokens_per_second']:,.0f}"
+    cheapest = next(line for line in lines if line.startswith("cheapest at"))
+    assert "$0.00000" not in cheapest
+
+
 def test_a_day_is_simulated_and_its_trough_lent(capsys):
     words = (
         "--tensor=2",
@@ -122,6 +149,7 @@ def test_speculation(capsys):
         (("--shape=mixtral_8x7b", "--plot=none/x.png"), "plot='none/x.png' is in a folder that is not there"),
         (("--shape=mixtral_8x7b", "--plot=x.txt"), "plot='x.txt' must end in .png, .svg or .pdf"),
         (("--shape=mixtral_8x7b", "--simulate", "--day=1,2"), "hourly=2 must be 24 rates"),
+        (("--shape=mixtral_8x7b", "--simulate", "--day=cosine", "--requests=5"), "--requests=5 goes without --day"),
         (("--shape=mixtral_8x7b", "--simulate", "--day=sine"), "day='sine' must be 'cosine' or 24 numbers"),
         (("--shape=mixtral_8x7b", "--simulate", "--lengths=zipf"), "lengths='zipf' must be in"),
         (("--shape=mixtral_8x7b", "--simulate", "--seed=-1"), "seed=-1 must be an integer from 0"),
