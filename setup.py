@@ -51,7 +51,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// work directories and sources
         "tpu-compile": ["libtpu>=0.0.52"],  # the TPU compiler: `gpt4moe compile` needs no TPU
-        "bench": ["torch>=2.9", "transformers>=5.0"],  # the peer of benchmarks/train_step.py --peers, nothing else
+        "bench": ["torch>=2.9", "transformers>=5.0"],  # the peer of benchmarks with --peers, nothing else
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -1,7 +1,7 @@
 """Processes measured by turns: each is built once and steps when it is asked, so that no two compute at a time.
 
-A process prints one JSON line when it is ready, one for every line that it is sent (CPU and wall seconds of a step)
-and one when its input ends.
+A process prints one JSON line when it is ready, one for every line that it is sent (CPU and wall seconds of a step,
+or what it answers to a task) and one when its input ends.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ from collections.abc import Callable
 
 def serve(ready: dict, step: Callable[[], None], finish: Callable[[], dict]) -> None:
     """Says `ready`, steps once for every line of the input, says what `finish` returns: the measured side."""
-    print(json.dumps(ready), flush=True)
-    for _ in sys.stdin:
+
+    def timed(_: str) -> list[float]:
         before = cpu_and_wall()
         step()
-        print(json.dumps([after - start for after, start in zip(cpu_and_wall(), before, strict=True)]), flush=True)
+        return [after - start for after, start in zip(cpu_and_wall(), before, strict=True)]
+
+    serve_tasks(ready, timed, finish)
+
+
+def serve_tasks(ready: dict, answer: Callable[[str], object], finish: Callable[[], dict] = dict) -> None:
+    """Says `ready`, what `answer` returns to every line of the input, and what `finish` returns."""
+    print(json.dumps(ready), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(line)), flush=True)
     print(json.dumps(finish()), flush=True)
 
 
@@ -67,6 +76,13 @@ class Process:
             if self.ended is None:
                 self._send("step")
                 steps += [seconds for seconds in [self._answer()] if seconds]
+
+    def ask(self, task: dict) -> dict | list | None:
+        """Its answer to one task, None where it has ended."""
+        if self.ended is None:
+            self._send(json.dumps(task))
+            return self._answer()
+        return None
 
     def finish(self) -> None:
         """Lets it come to its end."""

@@ -16,6 +16,7 @@ CALLER_MISTAKE = 2
 EXECUTORS = ("local", "slurm", "list")
 HEARTBEAT_SECONDS, STALL_SECONDS = 30, 1800
 REPORT_TOKENS = 16_384
+QUANTIZED = ("int8", "fp8")
 STORED_DTYPES = ("float32", "bfloat16")
 SHARD_MEGABYTES = 5000
 
@@ -103,8 +104,11 @@ def _checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _trained_flags(parser)
+    instead = parser.add_mutually_exclusive_group()
+    quantize = "also with matrices of experts and attention in this format, and by how much the loss is more"
+    instead.add_argument("--quantize", choices=QUANTIZED, help=quantize)
     golden = "compare logits and greedy tokens in float32 with those of a foreign model, arrays tokens, logits, greedy"
-    parser.add_argument("--golden", type=_folder, metavar="FILE.npz", help=golden)
+    instead.add_argument("--golden", type=_folder, metavar="FILE.npz", help=golden)
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:

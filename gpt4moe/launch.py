@@ -163,10 +163,12 @@ def _read_table(read: dict) -> list[str]:
 def _evaluate(args: argparse.Namespace) -> int:
     if args.golden:
         return _foreign(args)
+    from gpt4moe.analysis.quantized_loss import add_quantized
     from gpt4moe.infer import trained
     from gpt4moe.train import evaluate
 
     run, _ = saved_run(args.workdir)
+    require(not (args.quantize and run.model.vision), "--quantize", args.quantize, "is for models that read no images")
     mesh = _mesh(args).for_generation()
     run = dataclasses.replace(run, mesh=mesh)  # evaluation lays its batches over it
     model = trained.restore(run, args.workdir, step=args.step, mesh=mesh)
@@ -176,7 +178,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     document = evaluate.to_document(evaluation)
     for source, result in read.items():
         document[source] |= {"read": _plain(result)}
-    _print(args, document, lambda _: "\n".join([evaluate.format_evaluation(evaluation), *_read_table(read)]))
+    lines = [evaluate.format_evaluation(evaluation), *_read_table(read)]
+    if args.quantize:
+        lines.append(add_quantized(document, model, run, args.quantize, _progress))
+    _print(args, document, lambda _: "\n".join(lines))
     return DONE
 
 

@@ -24,6 +24,8 @@ from gpt4moe.model.layers import (
     normal_parameter,
     normed,
 )
+from gpt4moe.model.resampler import Resampler
+from gpt4moe.model.vision import VisionEncoder
 from gpt4moe.types import Array
 
 STACK = "cross_layers"
@@ -53,6 +55,31 @@ class Media:
         image_S = jnp.repeat(jnp.arange(images), features)
         until, since = self.image_index_BT[..., None], self.first_image_BT[..., None]
         return (image_S <= until) & (image_S >= since) & self.valid_BIR.reshape(len(self.valid_BIR), 1, -1)
+
+
+def look(
+    encoder: VisionEncoder,
+    resampler: Resampler | None,
+    sees: str,
+    images: Array,
+    image_valid: Bool[Array, "B I *frames"],
+    image_index_BT: Int[Array, "B T"],
+    first_image_BT: Int[Array, "B T"],
+) -> Media:
+    """Returns what every token sees of the images, all as `types.Batch` has them (float pixels are normalised).
+
+    sees: of `CrossAttentionConfig`, the latest image or all of them.
+    """
+    is_clip = images.ndim == 6
+    clips, frames = (images, image_valid) if is_clip else (images[:, :, None], image_valid[:, :, None])
+    x_BIFPD = encoder(clips)
+    if resampler is not None:
+        features_BIRD = resampler(x_BIFPD, frames)
+        valid_BIR = jnp.broadcast_to(jnp.any(frames, axis=-1)[..., None], features_BIRD.shape[:3])
+    else:
+        features_BIRD = x_BIFPD.reshape(*x_BIFPD.shape[:2], -1, x_BIFPD.shape[-1])
+        valid_BIR = jnp.repeat(frames, x_BIFPD.shape[3], axis=2)
+    return Media(features_BIRD, valid_BIR, image_index_BT, first_image_BT if sees == "all" else image_index_BT)
 
 
 class GatedCrossAttention(nnx.Module):

@@ -119,6 +119,18 @@ def block_matmul(
     return _call(chosen, rows_XCD, w_EDF, lambda implementation: implementation.forward, operands)
 
 
+def block_matmul_nt(
+    rows_XCF: Float[Array, "X C F"],
+    w_EDF: Float[Array, "E D F"],
+    block_expert_X: Int[Array, " X"],
+    num_blocks: Int[Array, ""],
+    chosen: str | Implementation | None = None,
+) -> Float[Array, "X C D"]:
+    """`block_matmul` with the transposes of the matrices, read as they lie; has no gradient."""
+    operands = (rows_XCF, w_EDF.astype(rows_XCF.dtype), Blocks(block_expert_X, num_blocks))
+    return _call(chosen, rows_XCF, w_EDF, lambda implementation: implementation.rows_gradient, operands)
+
+
 def _block_forward(rows_XCD: Array, w_EDF: Array, block_expert_X: Array, num_blocks: Array, chosen: object) -> tuple:
     y_XCF = block_matmul(rows_XCD, w_EDF, block_expert_X, num_blocks, chosen)
     return y_XCF, (rows_XCD, w_EDF, Blocks(block_expert_X, num_blocks))

@@ -15,7 +15,7 @@ from gpt4moe.config.mesh import grouped_placement
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.attention import Attention
 from gpt4moe.model.cache import KVCache, init_cache
-from gpt4moe.model.cross_attention import GatedCrossAttention, Media
+from gpt4moe.model.cross_attention import GatedCrossAttention, Media, look
 from gpt4moe.model.layers import FeedForward, RMSNorm, Slots, depth_scale, normal_parameter, rematerialised
 from gpt4moe.model.layout import ONE_DEVICE, Layout, is_unrolled, scan_layers
 from gpt4moe.model.moe import Moe, MoeOut, RoutedTokens
@@ -183,17 +183,8 @@ class Transformer(nnx.Module):
         first_image_BT: Int[Array, "B T"],
     ) -> Media:
         """Returns what every token sees of the images, all as `types.Batch` has them (float pixels are normalised)."""
-        vision, is_clip = self.config.vision, images.ndim == 6
-        clips, frames = (images, image_valid) if is_clip else (images[:, :, None], image_valid[:, :, None])
-        x_BIFPD = self.vision_encoder(clips)
-        if self.resampler is not None:
-            features_BIRD = self.resampler(x_BIFPD, frames)
-            valid_BIR = jnp.broadcast_to(jnp.any(frames, axis=-1)[..., None], features_BIRD.shape[:3])
-        else:
-            features_BIRD = x_BIFPD.reshape(*x_BIFPD.shape[:2], -1, x_BIFPD.shape[-1])
-            valid_BIR = jnp.repeat(frames, x_BIFPD.shape[3], axis=2)
-        since_BT = first_image_BT if vision.cross_attention.sees == "all" else image_index_BT
-        return Media(features_BIRD, valid_BIR, image_index_BT, since_BT)
+        sees, eyes = self.config.vision.cross_attention.sees, (self.vision_encoder, self.resampler)
+        return look(*eyes, sees, images, image_valid, image_index_BT, first_image_BT)
 
     def keep(self, media: Media) -> Media:
         """Returns `media` with the keys and values of every block of cross-attention, which decoding needs again."""

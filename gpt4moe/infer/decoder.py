@@ -1,0 +1,257 @@
+"""The decoder: one pure function for chunks of prompts and for single tokens, over pages of keys and values.
+
+In: weights taken apart (`decode_weights`), tokens of rows that stand at different positions, pages and their table.
+Out: final hidden states, the pages with the tokens in them, where the tokens were routed. Equal to
+`Transformer(..., dropless=True)` of the rows' whole texts; every settings of `ModelConfig` decodes here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Float32, Int
+
+from gpt4moe.config.check import require
+from gpt4moe.config.model import ModelConfig
+from gpt4moe.infer import pages as paging
+from gpt4moe.infer.decode_weights import (
+    AttentionWeights,
+    DecoderWeights,
+    FeedForwardWeights,
+    Form,
+    LayerWeights,
+    MoeWeights,
+    take_apart,
+)
+from gpt4moe.infer.expert_rows import feed_forward, serve
+from gpt4moe.infer.matrix import PRODUCTS, times
+from gpt4moe.infer.paged_attention import attend
+from gpt4moe.infer.pages import Pages, Places
+from gpt4moe.model import cross_attention
+from gpt4moe.model.cross_attention import Media
+from gpt4moe.model.moe import Choices
+from gpt4moe.model.rope import Rotation, rotate, rotation
+from gpt4moe.model.router import RouterInputs, Routing, top_k
+from gpt4moe.model.transformer import Transformer
+from gpt4moe.types import Array
+
+# By backend; elsewhere, on a CPU, it is "dot".
+FASTEST_PRODUCT = {"gpu": "reduction"}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeReport:
+    """load_LE: choices of each expert in each layer with experts, int32; an expert of load 0 was not read.
+
+    choices: where every token went, [L, B, T, K] each, where asked for; None otherwise.
+    """
+
+    load_LE: Int[Array, "L E"]
+    choices: Choices | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What every layer needs to know of the tokens of a call."""
+
+    tokens_BT: Array
+    positions_BT: Array
+    valid_BT: Array
+    turn: Rotation
+    table_BX: Array
+    at: Places
+    media: Media | None
+    replay_ids_BTLK: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Weights and what is static about them: pass `decoder.weights` to compiled functions, close over the rest.
+
+    dtype: of activations and of pages. cross, eyes: the definitions of the modules of vision, None for a text model.
+    """
+
+    weights: DecoderWeights
+    config: ModelConfig
+    dtype: jnp.dtype
+    cross: nnx.GraphDef | None = None
+    eyes: tuple[nnx.GraphDef, nnx.GraphDef | None] | None = None
+
+    @classmethod
+    def of(
+        cls, model: Transformer, *, dtype: str | None = None, quantize: str | None = None, product: str | None = None
+    ) -> Decoder:
+        """Returns the decoder of a model in `dtype` (None: its compute dtype).
+
+        quantize: "int8" or "fp8" for the matrices of experts and attention, by column. product: how one or a
+        few rows are multiplied (`gpt4moe.infer.matrix.PRODUCTS`; None: the fastest on the backend); with another than
+        "dot" the experts of a layer lie in one array. A model of abstract arrays has abstract weights. Raises
+        `CallerError` for a name it does not know.
+        """
+        config, as_dtype = model.config, jnp.dtype(dtype or model.config.compute_dtype)
+        product = product or FASTEST_PRODUCT.get(jax.default_backend(), "dot")
+        require(product in PRODUCTS, "product", product, f"must be in {tuple(PRODUCTS)}")
+        form = Form(as_dtype, quantize, product, stacked=product != "dot")
+        graph, state = nnx.split(model)
+
+        def taken(state: nnx.State) -> DecoderWeights:
+            return take_apart(nnx.merge(graph, state), form)
+
+        cross = eyes = None
+        if config.vision:
+            cross = nnx.graphdef(model.cross_attention)
+            eyes = tuple(
+                None if part is None else nnx.graphdef(part) for part in (model.vision_encoder, model.resampler)
+            )
+        is_abstract = isinstance(jax.tree.leaves(state)[0], jax.ShapeDtypeStruct)
+        weights = jax.eval_shape(taken, state) if is_abstract else jax.jit(taken)(state)
+        return cls(weights, config, as_dtype, cross, eyes)
+
+    def init_pages(self, num_pages: int, page_size: int) -> Pages:
+        """Returns empty pages."""
+        return paging.init_pages(self.config, num_pages, page_size, self.dtype)
+
+    def forward(
+        self,
+        weights: DecoderWeights,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        valid_BT: Bool[Array, "B T"],
+        pages: Pages,
+        table_BX: Int[Array, "B X"],
+        *,
+        media: Media | None = None,
+        replay_ids_BTLK: Int[Array, "B T L K"] | None = None,
+        with_choices: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Pages, DecodeReport]:
+        """Returns x_BTD after the final norm, the pages with the valid tokens in them, and the report.
+
+        Pure; jit it with `pages` donated. A valid token is written at its position and sees every position of its row
+        up to its own, of this call or an earlier one: whoever calls has written those before. table_BX: the pages of
+        each row in order, at least up to its tokens' positions, -1 for none. A token that is not valid is written and
+        routed nowhere, and its x is of no meaning. `media`: the images of the rows (`look`), as each token of this call
+        sees them. `replay_ids_BTLK` forces expert choices on the layers with experts (-1: none); `with_choices` reports
+        them.
+        """
+        turn = rotation(positions_BT, self.config.head_dim, self.config.attention.rope_theta)
+        at = paging.places(pages, table_BX, positions_BT, valid_BT)
+        step = _Step(tokens_BT, positions_BT, valid_BT, turn, table_BX, at, media, replay_ids_BTLK)
+        x_BTD = weights.embedding_VD[tokens_BT]
+        keys, values, routings, crossed = [], [], [], 0
+        for layer, *cache in zip(weights.layers, pages.keys, pages.values, strict=True):
+            if layer.cross is not None and media is not None:
+                x_BTD = self._read(layer.cross, x_BTD, media, crossed)
+            crossed += layer.cross is not None
+            x_BTD, written = self._attend(layer, x_BTD, tuple(cache), step)
+            keys.append(written[0])
+            values.append(written[1])
+            x_BTD, routing = self._feed_forward(layer, x_BTD, step, len(routings))
+            routings += [] if routing is None else [routing]
+        final_BTD = self._normed(x_BTD, weights.final_norm_D).astype(self.dtype)
+        return final_BTD, Pages(tuple(keys), tuple(values)), _report(routings, with_choices)
+
+    def logits(self, weights: DecoderWeights, x_BD: Float[Array, "*rows D"]) -> Float32[Array, "*rows V"]:
+        """Returns float32 logits of final hidden states."""
+        logits_UV = times(x_BD.reshape(-1, x_BD.shape[-1]), weights.unembedding_DV)
+        return logits_UV.reshape(*x_BD.shape[:-1], -1)
+
+    def look(
+        self,
+        weights: DecoderWeights,
+        images: Array,
+        image_valid: Array,
+        image_index_BT: Int[Array, "B T"],
+        first_image_BT: Int[Array, "B T"],
+    ) -> Media:
+        """Returns what every token sees of the images, with keys and values, all as in `Transformer.look`.
+
+        They are of the rows: another call of `forward` for the same rows wants only other `image_index_BT` and
+        `first_image_BT`.
+        """
+        modules = [
+            None if graph is None else nnx.merge(graph, state)
+            for graph, state in zip(self.eyes, weights.eyes, strict=True)
+        ]
+        given = (images, image_valid, image_index_BT, first_image_BT)
+        media = cross_attention.look(*modules, self.config.vision.cross_attention.sees, *given)
+        blocks = [nnx.merge(self.cross, layer.cross) for layer in weights.layers if layer.cross is not None]
+        keys, values = zip(*(block.keys_values(media.features_BIRD) for block in blocks), strict=True)
+        return dataclasses.replace(media, keys=jnp.stack(keys), values=jnp.stack(values))
+
+    def _read(self, parameters: nnx.State, x_BTD: Array, media: Media, index: int) -> Array:
+        block = nnx.merge(self.cross, parameters)
+        return block(x_BTD, media, (media.keys[index], media.values[index])).astype(self.dtype)
+
+    def _normed(self, x: Array, scale: Array) -> Array:
+        x_float = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
+        return x_float * jax.lax.rsqrt(mean_square + self.config.norm_epsilon) * scale
+
+    def _attend(self, layer: LayerWeights, x_BTD: Array, cache: tuple, step: _Step) -> tuple[Array, tuple]:
+        """The residual stream after attention, and the layer's keys and values with the tokens' in them."""
+        rows, length, dim = x_BTD.shape
+        weights = layer.attention
+        normed_UD = self._normed(x_BTD, layer.attention_norm_D).reshape(-1, dim)
+        q_BTNH, k_BTMH, v_BTMH = self._heads(weights, times(normed_UD, weights.in_DJ), step)
+        keys, values = (paging.write(each, new, step.at) for each, new in zip(cache, (k_BTMH, v_BTMH), strict=True))
+        seen = [paging.read(each, step.table_BX) for each in (keys, values)]
+        y_BTNH = attend(q_BTNH, *seen, step.positions_BT, self.config.attention.query_chunk)
+        y_UD = times(y_BTNH.reshape(rows * length, -1), weights.out_JD)
+        return (x_BTD + y_UD.reshape(x_BTD.shape)).astype(self.dtype), (keys, values)
+
+    def _heads(self, weights: AttentionWeights, qkv_UJ: Array, step: _Step) -> tuple[Array, Array, Array]:
+        attention, head_dim = self.config.attention, self.config.head_dim
+        heads, kv_heads = attention.num_heads, attention.num_kv_heads
+        qkv_BTJH = qkv_UJ.reshape(*step.positions_BT.shape, heads + 2 * kv_heads, head_dim)
+        q_BTNH, k_BTMH, v_BTMH = jnp.split(qkv_BTJH, [heads, heads + kv_heads], axis=2)
+        if attention.qk_norm:
+            q_BTNH, k_BTMH = (
+                self._normed(q_BTNH, weights.query_norm_H),
+                self._normed(k_BTMH, weights.key_norm_H),
+            )
+        turned = (rotate(x, step.turn).astype(self.dtype) for x in (q_BTNH, k_BTMH))
+        return *turned, v_BTMH.astype(self.dtype)
+
+    def _feed_forward(
+        self, layer: LayerWeights, x_BTD: Array, step: _Step, number: int
+    ) -> tuple[Array, Routing | None]:
+        """The residual stream after the feed-forward and, with experts, where the tokens went."""
+        gated, weights = self.config.moe.gated, layer.feed_forward
+        normed_BTD = self._normed(x_BTD, layer.feed_forward_norm_D).astype(self.dtype)
+        normed_UD = normed_BTD.reshape(-1, x_BTD.shape[-1])
+        routing = None
+        if isinstance(weights, FeedForwardWeights):
+            y_UD = feed_forward(normed_UD, weights, gated)
+        else:
+            routing = self._route(weights, normed_BTD, step, number)
+            y_UD = serve(weights.experts, normed_BTD, routing, self.config.moe)
+            if weights.shared is not None:
+                y_UD += feed_forward(normed_UD, weights.shared, gated)
+        return (x_BTD + y_UD.reshape(x_BTD.shape)).astype(self.dtype), routing
+
+    def _route(self, weights: MoeWeights, x_BTD: Array, step: _Step, number: int) -> Routing:
+        logits_BTE = jnp.einsum(
+            "BTD,DE->BTE", x_BTD.astype(jnp.float32), weights.router_DE, precision=jax.lax.Precision.HIGHEST
+        )
+        router = self.config.moe.router or top_k
+        replay_BTK = None if step.replay_ids_BTLK is None else step.replay_ids_BTLK[:, :, number]
+
+        def route_row(logits_TE: Array, ids_T: Array, valid_T: Array, replay_TK: Array | None) -> Routing:
+            given = {"bias_E": weights.router_bias_E, "replay_ids_UK": replay_TK, "training": False}
+            return router(logits_TE, RouterInputs(ids_T, valid_T, **given), self.config.moe)
+
+        over = functools.partial(jax.vmap, in_axes=(0, 0, 0, None if replay_BTK is None else 0))
+        return over(route_row)(logits_BTE, step.tokens_BT, step.valid_BT, replay_BTK)
+
+
+def _report(routings: list[Routing], with_choices: bool) -> DecodeReport:
+    load_LE = jnp.stack([jnp.sum(routing.stats.load_E, axis=0) for routing in routings])
+    if not with_choices:
+        return DecodeReport(load_LE)
+    ids = jnp.stack([jnp.where(routing.used_UK, routing.expert_ids_UK, -1) for routing in routings])
+    return DecodeReport(load_LE, Choices(ids, jnp.stack([routing.gates_UK for routing in routings])))
