@@ -51,6 +51,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// work directories and sources
         "tpu-compile": ["libtpu>=0.0.52"],  # the TPU compiler: `gpt4moe compile` needs no TPU
+        "json": ["llguidance>=1.0"],  # continuations that follow a JSON schema
         "bench": ["torch>=2.9", "transformers>=5.0"],  # the peer of benchmarks with --peers, nothing else
         "test": [
             "pytest>=8",
@@ -59,6 +60,7 @@ setup(
             "ruff>=0.12",
             "beartype>=0.19",
             "libtpu>=0.0.52",
+            "llguidance>=1.0",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",

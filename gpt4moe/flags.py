@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from gpt4moe import flags_plan
 from gpt4moe.config.compile import PROGRAMS
+from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.sampling import SamplingConfig
 
 CALLER_MISTAKE = 2
@@ -132,7 +133,13 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
     _trained_flags(parser)
     defaults = SamplingConfig()
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    lines = 'serve a file of lines such as {"prompt": "def f(", "temperature": 0}, a line of JSON out for each'
+    what.add_argument("--requests", type=_folder, metavar="FILE", help=lines)
+    parser.add_argument("--output", type=_folder, metavar="FILE", help="where the lines go (default: standard output)")
+    slots = "continuations of --requests that are decoded at once (default: %(default)s)"
+    parser.add_argument("--slots", type=_positive, default=EngineConfig().slots, metavar="N", help=slots)
     image = "image that the prompt shows, where it says <image> or before it; may be repeated"
     parser.add_argument("--image", action="append", default=[], type=_folder, metavar="FILE", help=image)
     parser.add_argument(

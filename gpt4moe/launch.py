@@ -186,21 +186,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
-    sampling = SamplingConfig(**{name: getattr(args, name) for name in names})
-    from gpt4moe.infer.generate import generate
+    from gpt4moe.infer import command
 
-    trained = load(args.workdir, step=args.step, mesh=_mesh(args))
-    prompts, pictures = args.prompt or [""], ()
-    if args.image:
-        alone, mend = len(prompts) == 1, "give the command once for each"
-        require(alone, "--image", args.image, f"goes with one prompt, not {len(prompts)}", mend)
-        from gpt4moe.infer.pictures import read_picture
-
-        pictures = [[read_picture(path, trained.config.data.images) for path in args.image]]
-    generations, timing = generate(trained.model, trained.tokenizer, prompts, sampling, pictures)
-    document = {"step": trained.step, "samples": [_plain(item) for item in generations], "timing": _plain(timing)}
-    _print(args, document, lambda _: "\n\n".join(item.prompt + item.text for item in generations))
+    answer = command.answer(args, load, _progress)
+    if answer is not None:
+        _print(args, *answer)
     return DONE
 
 

@@ -16,7 +16,10 @@ def answer(script, *words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("script", ["train_step.py", "moe_layer.py", "vision_data.py", "decode.py", "decode_gpu.py"])
+SCRIPTS = ["train_step.py", "moe_layer.py", "vision_data.py", "decode.py", "decode_gpu.py", "serve.py", "speculative.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_what_is_measured(script):
     said = answer(script, "--help")
     assert said.returncode == 0

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,26 @@ def test_generate_is_a_function_of_its_seed(workdir, capsys):
     assert [len(sample["token_ids"]) <= 8 for sample in first["samples"]] == [True, True]
     assert main([*words[:-1], "--temperature=0"]) == 0
     assert capsys.readouterr().out.startswith("The quick")
+
+
+def test_generate_serves_a_file_of_requests(workdir, tmp_path, capsys):
+    requests, output = tmp_path / "requests.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": text, "temperature": 0, "max_new_tokens": 4} for text in ("a", "bc", "d")]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["generate", f"--workdir={workdir}", f"--requests={requests}", "--slots=2"]
+    assert main([*command, f"--output={output}"]) == 0
+    made = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [document["prompt"] for document in made] == ["a", "bc", "d"]
+    requests.write_text('{"prompt": "a"}\n{"prompt": "a", "top_q": 1}\n')
+    capsys.readouterr()
+    assert f"{requests}:2: has no key 'top_q'; there are " in refusal_of(capsys, command)
+
+
+def test_the_example_of_the_engine_runs(workdir, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/engine.md").read_text(), re.DOTALL)
+    exec(example.replace("runs/quickstart", str(workdir)), {})
+    *chunks, experts = capsys.readouterr().out.splitlines()
+    assert chunks and len(experts.strip("[]").split()) >= 1
 
 
 def test_load_gives_the_trained_model_with_the_counted_parameters(workdir):

@@ -41,6 +41,7 @@ from gpt4moe.types import Array
 
 # By backend; elsewhere, on a CPU, it is "dot".
 FASTEST_PRODUCT = {"gpu": "reduction"}
+FREE = -2  # in the place of an expert to force: the router chooses
 
 
 @jax.tree_util.register_dataclass
@@ -135,8 +136,8 @@ class Decoder:
         up to its own, of this call or an earlier one: whoever calls has written those before. table_BX: the pages of
         each row in order, at least up to its tokens' positions, -1 for none. A token that is not valid is written and
         routed nowhere, and its x is of no meaning. `media`: the images of the rows (`look`), as each token of this call
-        sees them. `replay_ids_BTLK` forces expert choices on the layers with experts (-1: none); `with_choices` reports
-        them.
+        sees them. `replay_ids_BTLK` forces expert choices on the layers with experts (-1: none, `FREE`: the router's
+        own); `with_choices` reports them.
         """
         turn = rotation(positions_BT, self.config.head_dim, self.config.attention.rope_theta)
         at = paging.places(pages, table_BX, positions_BT, valid_BT)
@@ -241,9 +242,16 @@ class Decoder:
         router = self.config.moe.router or top_k
         replay_BTK = None if step.replay_ids_BTLK is None else step.replay_ids_BTLK[:, :, number]
 
-        def route_row(logits_TE: Array, ids_T: Array, valid_T: Array, replay_TK: Array | None) -> Routing:
+        def routed(logits_TE: Array, ids_T: Array, valid_T: Array, replay_TK: Array | None) -> Routing:
             given = {"bias_E": weights.router_bias_E, "replay_ids_UK": replay_TK, "training": False}
             return router(logits_TE, RouterInputs(ids_T, valid_T, **given), self.config.moe)
+
+        def route_row(logits_TE: Array, ids_T: Array, valid_T: Array, replay_TK: Array | None) -> Routing:
+            own = routed(logits_TE, ids_T, valid_T, None)
+            if replay_TK is None:
+                return own
+            own_TK = jnp.where(own.used_UK, own.expert_ids_UK, -1)
+            return routed(logits_TE, ids_T, valid_T, jnp.where(replay_TK == FREE, own_TK, replay_TK))
 
         over = functools.partial(jax.vmap, in_axes=(0, 0, 0, None if replay_BTK is None else 0))
         return over(route_row)(logits_BTE, step.tokens_BT, step.valid_BT, replay_BTK)

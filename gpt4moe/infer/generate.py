@@ -10,7 +10,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +20,15 @@ from flax import nnx
 from gpt4moe.config.check import require
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer import decode_loop
+from gpt4moe.infer.codec import Codec, prompt_ids
 from gpt4moe.infer.decode_loop import Request
-from gpt4moe.infer.pictures import Picture, split_at_images, stack_pictures
+from gpt4moe.infer.pictures import Picture, stack_pictures
 from gpt4moe.infer.sampling import row_keys, sampling_params
 from gpt4moe.model.transformer import Transformer
 
 # XLA:CPU multiplies a single bfloat16 row through a slow path, 12 to 18 times slower than two rows.
 MIN_ROWS = 2
 MIN_LENGTH = 16
-
-
-class Codec(Protocol):
-    """What generation needs of a tokenizer; `gpt4moe.data.tokenizer.Tokenizer` is one."""
-
-    begin_of_text: int
-    end_of_text: int
-    image: int | None
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,21 +77,22 @@ def generate(
     require(tokenizer is not None, "tokenizer", None, "is missing: the work directory has no tokenizer.json", mend)
     sampling, pictures = sampling or SamplingConfig(), list(pictures) or [()] * len(prompts)
     require(len(pictures) == len(prompts), "pictures", len(pictures), f"must be of each of the {len(prompts)} prompts")
+    sampling.require_plain()
     if any(pictures):
         sees, mend = model.config.vision is not None, "give the workdir of a model that does"
         require(sees, "pictures", sum(map(len, pictures)), "but the model reads no images", mend)
     length = model.config.context_length
-    prompt_ids = [_prompt_ids(tokenizer, *of, length) for of in zip(prompts, map(len, pictures), strict=True)]
+    ids_of = [_prompt_ids(tokenizer, *of, length) for of in zip(prompts, map(len, pictures), strict=True)]
     if not prompts:
         return [], Timing(0.0, 0.0, 0.0, 0, 0)
-    request = _request(prompt_ids, sampling, model, pictures, tokenizer)
+    request = _request(ids_of, sampling, model, pictures, tokenizer)
     new, seconds = _run(model, request, tokenizer.end_of_text, _lengths(request, sampling, model.config.context_length))
     generations = [
         _generation(tokenizer, prompt, ids, new_ids, logprobs)
-        for prompt, ids, new_ids, logprobs in zip(prompts, prompt_ids, *new, strict=False)
+        for prompt, ids, new_ids, logprobs in zip(prompts, ids_of, *new, strict=False)
     ]
     num_new = sum(len(generation.token_ids) for generation in generations)
-    return generations, Timing(*seconds, sum(map(len, prompt_ids)), num_new)
+    return generations, Timing(*seconds, sum(map(len, ids_of)), num_new)
 
 
 def generate_ids(
@@ -129,12 +118,7 @@ def write_samples(workdir: str | epath.Path, generations: Sequence[Generation]) 
 
 
 def _prompt_ids(tokenizer: Codec, prompt: str, num_pictures: int, context_length: int) -> list[int]:
-    is_text = prompt.encode("utf-8", "ignore").decode() == prompt
-    require(is_text, "prompt", prompt[:40], "holds bytes that are not UTF-8")
-    before, *behind = split_at_images(prompt, num_pictures)
-    ids = [tokenizer.begin_of_text, *tokenizer.encode(before)]
-    for text in behind:
-        ids += [tokenizer.image, *tokenizer.encode(text)]
+    ids = prompt_ids(tokenizer, prompt, num_pictures)
     require(
         len(ids) < context_length,
         "prompt",

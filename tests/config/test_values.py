@@ -5,6 +5,7 @@ import pytest
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.data import DataConfig, SourceConfig
+from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
@@ -26,6 +27,7 @@ REQUIRED = {
     TokenizerConfig: {},
     DataConfig: {"sources": (SourceConfig("files", paths=("somewhere",)),), "sequence_length": 64},
     SamplingConfig: {},
+    EngineConfig: {},
 }
 REFUSED = [
     (AttentionConfig, "qk_norm", "no"),
@@ -51,6 +53,23 @@ REFUSED = [
     (DataConfig, "seed", "x"),
     (DataConfig, "exhaust_together", "yes"),
     (SamplingConfig, "temperature", True),
+    (SamplingConfig, "min_p", 1.5),
+    (SamplingConfig, "repetition_penalty", 0),
+    (SamplingConfig, "presence_penalty", float("nan")),
+    (SamplingConfig, "logit_bias", 7),
+    (SamplingConfig, "stop", ("a", "")),
+    (SamplingConfig, "stop_ids", 3),
+    (SamplingConfig, "n", 0),
+    (SamplingConfig, "logprobs", -1),
+    (SamplingConfig, "prompt_logprobs", "yes"),
+    (SamplingConfig, "json_schema", "{"),
+    (SamplingConfig, "json_schema", "[" * 100_000),
+    (SamplingConfig, "json_schema", "3"),
+    (EngineConfig, "slots", 0),
+    (EngineConfig, "page_size", 12),
+    (EngineConfig, "prefill_chunk", 8),
+    (EngineConfig, "num_pages", 1.5),
+    (EngineConfig, "deterministic", 1),
 ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.infer.sampling import SamplingParams, filtered_logits, row_keys, sample, sampling_params
+from gpt4moe.infer.sampling import SamplingParams, draw, filtered_logits, row_keys, sample, sampling_params
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 
@@ -53,7 +53,14 @@ def test_equal_logits_go_to_the_lower_ids():
     assert np.isfinite(filtered)[0].tolist() == [True, True, False, False]
 
 
-def slow_filter(logits, temperature, top_k, top_p):
+def test_min_p_keeps_what_is_probable_beside_the_most_probable():
+    assert kept(min_p=0.3) == {1, 3, 4}
+    assert kept(min_p=0.2, temperature=1.0) == {0, 1, 3, 4}
+    assert kept(min_p=0.2, temperature=0.5) == {1, 3}  # squared: 0.16, 0.09, 0.0225, ...
+    assert kept(min_p=1.0) == {1}
+
+
+def slow_filter(logits, temperature, top_k, top_p, min_p):
     """Set of kept ids of one row, one token at a time, in float64."""
     scaled = logits.astype(np.float64) / temperature
     ranked = sorted(range(len(scaled)), key=lambda token: (-scaled[token], token))[:top_k]
@@ -64,7 +71,7 @@ def slow_filter(logits, temperature, top_k, top_p):
         total += probability
         if total >= top_p:
             break
-    return ids
+    return {token for token in ids if scaled[token] >= scaled.max() + np.log(min_p)}
 
 
 def test_filter_equals_slow_loop_on_random_rows_of_different_settings():
@@ -73,15 +80,21 @@ def test_filter_equals_slow_loop_on_random_rows_of_different_settings():
     temperature = generator.uniform(0.3, 2.0, 64).astype(np.float32)
     top_k = generator.integers(1, 38, 64).astype(np.int32)
     top_p = generator.uniform(0.05, 0.99, 64).astype(np.float32)
-    filtered = np.asarray(filtered_logits(jnp.asarray(logits), SamplingParams(temperature, top_k, top_p)))
+    min_p = generator.choice([1e-9, 0.05, 0.3], 64).astype(np.float32)
+    logits[::4] = np.rint(logits[::4])  # ties
+    params = SamplingParams(temperature, top_k, top_p, min_p)
+    filtered = np.asarray(filtered_logits(jnp.asarray(logits), params))
     for row in range(64):
-        expected = slow_filter(logits[row], temperature[row], top_k[row], top_p[row])
+        expected = slow_filter(logits[row], temperature[row], top_k[row], top_p[row], min_p[row])
         assert set(np.flatnonzero(np.isfinite(filtered[row])).tolist()) == expected
         ids = sorted(expected)
         np.testing.assert_allclose(filtered[row, ids], logits[row, ids] / temperature[row], rtol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8, "temperature": 1.5}])
+DRAWN = [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8, "temperature": 1.5}, {"min_p": 0.3}]
+
+
+@pytest.mark.parametrize("settings", DRAWN, ids=str)
 def test_draws_follow_the_filtered_distribution(settings):
     draws = 20_000
     configs = [SamplingConfig(**settings, seed=3)] * draws
@@ -94,6 +107,20 @@ def test_draws_follow_the_filtered_distribution(settings):
     chosen = expected > 0
     chi_square = ((counts[chosen] - draws * expected[chosen]) ** 2 / (draws * expected[chosen])).sum()
     assert chi_square < 18.5  # the 0.1 % point of chi-square with 4 degrees of freedom; the seed is fixed
+
+
+def test_draws_follow_the_distribution_over_many_blocks_of_a_large_vocabulary():
+    draws, vocab_size = 40_000, 700
+    logits_V = np.random.default_rng(0).normal(size=vocab_size).astype(np.float32)
+    logits_V[100:300] = -np.inf  # a whole block and more that nothing may be drawn from
+    keys_B = row_keys(jnp.full(draws, 5, jnp.uint32))
+    ids = np.asarray(jax.jit(draw)(jnp.broadcast_to(logits_V, (draws, vocab_size)), keys_B))
+    expected = np.asarray(jax.nn.softmax(jnp.asarray(logits_V))) * draws
+    counts = np.bincount(ids, minlength=vocab_size)
+    assert (counts[expected == 0] == 0).all()
+    chosen = expected > 0
+    chi_square = ((counts[chosen] - expected[chosen]) ** 2 / expected[chosen]).sum()
+    assert chi_square < 605  # the 0.1 % point of chi-square with 499 degrees of freedom
 
 
 def params_of_first(params):

@@ -1,0 +1,56 @@
+"""`gpt4moe generate`: flags in, a document and its text out; or a file of requests in, its lines out.
+
+What knows gin is handed in: `load` gives a `Trained` of a work directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from gpt4moe.config.check import require
+from gpt4moe.config.engine import EngineConfig
+from gpt4moe.config.mesh import MeshConfig
+from gpt4moe.config.sampling import SamplingConfig
+from gpt4moe.infer import requests
+from gpt4moe.infer.generate import generate
+from gpt4moe.infer.pictures import read_picture
+
+FLAGS = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
+
+
+def answer(
+    args: argparse.Namespace, load: Callable, progress: Callable[[str], None]
+) -> tuple[dict[str, Any], Callable[[Any], str]] | None:
+    """Returns what the flags ask for and how it is printed; None where the lines of a file are written already."""
+    sampling = SamplingConfig(**{name: getattr(args, name) for name in FLAGS})
+    return _serve(args, sampling, load, progress) if args.requests else _continue(args, sampling, load)
+
+
+def _continue(args: argparse.Namespace, sampling: SamplingConfig, load: Callable) -> tuple:
+    require(not args.output, "--output", args.output, "goes with --requests")
+    trained = load(args.workdir, step=args.step, mesh=MeshConfig(args.mesh, stage_layers=args.stage_layers))
+    prompts, pictures = args.prompt or [""], ()
+    if args.image:
+        alone, mend = len(prompts) == 1, "give the command once for each"
+        require(alone, "--image", args.image, f"goes with one prompt, not {len(prompts)}", mend)
+        pictures = [[read_picture(path, trained.config.data.images) for path in args.image]]
+    generations, timing = generate(trained.model, trained.tokenizer, prompts, sampling, pictures)
+    samples = [dataclasses.asdict(item) for item in generations]
+    document = {"step": trained.step, "samples": samples, "timing": dataclasses.asdict(timing)}
+    return document, lambda _: "\n\n".join(item.prompt + item.text for item in generations)
+
+
+def _serve(
+    args: argparse.Namespace, defaults: SamplingConfig, load: Callable, progress: Callable[[str], None]
+) -> tuple | None:
+    require(not args.image, "--image", args.image, "goes with --prompt", "name images in the lines of --requests")
+    require(not args.mesh, "--mesh", args.mesh, "goes with --prompt, not with --requests")
+    trained = load(args.workdir, step=args.step)
+    served = requests.serve_file(trained, args.requests, defaults, EngineConfig(slots=args.slots), progress)
+    if args.json:
+        return {"step": trained.step, "requests": list(served)}, str
+    requests.write_lines(served, args.output)
+    return None

@@ -1,0 +1,89 @@
+"""Speculation inside continuous batching: greedy rows are those of whole passes, and no row feels its company."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from gpt4moe.config.check import CallerError
+from gpt4moe.config.engine import EngineConfig
+from gpt4moe.config.sampling import SamplingConfig
+from gpt4moe.data.tokenizer import byte_tokenizer
+from gpt4moe.infer.decoder import Decoder
+from gpt4moe.infer.engine.engine import Engine
+from gpt4moe.infer.engine.request import EngineRequest
+
+from .models import FullPass, make_model
+
+CONTEXT, TOKENS = 128, 4
+CONFIG = EngineConfig(slots=3, page_size=8, num_pages=48, prefill_chunk=32, deterministic=True, draft_tokens=TOKENS)
+PROMPTS = [[0, 80, 81, 82] * 6, [0], list(range(20, 70)), [0, 99, 98, 99, 98, 99]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(byte_tokenizer().vocab_size, CONTEXT)
+
+
+def nearly(decoder):
+    """The same model a little off: it proposes much that stands, and some that does not."""
+    generator = np.random.default_rng(0)
+
+    def moved(leaf):
+        return leaf * (1 + 0.1 * generator.normal(size=leaf.shape).astype(np.float32))
+
+    return dataclasses.replace(decoder, weights=jax.tree.map(moved, decoder.weights))
+
+
+@pytest.fixture(scope="module", params=["lookup", "model"])
+def engine(request, model):
+    decoder = Decoder.of(model)
+    draft = nearly(decoder) if request.param == "model" else None
+    return Engine(decoder, byte_tokenizer(), CONFIG, draft=draft)
+
+
+def test_greedy_tokens_are_those_drawn_one_by_one_and_the_same_in_any_company(engine, model):
+    assert {shape.kind for shape in engine.shapes} == {"verify", "prefill"}
+    whole, generator = FullPass(model), np.random.default_rng(1)
+    asked = {"max_new_tokens": 25, "ignore_end_of_text": True, "logprobs": 1}
+    requests = [
+        EngineRequest(ids, SamplingConfig(temperature=temperature, **asked), with_expert_ids=True)
+        for ids in PROMPTS
+        for temperature in (0.0, 0.8)
+    ]
+    alone = [engine.submit(request).result()[0] for request in requests]
+    for request, made in zip(requests, alone, strict=True):
+        if request.sampling.temperature == 0:
+            assert list(made.token_ids) == whole.greedy(request.prompt_ids, 25, None)
+        ids = [*request.prompt_ids, *made.token_ids]
+        logits_TV, experts_TLK = whole(ids)
+        logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+        places = range(len(request.prompt_ids) - 1, len(ids) - 1)
+        np.testing.assert_allclose(made.logprobs, [logprobs_TV[p, ids[p + 1]] for p in places], atol=1e-5)
+        assert (np.sort(made.expert_ids_TLK) == np.sort(experts_TLK[list(places)])).all()
+    metrics = engine.metrics()
+    assert 0 < metrics.accepted_tokens < metrics.proposed_tokens
+    for index in generator.permutation(len(requests)):
+        others = [engine.submit(requests[other]) for other in generator.integers(len(requests), size=3)]
+        engine.step()
+        assert engine.submit(requests[index]).result()[0].token_ids == alone[index].token_ids
+        assert all(handle.result()[0].finish_reason == "length" for handle in others)
+    assert engine.metrics().pages_used == 0
+
+
+def test_what_counts_tokens_is_drawn_one_by_one(engine):
+    before = engine.metrics().proposed_tokens
+    once = SamplingConfig(temperature=0.0, presence_penalty=2000.0, logit_bias=((77, 1000.0),), max_new_tokens=8)
+    (made,) = engine.submit(EngineRequest(PROMPTS[0], once)).result()
+    assert made.token_ids[0] == 77 and made.token_ids.count(77) == 1
+    assert engine.metrics().proposed_tokens == before
+
+
+def test_a_draft_must_share_the_vocabulary_and_have_something_to_do(model):
+    decoder = Decoder.of(model)
+    other = dataclasses.replace(decoder, config=dataclasses.replace(decoder.config, vocab_size=999))
+    with pytest.raises(CallerError, match="the draft's vocab_size=999 must be that of the model"):
+        Engine(decoder, byte_tokenizer(), CONFIG, draft=other)
+    with pytest.raises(CallerError, match="draft_tokens=0 leaves the draft nothing to do"):
+        Engine(decoder, byte_tokenizer(), EngineConfig(), draft=decoder)
