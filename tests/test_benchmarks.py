@@ -16,7 +16,9 @@ def answer(script, *words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-SCRIPTS = ["train_step.py", "moe_layer.py", "vision_data.py", "decode.py", "decode_gpu.py", "serve.py", "speculative.py"]
+SCRIPTS = [
+    *("train_step.py", "moe_layer.py", "vision_data.py", "decode.py", "decode_gpu.py", "serve.py", "speculative.py"),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
