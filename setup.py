@@ -19,8 +19,9 @@ setup(
     packages=find_packages(include=["gpt4moe", "gpt4moe.*", "gin_configs", "gin_configs.*"]),
     package_data={
         "gpt4moe.analysis": ["*.html"],
-        "gpt4moe.plan": ["*.csv"],
         "gpt4moe.serve": ["*.html"],
+        "gpt4moe.plan.article": ["*.csv"],
+        "gpt4moe.plan.published": ["*.csv"],
         "gin_configs": ["*/*.gin"],
     },
     install_requires=[
@@ -57,7 +58,7 @@ setup(
         "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// work directories and sources
         "tpu-compile": ["libtpu>=0.0.52"],  # the TPU compiler: `gpt4moe compile` needs no TPU
         "json": ["llguidance>=1.0"],  # continuations that follow a JSON schema
-        "bench": ["torch>=2.9", "transformers>=5.0"],  # the peer of benchmarks/train_step.py --peers, nothing else
+        "bench": ["torch>=2.9", "transformers>=5.0"],  # the peer of benchmarks with --peers, nothing else
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",

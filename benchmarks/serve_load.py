@@ -2,7 +2,7 @@
 
     python benchmarks/serve_load.py [--clients 64] [--seconds 60] [--slots 16] [--json]
 
-Needs httpx2 (extra [test]) and /proc. A small model (random weights, float32, the engine's deterministic mode) is behind
+Needs httpx2 (extra [test]) and /proc. A small model (random weights, float32, deterministic engine) is behind
 `gpt4moe.serve` in a process of its own.
 Every request is answered once alone; then each client streams one after another, all at once, for so many seconds,
 beside a few callers that leave in the middle of their streams. Counted: errors, texts that differ from those of the

@@ -98,8 +98,8 @@ def _layout_flags(parser: argparse.ArgumentParser) -> None:
     )
     schedule = "of the pipeline, e.g. zb_h1 (default: 1f1b, or interleaved)"
     parser.add_argument("--schedule", metavar="NAME", help=schedule)
-    length = "tokens of a sequence (default: %(default)s)"
-    parser.add_argument("--sequence_length", type=int, default=8192, metavar="T", help=length)
+    length = "tokens of a sequence (default: the context of the gin file's model, 8192 of --shape)"
+    parser.add_argument("--sequence_length", type=int, metavar="T", help=length)
     parser.add_argument("--batch_tokens", type=float, metavar="N", help="tokens of a step")
     imbalance = "rows of the fullest expert over their mean (default: that of the stack)"
     parser.add_argument("--imbalance", type=float, metavar="X", help=imbalance)
@@ -214,7 +214,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--simulate", action="store_true", help="simulate the cheapest layout (of at least --min_speed) under traffic")
     simulated = parser.add_argument_group("simulation")
     add = simulated.add_argument
-    add("--requests", type=int, default=1000, metavar="N", help="how many come; default %(default)s")
+    add("--requests", type=int, metavar="N", help="how many come; default: 1000, with --day what its hours bring")
     add("--requests_per_second", type=float, metavar="RATE", help="default: 70 %% of what the replicas serve")
     add("--lengths", default="exponential", metavar="KIND", help="fixed, uniform, exponential, lognormal")
     add("--batching", default="continuous", choices=("continuous", "static"), help="default %(default)s")
@@ -257,6 +257,8 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
     space = "what a trainer can run: ours (default of a gin file), or megatron (default of --shape)"
     parser.add_argument("--space", choices=("ours", "megatron"), help=space)
     parser.add_argument("--ours", action="store_const", const="ours", dest="space", help="the same as --space=ours")
+    idle = "share of the chips that may stay idle where fewer divide better (default: %(default)s)"
+    parser.add_argument("--most_idle", type=float, default=0.01, metavar="X", help=idle)
     numerics = "bytes of a parameter's state, e.g. mixed_adam, mixed_adam_16, fp8_adam (default: the space's)"
     parser.add_argument("--numerics", metavar="NAME", help=numerics)
     parser.add_argument("--stack", metavar="NAME", help="software of a known source, e.g. megatron, deepseek-v3")
@@ -265,8 +267,9 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default: %(default)s)")
     parser.add_argument("--calibration", metavar="FILE", help="constants by stack and chip, of gpt4moe plan calibrate")
     parser.add_argument("--export", metavar="FILE.gin", help="write the best as a run file of our trainer")
+    parser.add_argument("--report", metavar="FILE.html", help="also write figures and tables as one HTML page")
     verify = "compile the N best and set what was predicted beside it (default: 1)"
-    parser.add_argument("--verify", type=int, nargs="?", const=1, default=0, metavar="N", help=verify)
+    parser.add_argument("--verify", type=int, nargs="?", const=1, metavar="N", help=verify)
     _reliability_flags(parser)
 
 

@@ -313,7 +313,7 @@ def _to_examine(args: argparse.Namespace, given: dict[str, str]):
 def _compile(args: argparse.Namespace) -> int:
     given = {"topology": args.topology, "slices": args.slices}
     run, config = build_compile(args.gin_file, args.overrides, args.gin_search_paths, **given)
-    from gpt4moe.plan import compile as compiling
+    from gpt4moe.plan.compiled import compile as compiling
 
     _print(args, compiling.examine(run, config, args.program, _progress), compiling.format_document)
     return DONE
@@ -321,7 +321,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     given = (getattr(args, "gin_file", ()), args.overrides, getattr(args, "gin_search_paths", ()))
-    from gpt4moe.plan import command
+    from gpt4moe.plan.words import command
 
     builds = command.Build(lambda: build_model(*given), lambda: build_run(*given)[0], saved_run)
     _print(args, *command.answer(args, builds))
@@ -347,7 +347,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     given = args.gin_file, args.overrides, args.gin_search_paths
     model, optimizer, _ = build_parts(*given) if args.gin_file else (None, None, None)
-    from gpt4moe.plan import doctor
+    from gpt4moe.plan.compiled import doctor
 
     trained = _num_trained(model, optimizer)
     _print(args, doctor.examine(model, args.workdir or ".", trained), doctor.format_findings)

@@ -16,7 +16,12 @@ def answer(script, *words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("script", ["train_step.py", "moe_layer.py", "vision_data.py", "serve.py", "speculative.py"])
+SCRIPTS = [
+    *("train_step.py", "moe_layer.py", "vision_data.py", "decode.py", "decode_gpu.py", "serve.py", "speculative.py"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_what_is_measured(script):
     said = answer(script, "--help")
     assert said.returncode == 0
@@ -41,10 +46,11 @@ def test_images_are_measured_however_few():
     assert json.loads(said.stdout)["digits/images_per_second/0_threads"] > 0
 
 
-def test_peers_that_are_not_installed_are_one_line():
+@pytest.mark.parametrize("script", ["train_step.py", "decode.py"])
+def test_peers_that_are_not_installed_are_one_line(script):
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         pytest.skip("the extra [bench] is installed")
-    said = answer("train_step.py", "--peers")
+    said = answer(script, "--peers")
     assert said.returncode == 2
     assert said.stderr.strip().splitlines()[-1].endswith("pip install -e '.[bench]'")
 

@@ -7,6 +7,7 @@ biases, learned positions, latent attention, LayerNorm.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from gpt4moe.config.check import require, require_count
 from gpt4moe.config.model import ModelConfig
@@ -72,6 +73,13 @@ class Shape:
         require(0 <= self.num_moe_layers <= self.num_layers, "Shape.num_moe_layers", self.num_moe_layers, most)
         most = f"must be at most num_experts ({self.num_experts})"
         require(self.experts_per_token <= self.num_experts, "Shape.experts_per_token", self.experts_per_token, most)
+
+    def __hash__(self) -> int:
+        return self._hash  # a search looks it up a hundred thousand times
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
     @property
     def num_dense_layers(self) -> int:

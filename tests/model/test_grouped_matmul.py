@@ -22,8 +22,8 @@ from gpt4moe.model import grouped_tpu, grouped_triton
 from gpt4moe.model.grouped_matmul import IMPLEMENTATIONS, Implementation, block_matmul, fastest
 from gpt4moe.model.layout import ONE_DEVICE
 from gpt4moe.model.moe import Moe, RoutedTokens
-from gpt4moe.plan import expected, hlo, topology, work
-from gpt4moe.plan.compile import compile_lowered
+from gpt4moe.plan.compiled import expected, hlo, topology, work
+from gpt4moe.plan.compiled.compile import compile_lowered
 from tests.model import slow
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
