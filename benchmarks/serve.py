@@ -25,6 +25,7 @@ import time
 import jax
 import numpy as np
 from flax import nnx
+from gpt4moe.plan.batching import Lengths, continuous_batching_gain
 
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.engine import EngineConfig
@@ -37,7 +38,6 @@ from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.handle import RequestHandle
 from gpt4moe.infer.engine.request import EngineRequest
 from gpt4moe.model.transformer import Transformer
-from gpt4moe.plan.batching import Lengths, continuous_batching_gain
 
 SHORTEST, LONGEST, PROMPT = 8, 512, 32
 CONTEXT = 1024
