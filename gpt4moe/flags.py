@@ -194,6 +194,10 @@ def _engine_flags(group: argparse._ArgumentGroup) -> None:
         ("cache_bytes", "memory for keys and values (default: enough for every slot at max_length)"),
     ):
         group.add_argument(f"--{name}", type=_positive, metavar="N", help=what)
+    drafts = "propose so many tokens a step, found in the row's own text, and judge them in one pass (default: none)"
+    group.add_argument("--draft_tokens", type=_not_negative, metavar="N", help=drafts)
+    kept = "keep compiled programs here, where the next start finds them"
+    group.add_argument("--compile_cache", type=_folder, metavar="FOLDER", help=kept)
     same = "float32 in one shape: a request gives the same text whatever else is served; slower"
     group.add_argument("--deterministic", action="store_true", help=same)
     group.add_argument("--quantize", choices=("int8", "fp8"), help="weights of experts and attention in 8 bits")

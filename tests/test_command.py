@@ -18,8 +18,11 @@ import pytest
 from flax import nnx
 
 import gpt4moe
+from gpt4moe import flags
 from gpt4moe.accounting import parameters
+from gpt4moe.config.engine import EngineConfig
 from gpt4moe.launch import main
+from gpt4moe.serve import command as serve_command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 METRIC_KEYS = """step tokens epoch/files loss loss/files load_balance_loss router_z_loss grad_norm learning_rate
@@ -359,9 +362,10 @@ def running(words):
             process.kill()
 
 
-def test_a_server_of_the_run_ends_its_streams_on_sigterm_and_refuses_new_requests(workdir):
+def test_a_server_of_the_run_ends_its_streams_on_sigterm_and_refuses_new_requests(workdir, tmp_path):
     """One slot and sixteen continuations: they take a while. The process ends with 0."""
     words = [sys.executable, "-m", "gpt4moe.launch", "serve", f"--workdir={workdir}", "--port=0", "--slots=1", "--json"]
+    words.append(f"--compile_cache={tmp_path}")
     with running(words) as server:
         served = json.loads(server.stdout.readline())
         assert (served["model"], served["step"]) == ("tiny", 8)
@@ -383,6 +387,14 @@ def test_a_server_of_the_run_ends_its_streams_on_sigterm_and_refuses_new_request
     choices = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
     assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"] * 16
     assert server.returncode == 0 and "SIGTERM: no new requests; 1 running ones have 120 s to end" in said
+    assert any(path.name.startswith("jit") for path in tmp_path.iterdir()), "programs were kept"
+
+
+def test_flags_of_a_server_are_its_settings_and_those_of_its_engine():
+    words = ["serve", "--workdir=runs/one", "--port=0", "--slots=3", "--draft_tokens=2", "--max_choices=5"]
+    served, engine = serve_command.configs(flags.parse(words))
+    assert (served.model_name, served.port, served.max_choices) == ("one", 0, 5)
+    assert (engine.slots, engine.draft_tokens, engine.max_queue) == (3, 2, EngineConfig().max_queue)
 
 
 def test_settings_of_a_server_that_cannot_be_are_refused_at_once(capsys, tmp_path):

@@ -14,6 +14,7 @@ from gpt4moe.config.serve import ServeConfig
 from gpt4moe.data.tokenizer import Tokenizer
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
+from gpt4moe.infer.engine.programs import keep_programs
 from gpt4moe.infer.trained import Trained
 from gpt4moe.serve import server
 from gpt4moe.serve.chat_template import find_template
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callabl
 
     Raises `CallerError` for settings that cannot be, before anything slow where that is known by then.
     """
-    config, engine_config = _configs(args)
+    config, engine_config = configs(args)
     with server.bind(config) as listening:
         trained = load()
         tokenizer = trained.tokenizer
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callabl
         dtype = "float32" if args.deterministic else None
         decoder = Decoder.of(trained.model, dtype=dtype, quantize=args.quantize)
         engine = Engine(decoder, tokenizer, engine_config)
+        if args.compile_cache:
+            keep_programs(args.compile_cache)
         progress("compiling what serving needs")
         engine.warm_up(progress)
         service = Service(engine, tokenizer, config, template, trained.config.data.images)
@@ -44,8 +47,8 @@ def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callabl
     return 0
 
 
-def _configs(args: argparse.Namespace) -> tuple[ServeConfig, EngineConfig]:
-    """Both from the flags that bear the names of their fields."""
+def configs(args: argparse.Namespace) -> tuple[ServeConfig, EngineConfig]:
+    """What is served, and the engine, each from the flags that bear the names of its fields."""
 
     def given(kind: type) -> dict:
         names = [field.name for field in dataclasses.fields(kind)]
