@@ -25,7 +25,7 @@ import time
 import jax
 import numpy as np
 from flax import nnx
-from gpt4moe.plan.batching import Lengths, continuous_batching_gain
+from gpt4moe.plan.serving.batching import Lengths, continuous_batching_gain
 
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.engine import EngineConfig

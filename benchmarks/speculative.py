@@ -25,7 +25,7 @@ import time
 import jax
 import numpy as np
 from flax import nnx
-from gpt4moe.plan.speculation import Draft, speed_up, weight_bound_verification
+from gpt4moe.plan.serving.speculation import Draft, speed_up, weight_bound_verification
 
 from gpt4moe.accounting.shape import shape_of
 from gpt4moe.config.attention import AttentionConfig

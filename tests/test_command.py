@@ -363,13 +363,14 @@ def running(words):
 
 
 def test_a_server_of_the_run_ends_its_streams_on_sigterm_and_refuses_new_requests(workdir, tmp_path):
-    """One slot and sixteen continuations: they take a while. The process ends with 0."""
+    """One slot and many continuations: they take a while. The process ends with 0."""
     words = [sys.executable, "-m", "gpt4moe.launch", "serve", f"--workdir={workdir}", "--port=0", "--slots=1", "--json"]
     words.append(f"--compile_cache={tmp_path}")
     with running(words) as server:
         served = json.loads(server.stdout.readline())
         assert (served["model"], served["step"]) == ("tiny", 8)
-        body = {"model": "tiny", "prompt": "The", "max_tokens": 60, "ignore_eos": True, "n": 16, "stream": True}
+        prompts = ["The"] * 4
+        body = {"model": "tiny", "prompt": prompts, "max_tokens": 60, "ignore_eos": True, "n": 16, "stream": True}
         with httpx2.Client(base_url=served["url"], timeout=60) as client:
             assert client.get("/healthz").json() == {"status": "ok"}
             with client.stream("POST", "/v1/completions", json=body) as stream:
@@ -385,7 +386,7 @@ def test_a_server_of_the_run_ends_its_streams_on_sigterm_and_refuses_new_request
         _, said = server.communicate(timeout=60)
     assert chunks.pop() == "data: [DONE]"
     choices = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
-    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"] * 16
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"] * 64
     assert server.returncode == 0 and "SIGTERM: no new requests; 1 running ones have 120 s to end" in said
     assert any(path.name.startswith("jit") for path in tmp_path.iterdir()), "programs were kept"
 
