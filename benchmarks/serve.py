@@ -25,7 +25,6 @@ import time
 import jax
 import numpy as np
 from flax import nnx
-from gpt4moe.plan.serving.batching import Lengths, continuous_batching_gain
 
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.engine import EngineConfig
@@ -38,6 +37,7 @@ from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.handle import RequestHandle
 from gpt4moe.infer.engine.request import EngineRequest
 from gpt4moe.model.transformer import Transformer
+from gpt4moe.plan.serving.batching import Lengths, continuous_batching_gain
 
 SHORTEST, LONGEST, PROMPT = 8, 512, 32
 CONTEXT = 1024

@@ -25,7 +25,6 @@ import time
 import jax
 import numpy as np
 from flax import nnx
-from gpt4moe.plan.serving.speculation import Draft, speed_up, weight_bound_verification
 
 from gpt4moe.accounting.shape import shape_of
 from gpt4moe.config.attention import AttentionConfig
@@ -38,6 +37,7 @@ from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.request import EngineRequest
 from gpt4moe.model.transformer import Transformer
+from gpt4moe.plan.serving.speculation import Draft, speed_up, weight_bound_verification
 
 PROMPT, CONTEXT, MOVED = 32, 512, 0.03
 TURNS = 3
