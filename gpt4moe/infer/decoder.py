@@ -8,7 +8,6 @@ Out: final hidden states, the pages with the tokens in them, where the tokens we
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,10 @@ from gpt4moe.infer.paged_attention import attend
 from gpt4moe.infer.pages import Pages, Places
 from gpt4moe.model import cross_attention
 from gpt4moe.model.cross_attention import Media
-from gpt4moe.model.moe import Choices
+from gpt4moe.model.layers import rms_normed
+from gpt4moe.model.moe import Choices, RoutedTokens, route_rows
 from gpt4moe.model.rope import Rotation, rotate, rotation
-from gpt4moe.model.router import RouterInputs, Routing, top_k
+from gpt4moe.model.router import Routing
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.types import Array
 
@@ -189,9 +189,7 @@ class Decoder:
         return block(x_BTD, media, (media.keys[index], media.values[index])).astype(self.dtype)
 
     def _normed(self, x: Array, scale: Array) -> Array:
-        x_float = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
-        return x_float * jax.lax.rsqrt(mean_square + self.config.norm_epsilon) * scale
+        return rms_normed(x, scale, self.config.norm_epsilon)
 
     def _attend(self, layer: LayerWeights, x_BTD: Array, cache: tuple, step: _Step) -> tuple[Array, tuple]:
         """The residual stream after attention, and the layer's keys and values with the tokens' in them."""
@@ -236,25 +234,17 @@ class Decoder:
         return (x_BTD + y_UD.reshape(x_BTD.shape)).astype(self.dtype), routing
 
     def _route(self, weights: MoeWeights, x_BTD: Array, step: _Step, number: int) -> Routing:
-        logits_BTE = jnp.einsum(
-            "BTD,DE->BTE", x_BTD.astype(jnp.float32), weights.router_DE, precision=jax.lax.Precision.HIGHEST
-        )
-        router = self.config.moe.router or top_k
-        replay_BTK = None if step.replay_ids_BTLK is None else step.replay_ids_BTLK[:, :, number]
+        def routed(replay_ids_BTK: Array | None) -> Routing:
+            tokens = RoutedTokens(step.tokens_BT, step.valid_BT, replay_ids_BTK=replay_ids_BTK)
+            given = (x_BTD, weights.router_DE, weights.router_bias_E, tokens, self.config.moe)
+            return route_rows(*given, training=False)
 
-        def routed(logits_TE: Array, ids_T: Array, valid_T: Array, replay_TK: Array | None) -> Routing:
-            given = {"bias_E": weights.router_bias_E, "replay_ids_UK": replay_TK, "training": False}
-            return router(logits_TE, RouterInputs(ids_T, valid_T, **given), self.config.moe)
-
-        def route_row(logits_TE: Array, ids_T: Array, valid_T: Array, replay_TK: Array | None) -> Routing:
-            own = routed(logits_TE, ids_T, valid_T, None)
-            if replay_TK is None:
-                return own
-            own_TK = jnp.where(own.used_UK, own.expert_ids_UK, -1)
-            return routed(logits_TE, ids_T, valid_T, jnp.where(replay_TK == FREE, own_TK, replay_TK))
-
-        over = functools.partial(jax.vmap, in_axes=(0, 0, 0, None if replay_BTK is None else 0))
-        return over(route_row)(logits_BTE, step.tokens_BT, step.valid_BT, replay_BTK)
+        own = routed(None)
+        if step.replay_ids_BTLK is None:
+            return own
+        replay_BTK = step.replay_ids_BTLK[:, :, number]
+        own_BTK = jnp.where(own.used_UK, own.expert_ids_UK, -1)
+        return routed(jnp.where(replay_BTK == FREE, own_BTK, replay_BTK))
 
 
 def _report(routings: list[Routing], with_choices: bool) -> DecodeReport:

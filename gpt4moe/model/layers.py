@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from gpt4moe.model.product import contract, contract_nt, contract_tn
 from gpt4moe.types import Array
@@ -141,9 +141,14 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        x_float = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
-        return (x_float * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
+        return rms_normed(x, self.scale[...], self.epsilon).astype(x.dtype)
+
+
+def rms_normed(x: Float[Array, "*shape"], scale: Float[Array, " dim"], epsilon: float) -> Float32[Array, "*shape"]:
+    """Returns what `RMSNorm` does, in float32."""
+    x_float = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
+    return x_float * jax.lax.rsqrt(mean_square + epsilon) * scale
 
 
 class LayerNorm(nnx.Module):

@@ -101,20 +101,28 @@ class Moe(nnx.Module):
         return y_BTD, _report(routing, dropped, with_choices)
 
     def _route(self, x_BTD: Array, tokens: RoutedTokens, *, training: bool) -> Routing:
-        logits_BTE = jnp.einsum(
-            "BTD,DE->BTE",
-            x_BTD.astype(jnp.float32),
-            self.router[...],
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        router = self.config.router or top_k
         bias_E = None if self.router_bias is None else jax.lax.stop_gradient(self.router_bias[...])
+        return route_rows(x_BTD, self.router[...], bias_E, tokens, self.config, training=training)
 
-        def route_row(logits_TE: Array, row: RoutedTokens) -> Routing:
-            given = {"key": row.keys_B, "bias_E": bias_E, "replay_ids_UK": row.replay_ids_BTK, "training": training}
-            return router(logits_TE, RouterInputs(row.token_ids_BT, row.valid_BT, **given), self.config)
 
-        return jax.vmap(route_row)(logits_BTE, tokens)
+def route_rows(
+    x_BTD: Float[Array, "B T D"],
+    router_DE: Float[Array, "D E"],
+    bias_E: Float[Array, " E"] | None,
+    tokens: RoutedTokens,
+    config: MoeConfig,
+    *,
+    training: bool,
+) -> Routing:
+    """Returns where the tokens go; each row is one routing group. Logits are computed in float32."""
+    logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
+    router = config.router or top_k
+
+    def route_row(logits_TE: Array, row: RoutedTokens) -> Routing:
+        given = {"key": row.keys_B, "bias_E": bias_E, "replay_ids_UK": row.replay_ids_BTK, "training": training}
+        return router(logits_TE, RouterInputs(row.token_ids_BT, row.valid_BT, **given), config)
+
+    return jax.vmap(route_row)(logits_BTE, tokens)
 
 
 def _report(routing: Routing, dropped: Array, with_choices: bool) -> MoeOut:

@@ -30,6 +30,15 @@ class TokenScore:
     top: Top
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How a caller wants continuations told: with the prompt before them, with none of their tokens, ..."""
+
+    echo: bool = False
+    without_tokens: bool = False
+    token_ids: bool = False
+
+
 @dataclasses.dataclass
 class Piece:
     """What the choice `index` gained; joined, its pieces are all of it. The optional ones are None if nobody asked."""
@@ -43,14 +52,16 @@ class Piece:
     prompt_expert_ids: Experts | None = None
     finish_reason: str | None = None
 
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """How a caller wants continuations told: with the prompt before them, with none of their tokens, ..."""
-
-    echo: bool = False
-    without_tokens: bool = False
-    token_ids: bool = False
+    def told(self, asked: Asked) -> dict:
+        """The fields that a choice of a completion and one of a chat have in common."""
+        return {
+            "index": self.index,
+            "finish_reason": self.finish_reason,
+            "token_ids": list(self.token_ids) if asked.token_ids else None,
+            "prompt_token_ids": None if self.prompt_ids is None else list(self.prompt_ids),
+            "expert_ids": self.expert_ids,
+            "prompt_expert_ids": self.prompt_expert_ids,
+        }
 
 
 class Answer:

@@ -7,17 +7,15 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 
-import anyio
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gpt4moe.infer.pictures import Picture
 from gpt4moe.serve.answer import Answer, Asked, Piece, TokenScore
 from gpt4moe.serve.chat_template import IMAGE, Marks
+from gpt4moe.serve.continuations import continue_texts
 from gpt4moe.serve.errors import ApiError
-from gpt4moe.serve.exchange import EventStream, json_response, read_body, while_connected
 from gpt4moe.serve.image_urls import read_image
-from gpt4moe.serve.model_names import check_model
 from gpt4moe.serve.prompts import Prompt, check_characters, check_length, engine_requests, sampling_of
 from gpt4moe.serve.requests import ChatRequest, Message, PlainFormat, TextPart
 from gpt4moe.serve.responses import (
@@ -38,17 +36,7 @@ ANY_OBJECT = '{"type": "object"}'
 
 async def chat(request: Request, service: Service) -> Response:
     """Answers one request."""
-    body = await read_body(request, ChatRequest, service.config.max_body_bytes, service.config.body_seconds)
-    check_model(service, body.model)
-    answer = await anyio.to_thread.run_sync(_begin, service, body)
-    reply = _Reply(service, answer)
-    if body.stream:
-        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return EventStream(answer, reply.chunks(with_usage))
-    try:
-        return json_response(await while_connected(request, reply.whole))
-    finally:
-        answer.cancel()
+    return await continue_texts(request, service, ChatRequest, _begin, _Reply)
 
 
 def _begin(service: Service, body: ChatRequest) -> Answer:
@@ -145,17 +133,9 @@ class _Reply:
             yield ChatChunk(**self._named, choices=[], usage=self._answer.usage())
 
     def _common(self, piece: Piece) -> dict:
-        wants_ids = self._answer.asked.token_ids
         scores = piece.scores
-        return {
-            "index": piece.index,
-            "finish_reason": piece.finish_reason,
-            "logprobs": None if scores is None else ChatLogprobs(content=[self._score(score) for score in scores]),
-            "token_ids": list(piece.token_ids) if wants_ids else None,
-            "prompt_token_ids": None if piece.prompt_ids is None else list(piece.prompt_ids),
-            "expert_ids": piece.expert_ids,
-            "prompt_expert_ids": piece.prompt_expert_ids,
-        }
+        logprobs = None if scores is None else ChatLogprobs(content=[self._score(score) for score in scores])
+        return {"logprobs": logprobs, **piece.told(self._answer.asked)}
 
     def _score(self, score: TokenScore) -> TokenLogprob:
         top = [TopLogprob(**self._named_token(token), logprob=logprob) for token, logprob in score.top]

@@ -7,13 +7,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 
-import anyio
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gpt4moe.serve.answer import Answer, Asked, Piece, TokenScore
-from gpt4moe.serve.exchange import EventStream, json_response, read_body, while_connected
-from gpt4moe.serve.model_names import check_model
+from gpt4moe.serve.continuations import continue_texts
 from gpt4moe.serve.prompts import completion_prompts, engine_requests, sampling_of
 from gpt4moe.serve.requests import CompletionRequest
 from gpt4moe.serve.responses import Completion, CompletionChoice, CompletionLogprobs
@@ -24,17 +22,7 @@ DEFAULT_MAX_TOKENS = 16
 
 async def complete(request: Request, service: Service) -> Response:
     """Answers one request."""
-    body = await read_body(request, CompletionRequest, service.config.max_body_bytes, service.config.body_seconds)
-    check_model(service, body.model)
-    answer = await anyio.to_thread.run_sync(_begin, service, body)
-    reply = _Reply(service, answer)
-    if body.stream:
-        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return EventStream(answer, reply.chunks(with_usage))
-    try:
-        return json_response(await while_connected(request, reply.whole))
-    finally:
-        answer.cancel()
+    return await continue_texts(request, service, CompletionRequest, _begin, _Reply)
 
 
 def _begin(service: Service, body: CompletionRequest) -> Answer:
@@ -76,17 +64,9 @@ class _Reply:
         return Completion(id=self._id, created=self._created, model=name, choices=choices, usage=usage)
 
     def _choice(self, piece: Piece) -> CompletionChoice:
-        wants_ids = self._answer.asked.token_ids
-        return CompletionChoice(
-            index=piece.index,
-            text=piece.text,
-            logprobs=None if piece.scores is None else self._logprobs(piece.index, piece.scores),
-            finish_reason=piece.finish_reason,
-            token_ids=list(piece.token_ids) if wants_ids else None,
-            prompt_token_ids=None if piece.prompt_ids is None else list(piece.prompt_ids),
-            expert_ids=piece.expert_ids,
-            prompt_expert_ids=piece.prompt_expert_ids,
-        )
+        scores = piece.scores
+        logprobs = None if scores is None else self._logprobs(piece.index, scores)
+        return CompletionChoice(text=piece.text, logprobs=logprobs, **piece.told(self._answer.asked))
 
     def _logprobs(self, index: int, scores: list[TokenScore]) -> CompletionLogprobs:
         service, offset = self._service, self._offsets.setdefault(index, _Offset())

@@ -1,4 +1,4 @@
-"""Bodies in, answers out: JSON within limits, one answer or a stream; a caller that leaves frees its slots."""
+"""Bodies in, answers out: JSON within limits, whole or as a stream; a caller that leaves frees its slots."""
 
 from __future__ import annotations
 

@@ -67,13 +67,13 @@ def gates(params: nnx.State, model: ModelConfig, layout: Layout) -> Float[Array,
     return jnp.stack([opened(block["attention_gate"]), opened(block["feed_forward_gate"])])
 
 
-def _path(part: str) -> list[str]:
-    return part.split(".")
-
-
 def has(params: nnx.State, part: str) -> bool:
     """Returns whether `params` hold anything of a part."""
     return any(_within([part])(path, None) for path, _ in nnx.to_flat_state(params))
+
+
+def _path(part: str) -> list[str]:
+    return part.split(".")
 
 
 def _within(parts: Sequence[str]) -> Callable[[tuple, object], bool]:

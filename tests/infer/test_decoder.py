@@ -10,24 +10,15 @@ import pytest
 from flax import nnx
 
 from gpt4moe.config.attention import AttentionConfig
-from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.config.vision import CrossAttentionConfig, EncoderConfig, ResamplerConfig, VisionConfig
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.model import routers
 from gpt4moe.model.transformer import Transformer
 from tests.model.slow import relative_difference
+from tests.model.test_transformer import TINY
 
 LENGTH, PAGE_SIZE = 11, 4
-TINY = ModelConfig(
-    num_layers=2,
-    model_dim=16,
-    vocab_size=24,
-    context_length=16,
-    attention=AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True),
-    moe=MoeConfig(num_experts=4, experts_per_token=2, hidden_dim=8, shared_hidden_dim=6),
-    compute_dtype="float32",
-)
 DENSE_BETWEEN = dataclasses.replace(
     TINY, num_layers=6, moe_every=2, leading_dense_layers=2, dense_hidden_dim=10, tie_embeddings=False,
     attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6),

@@ -53,8 +53,7 @@ class RequestHandle:
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:
-            with self._arrived:
-                chunk, ended = self._next()
+            chunk, ended = self._next()
             if chunk is not None:
                 yield chunk
             elif ended:
@@ -70,8 +69,7 @@ class RequestHandle:
             self._wake = asyncio.get_running_loop(), event
         while True:
             event.clear()
-            with self._arrived:
-                chunk, ended = self._next()
+            chunk, ended = self._next()
             if chunk is not None:
                 yield chunk
             elif ended:
@@ -94,7 +92,8 @@ class RequestHandle:
         return self._result
 
     def _next(self) -> tuple[Chunk | None, bool]:
-        return (self._chunks.popleft(), False) if self._chunks else (None, self.done)
+        with self._arrived:
+            return (self._chunks.popleft(), False) if self._chunks else (None, self.done)
 
 
 def _joined(index: int, chunks: list[Chunk]) -> Continuation:
