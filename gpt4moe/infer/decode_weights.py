@@ -72,13 +72,14 @@ class LayerWeights:
 class DecoderWeights:
     """Everything that decoding reads; embedding_VD enters the residual stream as it is, without a factor.
 
+    Of a pipeline stage: some layers; the embedding of the first one alone, final norm and unembedding of the last one.
     eyes: the parameters of the vision encoder and the resampler, None for a text model.
     """
 
-    embedding_VD: Float[Array, "V D"]
+    embedding_VD: Float[Array, "V D"] | None
     layers: tuple[LayerWeights, ...]
-    final_norm_D: Float32[Array, " D"]
-    unembedding_DV: Matrix
+    final_norm_D: Float32[Array, " D"] | None
+    unembedding_DV: Matrix | None
     eyes: tuple[nnx.State, nnx.State | None] | None = None
 
 

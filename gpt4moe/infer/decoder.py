@@ -30,6 +30,7 @@ from gpt4moe.infer.expert_rows import feed_forward, serve
 from gpt4moe.infer.matrix import PRODUCTS, times
 from gpt4moe.infer.paged_attention import attend
 from gpt4moe.infer.pages import Pages, Places
+from gpt4moe.infer.shards import ALONE, Shards
 from gpt4moe.model import cross_attention
 from gpt4moe.model.cross_attention import Media
 from gpt4moe.model.layers import rms_normed
@@ -75,6 +76,8 @@ class Decoder:
     """Weights and what is static about them: pass `decoder.weights` to compiled functions, close over the rest.
 
     dtype: of activations and of pages. cross, eyes: the definitions of the modules of vision, None for a text model.
+    shards: how the weights lie over devices; where they do, functions are those of a device, inside an island.
+    moe_layers_before: layers with experts of the pipeline stages before this one.
     """
 
     weights: DecoderWeights
@@ -82,6 +85,8 @@ class Decoder:
     dtype: jnp.dtype
     cross: nnx.GraphDef | None = None
     eyes: tuple[nnx.GraphDef, nnx.GraphDef | None] | None = None
+    shards: Shards = ALONE
+    moe_layers_before: int = 0
 
     @classmethod
     def of(
@@ -114,8 +119,10 @@ class Decoder:
         return cls(weights, config, as_dtype, cross, eyes)
 
     def init_pages(self, num_pages: int, page_size: int) -> Pages:
-        """Returns empty pages."""
-        return paging.init_pages(self.config, num_pages, page_size, self.dtype)
+        """Returns empty pages for the layers that are here, keys and values of all devices."""
+        kv_heads = self.shards.num_kv_heads(self.config.attention.num_kv_heads)
+        shape = (num_pages, page_size, kv_heads, self.config.head_dim)
+        return paging.init_pages(len(self.weights.layers), shape, self.dtype)
 
     def forward(
         self,
@@ -126,11 +133,15 @@ class Decoder:
         pages: Pages,
         table_BX: Int[Array, "B X"],
         *,
+        x_BTD: Float[Array, "B T D"] | None = None,
         media: Media | None = None,
         replay_ids_BTLK: Int[Array, "B T L K"] | None = None,
         with_choices: bool = False,
     ) -> tuple[Float[Array, "B T D"], Pages, DecodeReport]:
         """Returns x_BTD after the final norm, the pages with the valid tokens in them, and the report.
+
+        A pipeline stage that is not the first takes `x_BTD` from the one before; one that is not the last returns it
+        without the norm. A stage's report and pages are of its own layers.
 
         Pure; jit it with `pages` donated. A valid token is written at its position and sees every position of its row
         up to its own, of this call or an earlier one: whoever calls has written those before. table_BX: the pages of
@@ -142,7 +153,8 @@ class Decoder:
         turn = rotation(positions_BT, self.config.head_dim, self.config.attention.rope_theta)
         at = paging.places(pages, table_BX, positions_BT, valid_BT)
         step = _Step(tokens_BT, positions_BT, valid_BT, turn, table_BX, at, media, replay_ids_BTLK)
-        x_BTD = weights.embedding_VD[tokens_BT]
+        if weights.embedding_VD is not None:
+            x_BTD = self.shards.joined(weights.embedding_VD[tokens_BT], self.config.model_dim)
         keys, values, routings, crossed = [], [], [], 0
         for layer, *cache in zip(weights.layers, pages.keys, pages.values, strict=True):
             if layer.cross is not None and media is not None:
@@ -151,14 +163,16 @@ class Decoder:
             x_BTD, written = self._attend(layer, x_BTD, tuple(cache), step)
             keys.append(written[0])
             values.append(written[1])
-            x_BTD, routing = self._feed_forward(layer, x_BTD, step, len(routings))
+            x_BTD, routing = self._feed_forward(layer, x_BTD, step, self.moe_layers_before + len(routings))
             routings += [] if routing is None else [routing]
-        final_BTD = self._normed(x_BTD, weights.final_norm_D).astype(self.dtype)
-        return final_BTD, Pages(tuple(keys), tuple(values)), _report(routings, with_choices)
+        if weights.final_norm_D is not None:
+            x_BTD = self._normed(x_BTD, weights.final_norm_D).astype(self.dtype)
+        return x_BTD, Pages(tuple(keys), tuple(values)), self._report(routings, tokens_BT.shape, with_choices)
 
     def logits(self, weights: DecoderWeights, x_BD: Float[Array, "*rows D"]) -> Float32[Array, "*rows V"]:
         """Returns float32 logits of final hidden states."""
         logits_UV = times(x_BD.reshape(-1, x_BD.shape[-1]), weights.unembedding_DV)
+        logits_UV = self.shards.joined(logits_UV, self.config.vocab_size)
         return logits_UV.reshape(*x_BD.shape[:-1], -1)
 
     def look(
@@ -200,12 +214,13 @@ class Decoder:
         keys, values = (paging.write(each, new, step.at) for each, new in zip(cache, (k_BTMH, v_BTMH), strict=True))
         seen = [paging.read(each, step.table_BX) for each in (keys, values)]
         y_BTNH = attend(q_BTNH, *seen, step.positions_BT, self.config.attention.query_chunk)
-        y_UD = times(y_BTNH.reshape(rows * length, -1), weights.out_JD)
+        heads = self.shards.heads
+        y_UD = self.shards.summed(times(y_BTNH.reshape(rows * length, -1), weights.out_JD, heads), heads)
         return (x_BTD + y_UD.reshape(x_BTD.shape)).astype(self.dtype), (keys, values)
 
     def _heads(self, weights: AttentionWeights, qkv_UJ: Array, step: _Step) -> tuple[Array, Array, Array]:
-        attention, head_dim = self.config.attention, self.config.head_dim
-        heads, kv_heads = attention.num_heads, attention.num_kv_heads
+        attention, head_dim, parts = self.config.attention, self.config.head_dim, self.shards.tensor
+        heads, kv_heads = attention.num_heads // parts, self.shards.num_kv_heads(attention.num_kv_heads) // parts
         qkv_BTJH = qkv_UJ.reshape(*step.positions_BT.shape, heads + 2 * kv_heads, head_dim)
         q_BTNH, k_BTMH, v_BTMH = jnp.split(qkv_BTJH, [heads, heads + kv_heads], axis=2)
         if attention.qk_norm:
@@ -220,17 +235,18 @@ class Decoder:
         self, layer: LayerWeights, x_BTD: Array, step: _Step, number: int
     ) -> tuple[Array, Routing | None]:
         """The residual stream after the feed-forward and, with experts, where the tokens went."""
-        gated, weights = self.config.moe.gated, layer.feed_forward
+        gated, hidden, weights = self.config.moe.gated, self.shards.hidden, layer.feed_forward
         normed_BTD = self._normed(x_BTD, layer.feed_forward_norm_D).astype(self.dtype)
         normed_UD = normed_BTD.reshape(-1, x_BTD.shape[-1])
         routing = None
         if isinstance(weights, FeedForwardWeights):
-            y_UD = feed_forward(normed_UD, weights, gated)
+            y_UD = feed_forward(normed_UD, weights, gated, hidden)
         else:
             routing = self._route(weights, normed_BTD, step, number)
-            y_UD = serve(weights.experts, normed_BTD, routing, self.config.moe)
+            y_UD = serve(weights.experts, normed_BTD, routing, self.config.moe, self.shards)
             if weights.shared is not None:
-                y_UD += feed_forward(normed_UD, weights.shared, gated)
+                y_UD += feed_forward(normed_UD, weights.shared, gated, hidden)
+        y_UD = self.shards.summed(y_UD, hidden)
         return (x_BTD + y_UD.reshape(x_BTD.shape)).astype(self.dtype), routing
 
     def _route(self, weights: MoeWeights, x_BTD: Array, step: _Step, number: int) -> Routing:
@@ -246,10 +262,14 @@ class Decoder:
         own_BTK = jnp.where(own.used_UK, own.expert_ids_UK, -1)
         return routed(jnp.where(replay_BTK == FREE, own_BTK, replay_BTK))
 
-
-def _report(routings: list[Routing], with_choices: bool) -> DecodeReport:
-    load_LE = jnp.stack([jnp.sum(routing.stats.load_E, axis=0) for routing in routings])
-    if not with_choices:
-        return DecodeReport(load_LE)
-    ids = jnp.stack([jnp.where(routing.used_UK, routing.expert_ids_UK, -1) for routing in routings])
-    return DecodeReport(load_LE, Choices(ids, jnp.stack([routing.gates_UK for routing in routings])))
+    def _report(self, routings: list[Routing], tokens: tuple[int, int], with_choices: bool) -> DecodeReport:
+        moe = self.config.moe
+        if not routings:  # a stage of dense layers
+            load_LE = jnp.zeros((0, moe.num_experts), jnp.int32)
+            ids = jnp.zeros((0, *tokens, moe.experts_per_token), jnp.int32)
+            return DecodeReport(load_LE, Choices(ids, ids.astype(jnp.float32)) if with_choices else None)
+        load_LE = jnp.stack([jnp.sum(routing.stats.load_E, axis=0) for routing in routings])
+        if not with_choices:
+            return DecodeReport(load_LE)
+        ids = jnp.stack([jnp.where(routing.used_UK, routing.expert_ids_UK, -1) for routing in routings])
+        return DecodeReport(load_LE, Choices(ids, jnp.stack([routing.gates_UK for routing in routings])))

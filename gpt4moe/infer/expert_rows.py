@@ -13,6 +13,7 @@ float32. What the lowerings differ in is how much of the matrices they read and 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -23,10 +24,12 @@ from jaxtyping import Float, Float32
 from gpt4moe.config.moe import MoeConfig
 from gpt4moe.infer.decode_weights import FeedForwardWeights
 from gpt4moe.infer.matrix import Matrix, times, times_own
+from gpt4moe.infer.shards import ALONE, Shards
 from gpt4moe.model import dispatch
 from gpt4moe.model.grouped_matmul import block_matmul_nt
 from gpt4moe.model.layers import activate
 from gpt4moe.model.router import Routing
+from gpt4moe.parallel.island import Axes
 from gpt4moe.types import Array
 
 Experts = Sequence[FeedForwardWeights]
@@ -38,9 +41,11 @@ FEWEST_SORTED = 64
 LARGE_BLOCK, SMALL_BLOCK = 128, 32
 
 
-def feed_forward(x_UD: Float[Array, "U D"], weights: FeedForwardWeights, gated: bool) -> Float32[Array, "U D"]:
-    """Returns rows after a feed-forward."""
-    return times(_activated(times(x_UD, weights.in_DJ), gated), weights.down_FD)
+def feed_forward(
+    x_UD: Float[Array, "U D"], weights: FeedForwardWeights, gated: bool, split: Axes = ()
+) -> Float32[Array, "U D"]:
+    """Returns rows after a feed-forward, or this device's part of the sum where its hidden dims lie along `split`."""
+    return times(_activated(times(x_UD, weights.in_DJ), gated), weights.down_FD, split)
 
 
 def _activated(hidden_UJ: Float[Array, "*rows J"], gated: bool) -> Float[Array, "*rows F"]:
@@ -51,24 +56,31 @@ def _activated(hidden_UJ: Float[Array, "*rows J"], gated: bool) -> Float[Array, 
 
 
 def serve(
-    experts: Experts | FeedForwardWeights, x_BTD: Float[Array, "B T D"], routing: Routing, config: MoeConfig
+    experts: Experts | FeedForwardWeights,
+    x_BTD: Float[Array, "B T D"],
+    routing: Routing,
+    config: MoeConfig,
+    shards: Shards = ALONE,
 ) -> Float32[Array, "U D"]:
-    """Returns y_UD, U = B T; `experts` are one of each or all in a stack."""
-    rows, num = x_BTD.shape[0] * x_BTD.shape[1], config.num_experts
+    """Returns y_UD, U = B T, or this device's part of it; `experts` are one of each or all in a stack."""
+    routing, num = shards.here(routing, config)
+    rows = x_BTD.shape[0] * x_BTD.shape[1]
     x_UD, gated = x_BTD.reshape(rows, -1), config.gated
     ids_UK, gates_UK = (leaf.reshape(rows, -1) for leaf in (routing.expert_ids_UK, routing.gates_UK))
     if isinstance(experts, FeedForwardWeights):
         if ids_UK.size <= num:
             return visit_own(experts, x_UD, ids_UK, gates_UK, gated)
         if experts.in_DJ.scale_J is None:
-            return visit_blocks(experts, x_BTD, routing, config)
+            of_held = {"num_experts": num, "experts_per_token": 1, "num_groups": 1, "groups_per_token": 1}
+            return visit_blocks(experts, x_BTD, routing, dataclasses.replace(config, normalize_gates=False, **of_held))
         experts = [jax.tree.map(lambda leaf, e=e: leaf[e], experts) for e in range(num)]
-    if rows >= FEWEST_SORTED and ids_UK.shape[1] < num:
-        return visit_sorted(experts, x_UD, ids_UK, gates_UK, gated)
-    if rows == 1:
-        return visit_one(experts, x_UD, ids_UK, gates_UK, gated)
-    visit = visit_all if ids_UK.size >= ALL_VISITED * num else visit_chosen
-    return visit(experts, x_UD, ids_UK, gates_UK, gated)
+    if rows >= FEWEST_SORTED and ids_UK.shape[1] < config.num_experts:
+        visit = visit_sorted
+    elif rows == 1 and num == config.num_experts:
+        visit = visit_one
+    else:
+        visit = visit_all if ids_UK.size >= ALL_VISITED * config.num_experts else visit_chosen
+    return visit(experts, x_UD, ids_UK, gates_UK, gated, shards.heads)
 
 
 def visit_own(
@@ -98,13 +110,17 @@ def visit_blocks(
     return y_BTD.reshape(-1, x_BTD.shape[-1]).astype(jnp.float32)
 
 
-def visit_one(experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool) -> Float32[Array, "U D"]:
+def visit_one(
+    experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool, split: Axes = ()
+) -> Float32[Array, "U D"]:
     """See the module."""
-    branches = [functools.partial(feed_forward, weights=expert, gated=gated) for expert in experts]
+    branches = [functools.partial(feed_forward, weights=expert, gated=gated, split=split) for expert in experts]
     return sum(jax.lax.switch(id_, branches, x_UD) * gate for id_, gate in zip(ids_UK[0], gates_UK[0], strict=True))
 
 
-def visit_chosen(experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool) -> Float32[Array, "U D"]:
+def visit_chosen(
+    experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool, split: Axes = ()
+) -> Float32[Array, "U D"]:
     """See the module."""
     gates_UE = _by_expert(ids_UK, gates_UK, len(experts))
     visited_E = jnp.any(gates_UE != 0, axis=0)
@@ -112,19 +128,23 @@ def visit_chosen(experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, 
     for e, expert in enumerate(experts):
 
         def visit(y_UD: Array, expert=expert, gate_U1=gates_UE[:, e : e + 1]) -> Array:
-            return y_UD + feed_forward(x_UD, expert, gated) * gate_U1
+            return y_UD + feed_forward(x_UD, expert, gated, split) * gate_U1
 
         y_UD = jax.lax.cond(visited_E[e], visit, lambda y_UD: y_UD, y_UD)
     return y_UD
 
 
-def visit_all(experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool) -> Float32[Array, "U D"]:
+def visit_all(
+    experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool, split: Axes = ()
+) -> Float32[Array, "U D"]:
     """See the module."""
     gates_UE = _by_expert(ids_UK, gates_UK, len(experts))
-    return sum(feed_forward(x_UD, expert, gated) * gates_UE[:, e : e + 1] for e, expert in enumerate(experts))
+    return sum(feed_forward(x_UD, expert, gated, split) * gates_UE[:, e : e + 1] for e, expert in enumerate(experts))
 
 
-def visit_sorted(experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool) -> Float32[Array, "U D"]:
+def visit_sorted(
+    experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, gated: bool, split: Axes = ()
+) -> Float32[Array, "U D"]:
     """See the module. A last block reads into the next expert's rows, whose own blocks then overwrite what it wrote."""
     order_S, counts_E = dispatch.sort_by_expert(ids_UK, gates_UK != 0, len(experts))
     starts_E = jnp.cumsum(counts_E) - counts_E
@@ -134,7 +154,7 @@ def visit_sorted(experts: Experts, x_UD: Array, ids_UK: Array, gates_UK: Array, 
     x_SD = x_UD.at[token_S].get(mode="promise_in_bounds")
     y_SD = jnp.zeros(x_SD.shape, jnp.float32)
     for e, expert in enumerate(experts):
-        through = functools.partial(feed_forward, weights=expert, gated=gated)
+        through = functools.partial(feed_forward, weights=expert, gated=gated, split=split)
         y_SD = _in_blocks(through, x_SD, y_SD, starts_E[e], counts_E[e])
     return sum(
         jnp.where(gate_U1 != 0, y_SD.at[slot_U].get(mode="promise_in_bounds"), 0.0) * gate_U1

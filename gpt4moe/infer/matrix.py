@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int, Shaped
 
 from gpt4moe.config.check import require
+from gpt4moe.parallel.island import Axes
 from gpt4moe.types import Array
 
 # By name: the dtype that is stored and its largest finite value.
@@ -63,15 +64,18 @@ def joined(matrices: Sequence[Matrix]) -> Matrix:
     return Matrix(values_JI, scale_J, matrices[0].product)
 
 
-def times(x_UI: Float[Array, "U I"], matrix: Matrix) -> Float32[Array, "U J"]:
-    """Returns the product of rows with a matrix."""
+def times(x_UI: Float[Array, "U I"], matrix: Matrix, split: Axes = ()) -> Float32[Array, "U J"]:
+    """Returns the product of rows with a matrix.
+
+    split: mesh axes along which devices hold parts of I; each gets a part of the sum, which nobody has added up.
+    """
     if matrix.product != "dot" and len(x_UI) <= FEW_ROWS:
         stack = jax.tree.map(lambda leaf: leaf[None], matrix)
         return times_own(x_UI, stack, jnp.zeros(len(x_UI), jnp.int32))
     stored = matrix.values_JI.dtype
     if matrix.scale_J is None:
         return _product(x_UI.astype(stored), matrix.values_JI)
-    rows_UI, scale_U1 = quantized_rows(x_UI, stored)
+    rows_UI, scale_U1 = quantized_rows(x_UI, stored, split)
     return _product(rows_UI, matrix.values_JI).astype(jnp.float32) * scale_U1 * matrix.scale_J
 
 
@@ -99,11 +103,16 @@ def _by_reduction(x_SI: Array, w_EJI: Array, matrix_S: Array) -> Array:
 PRODUCTS = {"dot": _by_dot, "reduction": _by_reduction}
 
 
-def quantized_rows(x_UI: Float[Array, "U I"], dtype: jnp.dtype) -> tuple[Shaped[Array, "U I"], Float32[Array, "U 1"]]:
-    """Returns rows in an integer (fp8) dtype and what each was divided by."""
+def quantized_rows(
+    x_UI: Float[Array, "U I"], dtype: jnp.dtype, split: Axes = ()
+) -> tuple[Shaped[Array, "U I"], Float32[Array, "U 1"]]:
+    """Returns rows in an integer (fp8) dtype and what each was divided by, of whole rows, whatever axes they lie along."""
     largest = next(largest for stored, largest in QUANTIZED.values() if stored == dtype)
     x_float = x_UI.astype(jnp.float32)
-    scale_U1 = jnp.maximum(jnp.max(jnp.abs(x_float), axis=-1, keepdims=True), TINY) / largest
+    largest_U1 = jnp.max(jnp.abs(x_float), axis=-1, keepdims=True)
+    if split:
+        largest_U1 = jax.lax.pmax(largest_U1, split)
+    scale_U1 = jnp.maximum(largest_U1, TINY) / largest
     return _rounded(x_float / scale_U1, dtype), scale_U1
 
 

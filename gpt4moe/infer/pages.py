@@ -37,12 +37,11 @@ class Pages:
         return self.keys[0].shape[1]
 
 
-def init_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype) -> Pages:
-    """Returns empty pages for every layer of a model."""
-    shape = (num_pages, page_size, config.attention.num_kv_heads, config.head_dim)
+def init_pages(num_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> Pages:
+    """Returns empty pages for some layers; shape: that of an array, see `Pages`."""
 
     def of_layers() -> tuple[Array, ...]:
-        return tuple(to_bits(jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+        return tuple(to_bits(jnp.zeros(shape, dtype)) for _ in range(num_layers))
 
     return Pages(of_layers(), of_layers())
 

@@ -29,7 +29,9 @@ def num_pages(decoder: Decoder, config: EngineConfig, max_length: int) -> int:
     require(few, "slots", config.slots, constraint)
     number, setting = config.num_pages or config.slots * of_a_row, "num_pages"
     if config.cache_bytes is not None:
-        number, setting = config.cache_bytes // page_bytes(model, config.page_size, decoder.dtype), "cache_bytes"
+        of_heads = page_bytes(model, config.page_size, decoder.dtype), model.attention.num_kv_heads
+        of_page = of_heads[0] // of_heads[1] * decoder.shards.num_kv_heads(of_heads[1])
+        number, setting = config.cache_bytes // of_page, "cache_bytes"
     constraint = f"gives {number} pages, fewer than a row of max_length={max_length} needs ({of_a_row})"
     require(number >= of_a_row, setting, getattr(config, setting), constraint, f"raise {setting} or lower max_length")
     return number
@@ -46,6 +48,14 @@ def check_draft(draft: Decoder | None, model: ModelConfig, config: EngineConfig)
         own, needed = getattr(draft.config, name), getattr(model, name)
         fits = own == needed if name == "vocab_size" else own >= needed
         require(fits, f"the draft's {name}", own, f"must {constraint} ({needed})")
+
+
+def check_stages(num_stages: int, config: EngineConfig, draft: Decoder | None) -> None:
+    """Raises where rows cannot go through a pipeline in groups."""
+    fits = config.slots % num_stages == 0
+    require(fits, "slots", config.slots, f"must be a multiple of the pipeline's {num_stages} stages")
+    alone = num_stages == 1 or draft is None
+    require(alone, "draft", "a model", f"does not propose to a pipeline of {num_stages} stages", "propose by lookup")
 
 
 def check(

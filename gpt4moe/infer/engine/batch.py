@@ -42,23 +42,27 @@ class Batches:
         return inputs
 
     def decode(
-        self, rows: Sequence[Row], shape: StepShape, num_proposed: Mapping[Row, int], proposed: Mapping[Row, list[int]]
+        self,
+        placed: Sequence[tuple[int, Row]],
+        shape: StepShape,
+        num_proposed: Mapping[Row, int],
+        proposed: Mapping[Row, list[int]],
     ) -> StepInputs:
-        """The last token of every row, each in the place of its slot, and behind it what is proposed to the row.
+        """The last token of every row, each in its place, and behind it what is proposed to the row.
 
         num_proposed: how many tokens, of the rows with any; proposed: those that are known already.
         """
         slots = np.full(shape.rows, self._config.slots, np.int32)
-        for row in rows:
-            slots[row.slot] = row.slot
+        for place, row in placed:
+            slots[place] = row.slot
         inputs = self._blank(shape, slots)
-        for row in rows:
+        for place, row in placed:
             number = num_proposed.get(row, 0)
-            self._fill(inputs, row.slot, row, 1)
-            inputs.valid_BT[row.slot, 1 : 1 + number] = True
-            inputs.num_proposed_B[row.slot] = number
+            self._fill(inputs, place, row, 1)
+            inputs.valid_BT[place, 1 : 1 + number] = True
+            inputs.num_proposed_B[place] = number
             known = proposed.get(row, [])
-            inputs.tokens_BT[row.slot, 1 : 1 + len(known)] = known
+            inputs.tokens_BT[place, 1 : 1 + len(known)] = known
         return inputs
 
     def _blank(self, shape: StepShape, slot_B: np.ndarray) -> StepInputs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from gpt4moe.infer.engine.batch import Batches, new_tokens, record_prompts
 from gpt4moe.infer.engine.constraint import Constraints
 from gpt4moe.infer.engine.draws import is_remembered, row_memory
 from gpt4moe.infer.engine.handle import RequestHandle
-from gpt4moe.infer.engine.inputs import StepShape, chunk_tokens, smallest
+from gpt4moe.infer.engine.inputs import StepInputs, StepShape, chunk_tokens, smallest
 from gpt4moe.infer.engine.metrics import Record
 from gpt4moe.infer.engine.pool import PagePool
 from gpt4moe.infer.engine.programs import Programs, StepOut
@@ -37,26 +37,28 @@ class Engine:
     """All methods may be called from any thread; `step` works for one caller at a time.
 
     Raises `CallerError` where pages do not suffice for one row of `max_length`, or where `deterministic` is asked of a
-    decoder that is not in float32. `draft` is a smaller model with the same vocabulary that proposes tokens, where
+    decoder that is not in float32. `decoder` may be those of a pipeline's stages (`gpt4moe.infer.stages.cut`). `draft` is a smaller model with the same vocabulary that proposes tokens, where
     `config.draft_tokens` says so; without one they are looked up in the row's own text. `clock` gives the seconds that
     deadlines and metrics are in.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | Sequence[Decoder],
         tokenizer: Codec,
         config: EngineConfig | None = None,
         *,
         draft: Decoder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.decoder, self.tokenizer, self.config = decoder, tokenizer, config or EngineConfig()
-        self.max_length = self.config.max_length or decoder.config.context_length
-        self.num_pages = admission.num_pages(decoder, self.config, self.max_length)
-        model = decoder.config
+        stages = [decoder] if isinstance(decoder, Decoder) else list(decoder)
+        self.decoder, self.tokenizer, self.config = stages[-1], tokenizer, config or EngineConfig()
+        model = self.decoder.config
+        self.max_length = self.config.max_length or model.context_length
+        self.num_pages = admission.num_pages(self.decoder, self.config, self.max_length)
         admission.check_draft(draft, model, self.config)
-        self.programs = Programs(decoder, self.config, self.num_pages, self.max_length, draft)
+        admission.check_stages(len(stages), self.config, draft)
+        self.programs = Programs(stages, self.config, self.num_pages, self.max_length, draft)
         self._proposals = Proposals(self.config, by_model=draft is not None)
         self._batches = Batches(self.config, model)
         self._constraints = Constraints(tokenizer, model.vocab_size)
@@ -245,7 +247,7 @@ class Engine:
         shape = smallest(shapes, len(chosen), longest, pages)
         inputs = self._batches.prefill(chosen, shape)
         out = self.programs.step(shape, inputs)
-        self._record.add_prefill(np.asarray(out.load_LE))
+        self._record.add_prefill(out.load_LE)
         self._take(out, [(place, row, length) for place, (row, length) in enumerate(chosen)], inputs.last_B)
 
     def _decode(self) -> None:
@@ -257,17 +259,32 @@ class Engine:
             number = self._schedule.grow_for(number)
         if not rows:
             return
-        pages = max(len(row.pages) for row in rows)
-        verifies = self.programs.verify_shapes and (any(number.values()) or not self.programs.decode_shapes)
-        shapes = self.programs.verify_shapes if verifies else self.programs.decode_shapes
-        shape = smallest(shapes, self.config.slots, 1, pages)
-        inputs = self._batches.decode(rows, shape, number, proposed)
-        out = self.programs.step(shape, inputs)
-        load_LE = np.asarray(out.load_LE)
+        steps = [self._begin_decode(group, number, proposed) for group in self._groups(rows)]
         with self._lock:
-            self._record.add_decode(load_LE)
             self._record.counts["proposed_tokens"] += sum(number.values())
-        self._take(out, [(row.slot, row, 1) for row in rows], inputs.last_B)
+        for placed, inputs, out in steps:
+            with self._lock:
+                self._record.add_decode(out.load_LE)
+            self._take(out, [(place, row, 1) for place, row in placed], inputs.last_B)
+
+    def _groups(self, rows: Sequence[Row]) -> list[list[tuple[int, Row]]]:
+        """The rows that are decoded together, each with its place: one group follows another through the stages."""
+        together = self.programs.slots_together
+        groups: dict[int, list[tuple[int, Row]]] = {}
+        for row in rows:
+            groups.setdefault(row.slot // together, []).append((row.slot % together, row))
+        return [groups[number] for number in sorted(groups)]
+
+    def _begin_decode(
+        self, placed: Sequence[tuple[int, Row]], number: Mapping[Row, int], proposed: Mapping[Row, list[int]]
+    ) -> tuple[Sequence[tuple[int, Row]], StepInputs, StepOut]:
+        """Begins a step of some rows, whose result is on its way."""
+        programs = self.programs
+        verifies = programs.verify_shapes and (any(number.values()) or not programs.decode_shapes)
+        shapes = programs.verify_shapes if verifies else programs.decode_shapes
+        shape = smallest(shapes, programs.slots_together, 1, max(len(row.pages) for _, row in placed))
+        inputs = self._batches.decode(placed, shape, number, proposed)
+        return placed, inputs, programs.step(shape, inputs)
 
     def _take(self, out: StepOut, read: Sequence[tuple[int, Row, int]], last_B: np.ndarray) -> None:
         """What a step gave to the rows; read: place in the batch, row, and how many of its tokens were read."""

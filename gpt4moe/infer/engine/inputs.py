@@ -67,15 +67,15 @@ def chunk_tokens(config: EngineConfig, max_length: int) -> int:
     return min(config.prefill_chunk, max(MIN_CHUNK, 1 << (max_length - 1).bit_length()))
 
 
-def decode_shapes(config: EngineConfig, max_length: int) -> list[StepShape]:
-    """Shapes of a step of all slots, by pages in sight."""
-    return [StepShape("decode", config.slots, 1, pages) for pages in _pages(config, max_length, DECODE_STEP)]
+def decode_shapes(config: EngineConfig, max_length: int, slots: int) -> list[StepShape]:
+    """Shapes of a step of so many slots, by pages in sight."""
+    return [StepShape("decode", slots, 1, pages) for pages in _pages(config, max_length, DECODE_STEP)]
 
 
-def verify_shapes(config: EngineConfig, max_length: int) -> list[StepShape]:
-    """Shapes of a step of all slots that judges proposals; none where there are no proposals."""
+def verify_shapes(config: EngineConfig, max_length: int, slots: int) -> list[StepShape]:
+    """Shapes of a step of so many slots that judges proposals; none where there are no proposals."""
     length, pages = config.draft_tokens + 1, _pages(config, max_length, DECODE_STEP)
-    return [StepShape("verify", config.slots, length, number) for number in pages] if length > 1 else []
+    return [StepShape("verify", slots, length, number) for number in pages] if length > 1 else []
 
 
 def prefill_shapes(config: EngineConfig, max_length: int) -> list[StepShape]:

@@ -34,9 +34,11 @@ from gpt4moe.infer.engine.inputs import (
     verify_shapes,
 )
 from gpt4moe.infer.engine.media import in_sight, init_media, look, stacked
+from gpt4moe.infer.engine.relay import Relay
 from gpt4moe.infer.pages import Pages
 from gpt4moe.infer.pictures import Picture
 from gpt4moe.infer.sampling import draw, filtered_logits
+from gpt4moe.infer.shards import EVERYWHERE, PAGES
 from gpt4moe.infer.speculative import PROPOSES
 from gpt4moe.model.cross_attention import Media
 from gpt4moe.types import Array
@@ -58,12 +60,21 @@ class Scores:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOut:
-    """drawn: the rows' tokens; load_LE and choices_LBTK: the experts; scores: of a chunk of prompts, None of others."""
+    """drawn: the rows' tokens; reports: of every stage; scores: of a chunk of prompts, None of others."""
 
     drawn: Drawn
-    load_LE: Int[Array, "L E"]
-    choices_LBTK: Int[Array, "L B T K"]
+    reports: tuple[DecodeReport, ...]
     scores: Scores | None
+
+    @property
+    def load_LE(self) -> Int[np.ndarray, "L E"]:
+        """Choices of each expert in every layer with experts, on the host."""
+        return np.concatenate([np.asarray(report.load_LE) for report in self.reports])
+
+    @property
+    def choices_LBTK(self) -> Int[np.ndarray, "L B T K"]:
+        """Where tokens went, on the host."""
+        return np.concatenate([np.asarray(report.choices.expert_ids_BTK) for report in self.reports])
 
 
 @jax.tree_util.register_dataclass
@@ -83,36 +94,52 @@ class Held:
 class Programs:
     """`step` runs a program on what is `held`, which it replaces; `num_late` were compiled after the warm-up.
 
-    draft: a model with the same vocabulary that proposes tokens. It reads what the model reads, into pages of its own
-    that stand where the model's do.
+    stages: the decoders of the pipeline's stages, mostly one; the slots are decoded in as many groups of
+    `slots_together`. draft: a model with the same vocabulary that proposes tokens. It reads what the model reads, into
+    pages of its own that stand where the model's do.
     """
 
     def __init__(
-        self, decoder: Decoder, config: EngineConfig, num_pages: int, max_length: int, draft: Decoder | None = None
+        self,
+        stages: Sequence[Decoder],
+        config: EngineConfig,
+        num_pages: int,
+        max_length: int,
+        draft: Decoder | None = None,
     ):
+        *before, decoder = stages
         self.decoder, self.draft, self.config, self.num_pages = decoder, draft, config, num_pages
-        self.decode_shapes = [] if self._always_verifies() else decode_shapes(config, max_length)
-        self.verify_shapes = verify_shapes(config, max_length)
+        self.slots_together = config.slots // len(stages)
+        self.decode_shapes = [] if self._always_verifies() else decode_shapes(config, max_length, self.slots_together)
+        self.verify_shapes = verify_shapes(config, max_length, self.slots_together)
         self.prefill_shapes = prefill_shapes(config, max_length)
+        self._relays = [Relay(stage, num_pages, config.page_size) for stage in before]
         self.seconds: dict[StepShape, float] = {}
         self.num_late, self._warm = 0, False
         self._compiled: dict[StepShape, Callable] = {}
         # A flat list: the smaller the tree, the less every call spends on it.
-        weights = decoder.weights, None if draft is None else draft.weights
+        shards = decoder.shards
+        weights = decoder.weights, None if draft is None else shards.put(draft.weights)
         self._leaves, self._tree = jax.tree.flatten(weights)
+        held = Held(PAGES, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+        leaves, one, two = shards.specs(self._leaves), (EVERYWHERE,), (EVERYWHERE,) * 2
         steps = {"decode": self._decoded, "verify": self._verified, "prefill": self._prefilled}
-        self._steps = {kind: jax.jit(step, donate_argnums=1) for kind, step in steps.items()}
-        self._remember = jax.jit(draws.remember, donate_argnums=0)
-        self._look = jax.jit(self._looked, donate_argnums=1)
+        spread = {kind: shards.island(step, (leaves, held, *two), (*one, held)) for kind, step in steps.items()}
+        self._steps = {kind: jax.jit(step, donate_argnums=1) for kind, step in spread.items()}
+        self._remember = jax.jit(shards.island(draws.remember, (*one, *two), EVERYWHERE), donate_argnums=0)
+        self._look = jax.jit(shards.island(self._looked, (leaves, *two, *two), EVERYWHERE), donate_argnums=1)
         self.reset()
 
     def reset(self) -> None:
         """Empties pages and memory: at the beginning, and where a fault has cost them."""
         sizes, slots = (self.num_pages, self.config.page_size), self.config.slots
-        draft_pages = None if self.draft is None else self.draft.init_pages(*sizes)
-        memory = draws.init_memory(slots, self.decoder.config.vocab_size)
-        media = init_media(self.decoder, self.config)
-        self.held = Held(self.decoder.init_pages(*sizes), draft_pages, memory, media)
+        decoder, made = self.decoder, self.decoder.shards.made
+        draft_pages = None if self.draft is None else made(lambda: self.draft.init_pages(*sizes))
+        memory = made(lambda: draws.init_memory(slots, decoder.config.vocab_size))
+        media = made(lambda: init_media(decoder, self.config))
+        self.held = Held(made(lambda: decoder.init_pages(*sizes), PAGES), draft_pages, memory, media)
+        for relay in self._relays:
+            relay.reset()
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> dict[StepShape, float]:
         """Compiles every program that is not yet, telling each and its seconds; returns the seconds of all."""
@@ -138,8 +165,13 @@ class Programs:
         if shape not in self._compiled:
             self.num_late += self._warm
             self._compile(shape)
-        out, self.held = self._compiled[shape](self._leaves, self.held, inputs)
-        return out
+        x_BTD, reports = None, []
+        for relay in self._relays:
+            x_BTD, report = relay(shape, inputs, x_BTD)
+            reports.append(report)
+        moved = None if x_BTD is None else self.decoder.shards.put(x_BTD)
+        out, self.held = self._compiled[shape](self._leaves, self.held, inputs, moved)
+        return dataclasses.replace(out, reports=(*reports, *out.reports))
 
     def remember(self, slot: int, row: SlotMemory) -> None:
         """Puts what penalties and bias need to know of a row into its slot."""
@@ -164,26 +196,37 @@ class Programs:
         started = time.perf_counter()
         model = self.decoder.config
         inputs = blank_inputs(self.config, model, shape, filler_settings(shape.rows, model.vocab_size))
-        arguments = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (self._leaves, self.held, inputs)
-        )
+        shards, x_BTD = self.decoder.shards, None
+        for relay in self._relays:
+            relay.compile(shape, inputs)
+            x_BTD = shards.put(jnp.zeros((shape.rows, shape.length, model.model_dim), self.decoder.dtype))
+        arguments = shards.abstract((self._leaves, self.held, inputs, x_BTD))
         self._compiled[shape] = self._steps[shape.kind].lower(*arguments).compile()
         self.seconds[shape] = time.perf_counter() - started
         return shape
 
     def _looked(self, leaves: list[Array], media: Media, slot: Array, pixels: Array, valid: Array) -> Media:
-        weights, _ = jax.tree.unflatten(self._tree, leaves)
+        weights, _ = self._weights(leaves)
         return look(self.decoder, weights, media, slot, pixels, valid)
 
-    def _decoded(self, leaves: list[Array], held: Held, inputs: StepInputs) -> tuple[StepOut, Held]:
-        weights, _ = jax.tree.unflatten(self._tree, leaves)
-        x_BTD, pages, report = self._read(weights, held, inputs, in_slots=True)
+    def _weights(self, leaves: list[Array]) -> tuple[DecoderWeights, DecoderWeights | None]:
+        """Those of the model, as they lie on a device, and those of the draft."""
+        weights, draft_weights = jax.tree.unflatten(self._tree, leaves)
+        return self.decoder.shards.local(weights), draft_weights
+
+    def _decoded(
+        self, leaves: list[Array], held: Held, inputs: StepInputs, x_BTD: Array | None
+    ) -> tuple[StepOut, Held]:
+        weights, _ = self._weights(leaves)
+        x_BTD, pages, report = self._read(weights, held, inputs, x_BTD, in_slots=True)
         drawn, memory = self._draw(weights, x_BTD, held.memory, inputs)
         return _out(drawn, report), _held(held, pages, held.draft_pages, memory)
 
-    def _prefilled(self, leaves: list[Array], held: Held, inputs: StepInputs) -> tuple[StepOut, Held]:
-        weights, draft_weights = jax.tree.unflatten(self._tree, leaves)
-        x_BTD, pages, report = self._read(weights, held, inputs, in_slots=False)
+    def _prefilled(
+        self, leaves: list[Array], held: Held, inputs: StepInputs, x_BTD: Array | None
+    ) -> tuple[StepOut, Held]:
+        weights, draft_weights = self._weights(leaves)
+        x_BTD, pages, report = self._read(weights, held, inputs, x_BTD, in_slots=False)
         drawn, memory = self._draw(weights, x_BTD, held.memory, inputs)
         draft_pages = held.draft_pages
         if self.draft is not None:
@@ -191,13 +234,15 @@ class Programs:
             _, draft_pages, _ = self.draft.forward(draft_weights, *tokens, draft_pages, inputs.table_BX)
         return _out(drawn, report, self._scores(weights, x_BTD, inputs)), _held(held, pages, draft_pages, memory)
 
-    def _verified(self, leaves: list[Array], held: Held, inputs: StepInputs) -> tuple[StepOut, Held]:
-        weights, draft_weights = jax.tree.unflatten(self._tree, leaves)
+    def _verified(
+        self, leaves: list[Array], held: Held, inputs: StepInputs, x_BTD: Array | None
+    ) -> tuple[StepOut, Held]:
+        weights, draft_weights = self._weights(leaves)
         draft_pages, proposer_BTV = held.draft_pages, None
         if self.draft is not None:
             tokens_BT, proposer_BTV, draft_pages = self._propose(draft_weights, held.draft_pages, inputs)
             inputs = dataclasses.replace(inputs, tokens_BT=tokens_BT)
-        x_BTD, pages, report = self._read(weights, held, inputs, in_slots=True)
+        x_BTD, pages, report = self._read(weights, held, inputs, x_BTD, in_slots=True)
         # What stands in the place after the t-th token is the next one; after the last there is no proposal.
         proposed_BT = jnp.pad(inputs.tokens_BT[:, 1:], ((0, 0), (0, 1)))
         drawn, memory = draws.judge_rows(
@@ -215,10 +260,10 @@ class Programs:
         return _out(drawn, report), _held(held, pages, draft_pages, memory)
 
     def _read(
-        self, weights: DecoderWeights, held: Held, inputs: StepInputs, *, in_slots: bool
+        self, weights: DecoderWeights, held: Held, inputs: StepInputs, x_BTD: Array | None, *, in_slots: bool
     ) -> tuple[Array, Pages, DecodeReport]:
         tokens = (inputs.tokens_BT, inputs.positions_BT, inputs.valid_BT)
-        given = {"replay_ids_BTLK": inputs.replay_ids_BTLK, "with_choices": True}
+        given = {"x_BTD": x_BTD, "replay_ids_BTLK": inputs.replay_ids_BTLK, "with_choices": True}
         media = in_sight(held.media, inputs, in_slots=in_slots)
         return self.decoder.forward(weights, *tokens, held.pages, inputs.table_BX, media=media, **given)
 
@@ -284,7 +329,7 @@ def _held(held: Held, pages: Pages, draft_pages: Pages | None, memory: SlotMemor
 
 
 def _out(drawn: Drawn, report: DecodeReport, scores: Scores | None = None) -> StepOut:
-    return StepOut(drawn, report.load_LE, report.choices.expert_ids_BTK, scores)
+    return StepOut(drawn, (report,), scores)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,63 @@
+"""A pipeline stage before the last as the engine runs it: tokens or a residual stream in, the residual stream out.
+
+Calls return before the device is done, so that the rows of several steps are in several stages at once.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from gpt4moe.infer.decoder import Decoder, DecodeReport
+from gpt4moe.infer.engine.inputs import StepInputs, StepShape
+from gpt4moe.infer.pages import Pages
+from gpt4moe.infer.shards import EVERYWHERE, PAGES
+from gpt4moe.types import Array
+
+
+class Relay:
+    """The programs of a stage, by shape, and the pages of its layers."""
+
+    def __init__(self, decoder: Decoder, num_pages: int, page_size: int):
+        self._decoder, self._sizes = decoder, (num_pages, page_size)
+        self._leaves, self._tree = jax.tree.flatten(decoder.weights)
+        shards = decoder.shards
+        specs = {"in_specs": (shards.specs(self._leaves), PAGES, EVERYWHERE, EVERYWHERE)}
+        step = shards.island(self._read, **specs, out_specs=(EVERYWHERE, PAGES, EVERYWHERE))
+        self._step = jax.jit(step, donate_argnums=1)
+        self._compiled: dict[StepShape, jax.stages.Compiled] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Empties the pages."""
+        self._pages = self._decoder.shards.made(lambda: self._decoder.init_pages(*self._sizes), PAGES)
+
+    def compile(self, shape: StepShape, inputs: StepInputs) -> None:
+        """Compiles the program of a shape, which has such inputs."""
+        x_BTD = None
+        if self._decoder.weights.embedding_VD is None:
+            model = self._decoder.config
+            blank = jnp.zeros((shape.rows, shape.length, model.model_dim), self._decoder.dtype)
+            x_BTD = self._decoder.shards.put(blank)
+        given = self._leaves, self._pages, _tokens(inputs), x_BTD
+        self._compiled[shape] = self._step.lower(*self._decoder.shards.abstract(given)).compile()
+
+    def __call__(
+        self, shape: StepShape, inputs: StepInputs, x_BTD: Float[Array, "B T D"] | None
+    ) -> tuple[Float[Array, "B T D"], DecodeReport]:
+        """Reads tokens into the pages; returns the residual stream for the next stage and where tokens went."""
+        moved = None if x_BTD is None else self._decoder.shards.put(x_BTD)
+        x_BTD, self._pages, report = self._compiled[shape](self._leaves, self._pages, _tokens(inputs), moved)
+        return x_BTD, report
+
+    def _read(self, leaves: list[Array], pages: Pages, tokens: tuple, x_BTD: Array | None) -> tuple:
+        weights = self._decoder.shards.local(jax.tree.unflatten(self._tree, leaves))
+        *of_rows, table_BX, replay_ids_BTLK = tokens
+        given = {"x_BTD": x_BTD, "replay_ids_BTLK": replay_ids_BTLK, "with_choices": True}
+        return self._decoder.forward(weights, *of_rows, pages, table_BX, **given)
+
+
+def _tokens(inputs: StepInputs) -> tuple:
+    """What reading needs of a step's inputs."""
+    return inputs.tokens_BT, inputs.positions_BT, inputs.valid_BT, inputs.table_BX, inputs.replay_ids_BTLK
