@@ -153,9 +153,7 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve_flags(parser: argparse.ArgumentParser) -> None:
-    _workdir_flag(parser)
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
-    _cpu_devices_flag(parser)
+    _trained_flags(parser)
     _listen_flags(parser.add_argument_group("server"))
     _engine_flags(parser.add_argument_group("engine"))
 

@@ -205,7 +205,8 @@ def _foreign(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     from gpt4moe.serve import command as serving
 
-    return serving.run(args, lambda: load(args.workdir, step=args.step), _progress)
+    mesh = _mesh(args)
+    return serving.run(args, mesh, lambda: load(args.workdir, step=args.step, mesh=mesh), _progress)
 
 
 def _mesh(args: argparse.Namespace) -> MeshConfig:

@@ -160,6 +160,9 @@ def test_generate_serves_a_file_of_requests(workdir, tmp_path, capsys):
     assert main([*command, f"--output={output}"]) == 0
     made = [json.loads(line) for line in output.read_text().splitlines()]
     assert [document["prompt"] for document in made] == ["a", "bc", "d"]
+    assert main([*command, f"--output={output}", "--mesh=stage=2,expert=2,tensor=2"]) == 0
+    of_mesh = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [one["continuations"][0]["text"] for one in of_mesh] == [one["continuations"][0]["text"] for one in made]
     requests.write_text('{"prompt": "a"}\n{"prompt": "a", "top_q": 1}\n')
     capsys.readouterr()
     assert f"{requests}:2: has no key 'top_q'; there are " in refusal_of(capsys, command)
@@ -363,8 +366,17 @@ def running(words):
 
 
 def test_a_server_of_the_run_ends_its_streams_on_sigterm_and_refuses_new_requests(workdir, tmp_path):
-    """The process ends with 0. More is told than the kernel keeps for a caller who does not read: the stream stays open."""
-    words = [sys.executable, "-m", "gpt4moe.launch", "serve", f"--workdir={workdir}", "--port=0", "--slots=16", "--json"]
+    """The process ends with 0. There is more to tell than the kernel keeps for a caller who does not read."""
+    words = [
+        sys.executable,
+        "-m",
+        "gpt4moe.launch",
+        "serve",
+        f"--workdir={workdir}",
+        "--port=0",
+        "--slots=16",
+        "--json",
+    ]
     words.append(f"--compile_cache={tmp_path}")
     with running(words) as server:
         served = json.loads(server.stdout.readline())

@@ -47,9 +47,10 @@ def _serve(
     args: argparse.Namespace, defaults: SamplingConfig, load: Callable, progress: Callable[[str], None]
 ) -> tuple | None:
     require(not args.image, "--image", args.image, "goes with --prompt", "name images in the lines of --requests")
-    require(not args.mesh, "--mesh", args.mesh, "goes with --prompt, not with --requests")
-    trained = load(args.workdir, step=args.step)
-    served = requests.serve_file(trained, args.requests, defaults, EngineConfig(slots=args.slots), progress)
+    mesh = MeshConfig(args.mesh, stage_layers=args.stage_layers)
+    trained = load(args.workdir, step=args.step, mesh=mesh)
+    engine = EngineConfig(slots=args.slots)
+    served = requests.serve_file(trained, args.requests, defaults, engine, mesh=mesh, progress=progress)
     if args.json:
         return {"step": trained.step, "requests": list(served)}, str
     requests.write_lines(served, args.output)

@@ -106,7 +106,7 @@ PRODUCTS = {"dot": _by_dot, "reduction": _by_reduction}
 def quantized_rows(
     x_UI: Float[Array, "U I"], dtype: jnp.dtype, split: Axes = ()
 ) -> tuple[Shaped[Array, "U I"], Float32[Array, "U 1"]]:
-    """Returns rows in an integer (fp8) dtype and what each was divided by, of whole rows, whatever axes they lie along."""
+    """Returns rows in an integer (fp8) dtype and what each was divided by, that of the whole row where it is split."""
     largest = next(largest for stored, largest in QUANTIZED.values() if stored == dtype)
     x_float = x_UI.astype(jnp.float32)
     largest_U1 = jnp.max(jnp.abs(x_float), axis=-1, keepdims=True)

@@ -20,7 +20,9 @@ from typing import Any
 from gpt4moe.config.check import CallerError, near, require
 from gpt4moe.config.data import ImageConfig
 from gpt4moe.config.engine import EngineConfig
+from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.sampling import SamplingConfig
+from gpt4moe.infer import stages
 from gpt4moe.infer.codec import prompt_ids
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
@@ -63,14 +65,20 @@ def serve_file(
     path: str,
     defaults: SamplingConfig,
     config: EngineConfig,
+    *,
+    mesh: MeshConfig | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[dict]:
-    """What a trained model writes for each request of a file; the file is read, and refused, before this returns."""
+    """What a trained model writes for each request of a file; the file is read, and refused, before this returns.
+
+    mesh: the devices that decode (None: one).
+    """
     requests = read_requests(path, defaults)
     mend = "put the tokenizer.json of the model's makers into the work directory"
     there = trained.tokenizer is not None
     require(there, "tokenizer", None, "is missing: the work directory has no tokenizer.json", mend)
-    engine = Engine(Decoder.of(trained.model), trained.tokenizer, config)
+    decoders = stages.cut(Decoder.of(trained.model), mesh or MeshConfig())
+    engine = Engine(decoders, trained.tokenizer, config)
     return run_requests(engine, requests, trained.config.data.images, progress)
 
 

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable
 
 from gpt4moe.config.engine import EngineConfig
+from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.serve import ServeConfig
 from gpt4moe.data.tokenizer import Tokenizer
+from gpt4moe.infer import stages
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.programs import keep_programs
@@ -23,10 +25,13 @@ from gpt4moe.serve.service import Service
 KEY_VARIABLE = "GPT4MOE_API_KEY"
 
 
-def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callable[[str], None]) -> int:
+def run(
+    args: argparse.Namespace, mesh: MeshConfig, load: Callable[[], Trained], progress: Callable[[str], None]
+) -> int:
     """Serves until it is told to end, and returns the exit code; says on standard output where, once it does.
 
-    Raises `CallerError` for settings that cannot be, before anything slow where that is known by then.
+    mesh: the devices that `load` lays the model over, and this the decoder. Raises `CallerError` for settings that
+    cannot be, before anything slow where that is known by then.
     """
     config, engine_config = configs(args)
     with server.bind(config) as listening:
@@ -36,7 +41,7 @@ def run(args: argparse.Namespace, load: Callable[[], Trained], progress: Callabl
         template = find_template(args.workdir, config.chat_template, *names)
         dtype = "float32" if args.deterministic else None
         decoder = Decoder.of(trained.model, dtype=dtype, quantize=args.quantize)
-        engine = Engine(decoder, tokenizer, engine_config)
+        engine = Engine(stages.cut(decoder, mesh), tokenizer, engine_config)
         if args.compile_cache:
             keep_programs(args.compile_cache)
         progress("compiling what serving needs")

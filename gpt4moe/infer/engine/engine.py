@@ -37,9 +37,9 @@ class Engine:
     """All methods may be called from any thread; `step` works for one caller at a time.
 
     Raises `CallerError` where pages do not suffice for one row of `max_length`, or where `deterministic` is asked of a
-    decoder that is not in float32. `decoder` may be those of a pipeline's stages (`gpt4moe.infer.stages.cut`). `draft` is a smaller model with the same vocabulary that proposes tokens, where
-    `config.draft_tokens` says so; without one they are looked up in the row's own text. `clock` gives the seconds that
-    deadlines and metrics are in.
+    decoder that is not in float32. `decoder` may be those of a pipeline's stages (`gpt4moe.infer.stages.cut`), and
+    `draft` is a smaller model with the same vocabulary that proposes tokens, where `config.draft_tokens` says so;
+    without one they are looked up in the row's own text. `clock` gives the seconds that deadlines and metrics are in.
     """
 
     def __init__(

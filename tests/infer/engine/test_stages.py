@@ -1,6 +1,9 @@
 """Decoding over meshes of stages, experts and parts of heads: token for token what one device decodes."""
 
 import dataclasses
+import functools
+import math
+import re
 
 import jax
 import numpy as np
@@ -37,7 +40,7 @@ PLAIN = ModelConfig(
 # Dense layers before and between those with experts, a shared expert, key/value heads that two devices share or hold.
 MANIFOLD = dataclasses.replace(
     PLAIN,
-    num_layers=7,
+    num_layers=5,
     leading_dense_layers=1,
     moe_every=2,
     dense_hidden_dim=64,
@@ -69,44 +72,80 @@ def served(engine):
         return [handle.result()[0] for handle in handles]
 
 
-@pytest.fixture(scope="module", params=["plain", "manifold"])
-def model(request):
-    return {"plain": PLAIN, "manifold": MANIFOLD}[request.param]
+@functools.cache
+def decoder_of(name, **form):
+    return make_decoder({"plain": PLAIN, "manifold": MANIFOLD}[name], **form)
 
 
-@pytest.fixture(scope="module")
-def decoder(model):
-    return make_decoder(model)
+@functools.cache
+def alone(name, draft_tokens, **form):
+    """What one device decodes."""
+    return served(engine_of(decoder_of(name, **form), draft_tokens))
 
 
-@pytest.fixture(scope="module")
-def alone(decoder):
-    engine = Engine(decoder, byte_tokenizer(), CONFIG)
+def engine_of(decoder, draft_tokens):
+    engine = Engine(decoder, byte_tokenizer(), dataclasses.replace(CONFIG, draft_tokens=draft_tokens))
     engine.warm_up()
-    return served(engine)
+    return engine
 
 
-def agree(made, expected):
-    for one, other in zip(made, expected, strict=True):
+def over(decoder, axes, stage_layers=None):
+    mesh = MeshConfig(tuple(axes.items()), stage_layers=stage_layers)
+    return stages.cut(decoder, mesh, jax.devices()[: math.prod(axes.values())])
+
+
+CASES = {
+    "four parts of heads": ("manifold", {}, 0, {"tensor": 4}, None),
+    "experts in a stack": ("plain", {"product": "reduction"}, 0, {"expert": 2, "tensor": 2}, None),
+    "integers": ("plain", {"quantize": "int8"}, 0, {"expert": 2, "tensor": 2}, None),
+    "proposals judged by the last of uneven stages": ("plain", {}, 3, {"stage": 2}, (1, 2)),
+    "all at once": ("manifold", {}, 0, {"stage": 2, "expert": 2, "tensor": 2}, None),
+}
+
+
+@pytest.mark.parametrize(("name", "form", "draft_tokens", "axes", "stage_layers"), CASES.values(), ids=CASES)
+def test_every_mesh_decodes_what_one_device_does(name, form, draft_tokens, axes, stage_layers):
+    made = served(engine_of(over(decoder_of(name, **form), axes, stage_layers), draft_tokens))
+    for one, other in zip(made, alone(name, draft_tokens, **form), strict=True):
         assert one.token_ids == other.token_ids
         np.testing.assert_array_equal(one.expert_ids_TLK, other.expert_ids_TLK)
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
+def test_each_device_holds_its_part_and_a_stage_no_layer_of_another():
+    first, last = over(decoder_of("manifold"), {"stage": 2, "expert": 2, "tensor": 2})
+    assert (len(first.weights.layers), len(last.weights.layers), last.moe_layers_before) == (3, 2, 1)
+    assert first.weights.unembedding_DV is None and last.weights.embedding_VD is None
+    devices = [set(jax.tree.leaves(stage.weights)[0].devices()) for stage in (first, last)]
+    assert len(devices[0] | devices[1]) == 8
+
+    def shard_sizes(matrix):
+        return {shard.data.size for shard in matrix.values_JI.addressable_shards}
+
+    layer = last.weights.layers[-1]
+    dim, hidden, head_dim = MANIFOLD.model_dim, MANIFOLD.moe.hidden_dim, MANIFOLD.head_dim
+    assert shard_sizes(layer.attention.in_DJ) == {dim * (4 + 1 + 1) * head_dim}
+    assert len(layer.feed_forward.experts) == 2, "of four"
+    assert shard_sizes(layer.feed_forward.experts[0].down_FD) == {dim * hidden // 2}
+    assert shard_sizes(layer.feed_forward.shared.down_FD) == {dim * MANIFOLD.moe.shared_hidden_dim // 4}
+    assert shard_sizes(last.weights.unembedding_DV) == {dim * MANIFOLD.vocab_size // 2}
+
+
 @pytest.mark.parametrize(
-    ("axes", "stage_layers"),
+    ("axes", "said"),
     [
-        ({"tensor": 2}, None),
-        ({"tensor": 4}, None),
-        ({"expert": 4}, None),
-        ({"stage": 2}, (1, 2)),
-        ({"stage": 2, "expert": 2, "tensor": 2}, (2, 1)),
+        ({"data": 2}, "data=2 must be 1 where tokens are served; use other axes"),
+        ({"tensor": 8}, "tensor=8 must divide the attention heads (4)"),
+        ({"expert": 8}, "expert=8 must divide the experts (4)"),
+        ({"stage": 4}, "stage=4 needs"),
     ],
-    ids=["heads in two", "a head each", "an expert each", "uneven stages", "all"],
 )
-def test_every_mesh_decodes_what_one_device_does(decoder, alone, axes, stage_layers):
-    mesh = MeshConfig(tuple(axes.items()), stage_layers=stage_layers)
-    laid_out = stages.cut(decoder, mesh, jax.devices()[: np.prod(list(axes.values()))])
-    engine = Engine(laid_out, byte_tokenizer(), CONFIG)
-    engine.warm_up()
-    agree(served(engine), alone)
+def test_a_mesh_that_the_model_does_not_divide_over_is_refused(axes, said):
+    with pytest.raises(CallerError, match=re.escape(said)):
+        over(decoder_of("plain"), axes)
+
+
+def test_slots_must_make_a_group_for_each_stage():
+    laid_out = over(decoder_of("plain"), {"stage": 3})
+    with pytest.raises(CallerError, match=re.escape("slots=4 must be a multiple of the pipeline's 3 stages")):
+        Engine(laid_out, byte_tokenizer(), CONFIG)
