@@ -56,19 +56,23 @@ def make_decoder(config, **given):
     return Decoder.of(nnx.merge(graphdef, larger), **given)
 
 
-def requests():
-    """Greedy and drawn continuations, with what penalties remember and experts that are forced."""
+def requests(model):
+    """Greedy and drawn continuations, with what penalties remember, and one whose experts are forced."""
     asked = {"max_new_tokens": 14, "ignore_end_of_text": True, "logprobs": 2}
     settings = [
         SamplingConfig(temperature=0.0, **asked),
         SamplingConfig(temperature=0.7, seed=3, repetition_penalty=1.2, **asked),
     ]
-    return [EngineRequest(ids, each, with_expert_ids=True) for ids in PROMPTS for each in settings]
+    drawn = [EngineRequest(ids, each, with_expert_ids=True) for ids in PROMPTS for each in settings]
+    shape = (len(PROMPTS[0]), model.num_moe_layers, 1)
+    first_TL1 = np.random.default_rng(0).integers(model.moe.num_experts, size=shape)
+    forced_TLK = np.concatenate([first_TL1, (first_TL1 + 1) % model.moe.num_experts], axis=-1)
+    return [*drawn, EngineRequest(PROMPTS[0], settings[0], with_expert_ids=True, replay_ids_TLK=forced_TLK)]
 
 
 def served(engine):
     with forbid_compilation():
-        handles = [engine.submit(request) for request in requests()]
+        handles = [engine.submit(request) for request in requests(engine.decoder.config)]
         return [handle.result()[0] for handle in handles]
 
 
