@@ -101,6 +101,7 @@ class Schedule:
 
     def preempt(self, row: Row) -> None:
         """Sends a row back to where it waited, with its tokens and without its pages."""
+        row.give_way()
         self._take_out(row)
         self.add(row)
         self.preemptions += 1
