@@ -108,7 +108,8 @@ class Schedule:
 
     def publish(self, row: Row) -> None:
         """Lets other rows find the pages that a row has filled."""
-        full = row.num_read // self.config.page_size
+        # Proposals that stand are read before they are among the row's tokens: a page has its name one step later.
+        full = min(row.num_read, len(row.ids)) // self.config.page_size
         if not self.pool.sharing or not row.shares or full <= row.num_published:
             return
         names = row.names(self.config.page_size)

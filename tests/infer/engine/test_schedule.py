@@ -1,4 +1,4 @@
-"""What rows are told of the pages that they share."""
+"""Which pages rows find, and which others may find of theirs."""
 
 from gpt4moe.config.engine import EngineConfig
 from gpt4moe.data.tokenizer import byte_tokenizer
@@ -34,3 +34,17 @@ def test_what_a_row_that_gave_way_finds_of_its_own_is_not_called_cached():
     schedule.preempt(second)  # it has read nothing yet
     read_a_page(schedule, first)
     assert schedule.admit() == [second] and second.num_cached == 32
+
+
+def test_a_page_that_proposals_fill_is_found_once_they_are_the_rows_tokens():
+    schedule = Schedule(EngineConfig(slots=2, page_size=16, draft_tokens=9), PagePool(8), chunk=64)
+    row = make_row(0)
+    schedule.add(row)
+    schedule.admit()
+    schedule.chunks(lambda rows, length: True)
+    row.num_read = 48  # 40 tokens and 8 proposals that stand, which are added after this
+    schedule.publish(row)
+    assert row.num_published == 2
+    row.ids += range(9)
+    schedule.publish(row)
+    assert row.num_published == 3
