@@ -1,16 +1,17 @@
 """What speculative decoding gains inside the engine, beside what the planner's formula for experts says.
 
-    python benchmarks/speculative.py [--slots 1,8] [--draft_tokens 4] [--new_tokens 96] [--seed 0] [--json]
+    python benchmarks/speculative.py [--slots 1,8] [--temperatures 0,0.5] [--draft_tokens 4] [--new_tokens 96] [--json]
 
-A model with experts (random weights, float32) continues texts greedily, which repeat themselves before long, with
-proposals and without, in turns. Proposals are looked up in the row's own text, or come from a draft model: a copy of
-the model moved a little, which costs as much as the model (draft cost 1), so that it must lose; the formula says how
-much.
+A model with experts (random weights, float32) continues texts, with proposals and without, in turns. Its head is its
+embedding, so that it likes to repeat the last token: always at temperature 0, where every proposal stands, and about
+every other time at 0.5. Proposals are looked up in the row's own text, or come from a draft model: a copy of the model
+moved a little, which costs as much as the model (draft cost 1), so that it must lose; the formula says how much.
 
-`accepted` is the share of the proposals that stood, `tokens` what a pass yielded to a row. The formula is Leviathan's
-with the price of verification for experts: (N_shared + D(B (G + 1)) X) / (N_shared + D(B) X) by weights read, with the
-accepted share as measured, and G the mean number of proposals of a pass. Ratios are of CPU seconds, which hold on a
-busy machine.
+`proposed` is the mean number of proposals of a row in a pass, `accepted` the share of them that stood, `tokens` what a
+pass yielded to a row, `experts` how many times the experts a pass read of those that a pass without proposals reads.
+`gain` is of CPU seconds, which hold on a busy machine, and `by passes` of passes: what is left where a pass costs the
+same whatever it judges. The formula is Leviathan's with the price of verification for experts, by weights read:
+(N_shared + D(B (G + 1)) X) / (N_shared + D(B) X), with the proposals and the accepted share as measured.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.data.tokenizer import byte_tokenizer
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
-from gpt4moe.infer.engine.request import EngineRequest
+from gpt4moe.infer.engine.request import EngineMetrics, EngineRequest
 from gpt4moe.model.transformer import Transformer
-from gpt4moe.plan.serving.speculation import Draft, speed_up, weight_bound_verification
+from gpt4moe.plan.serving.speculation import Draft, expected_tokens, weight_bound_verification
 
-PROMPT, CONTEXT, MOVED = 32, 512, 0.03
+PROMPT, CONTEXT, MOVED = 32, 512, 0.3
 TURNS = 3
 
 
@@ -53,7 +54,8 @@ def main() -> None:
         for kind in ("lookup", "model"):
             draft = moved(decoder, args.seed) if kind == "model" else None
             judging = make_engine(decoder, slots, args, draft_tokens=args.draft_tokens, draft=draft)
-            document["rows"].append(measured(decoder.config, kind, plain, judging, args))
+            for temperature in args.temperatures:
+                document["rows"].append(measured(kind, temperature, plain, judging, args))
     print(json.dumps(document, indent=2) if args.json else text_of(document))
 
 
@@ -61,6 +63,7 @@ def parsed() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--slots", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8])
+    parser.add_argument("--temperatures", type=lambda text: [float(part) for part in text.split(",")], default=[0, 0.5])
     parser.add_argument("--draft_tokens", type=int, default=4)
     parser.add_argument("--new_tokens", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
@@ -97,32 +100,66 @@ def make_engine(
     return engine
 
 
-def measured(model: ModelConfig, kind: str, plain: Engine, judging: Engine, args: argparse.Namespace) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Passes of an engine, what they yielded and what they read, over some requests."""
+
+    passes: int
+    drawn: int
+    proposed: int
+    accepted: int
+    experts: float
+
+    @classmethod
+    def between(cls, before: EngineMetrics, after: EngineMetrics, rows: int) -> Counts:
+        """rows: how many there were; their first tokens come from the prompts' passes."""
+        read = [metrics.distinct_experts_L.mean() * metrics.decode_steps for metrics in (before, after)]
+        passes = after.decode_steps - before.decode_steps
+        return cls(
+            passes=passes,
+            drawn=after.new_tokens - before.new_tokens - rows,
+            proposed=after.proposed_tokens - before.proposed_tokens,
+            accepted=after.accepted_tokens - before.accepted_tokens,
+            experts=(read[1] - read[0]) / passes,
+        )
+
+
+def measured(kind: str, temperature: float, plain: Engine, judging: Engine, args: argparse.Namespace) -> dict:
     """One way to propose at one number of rows, in turns with none."""
-    slots, times, texts = plain.config.slots, ([], []), ([], [])
+    slots, engines, times, texts = plain.config.slots, (plain, judging), ([], []), ([], [])
     prompts = np.random.default_rng(args.seed).integers(16, 1024, (slots, PROMPT)).tolist()
+    before = [engine.metrics() for engine in engines]
     for _ in range(TURNS):
-        for index, engine in enumerate((plain, judging)):
-            seconds, made = run(engine, prompts, args.new_tokens)
+        for index, engine in enumerate(engines):
+            seconds, made = run(engine, prompts, args.new_tokens, temperature)
             times[index].append(seconds)
             texts[index].append(made)
-    assert texts[0] == texts[1], "speculation changed greedy tokens"
-    metrics = judging.metrics()
-    per_pass = metrics.proposed_tokens / metrics.decode_steps / slots
-    accepted = metrics.accepted_tokens / max(metrics.proposed_tokens, 1)
-    drawn = metrics.new_tokens - TURNS * slots  # the first tokens come from the prompts' passes
-    tokens = round(per_pass)
-    verification = weight_bound_verification(shape_of(model), slots, tokens)
-    formula = speed_up(Draft(tokens, acceptance_of(accepted, tokens), float(kind == "model")), verification)
+    assert temperature or texts[0] == texts[1], "speculation changed greedy tokens"
+    without, counts = (
+        Counts.between(start, engine.metrics(), TURNS * slots) for start, engine in zip(before, engines, strict=True)
+    )
+    accepted = counts.accepted / max(counts.proposed, 1)
+    per_pass = counts.proposed / counts.passes / slots
     return {
         "proposals": kind,
         "slots": slots,
+        "temperature": temperature,
         "proposed_per_pass": per_pass,
         "accepted": accepted,
-        "tokens_per_pass": drawn / metrics.decode_steps / slots,
-        "gain": min(times[0]) / min(times[1]),
-        "formula": formula,
+        "tokens_per_pass": counts.drawn / counts.passes / slots,
+        "experts": counts.experts / without.experts,
+        "gain_by_cpu_seconds": min(times[0]) / min(times[1]),
+        "gain_by_passes": without.passes / counts.passes,
+        "formula": formula(judging, kind, per_pass, accepted),
     }
+
+
+def formula(engine: Engine, kind: str, per_pass: float, accepted: float) -> float:
+    """Tokens over time where a share of the passes of a row has `draft_tokens` proposals and the rest none."""
+    tokens, slots = engine.config.draft_tokens, engine.config.slots
+    share, draft = per_pass / tokens, Draft(tokens, acceptance_of(accepted, tokens), float(kind == "model"))
+    verification = weight_bound_verification(shape_of(engine.decoder.config), slots, per_pass)
+    return (1 - share + share * expected_tokens(draft)) / (per_pass * draft.cost + verification)
 
 
 def acceptance_of(share: float, tokens: int) -> float:
@@ -145,8 +182,10 @@ def moved(decoder: Decoder, seed: int) -> Decoder:
     return dataclasses.replace(decoder, weights=jax.tree.map(off, decoder.weights))
 
 
-def run(engine: Engine, prompts: list[list[int]], num_new: int) -> tuple[float, list[tuple[int, ...]]]:
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=num_new, ignore_end_of_text=True)
+def run(
+    engine: Engine, prompts: list[list[int]], num_new: int, temperature: float
+) -> tuple[float, list[tuple[int, ...]]]:
+    sampling = SamplingConfig(temperature=temperature, max_new_tokens=num_new, ignore_end_of_text=True)
     started = time.process_time()
     handles = [engine.submit(EngineRequest(prompt, sampling)) for prompt in prompts]
     made = [handle.result()[0].token_ids for handle in handles]
@@ -159,13 +198,14 @@ def machine() -> str:
 
 
 def text_of(document: dict) -> str:
-    head = f"{'proposals':11}{'slots':>6}{'proposed':>10}{'accepted':>10}{'tokens':>8}{'gain':>8}{'formula':>9}"
+    head = f"{'proposals':11}{'slots':>6}{'temp.':>7}{'proposed':>10}{'accepted':>10}{'tokens':>8}{'experts':>9}"
+    head += f"{'gain':>8}{'by passes':>11}{'formula':>9}"
     lines = [document["machine"], f"at most {document['draft_tokens']} proposals a pass", head]
     for row in document["rows"]:
-        names = ("proposed_per_pass", "accepted", "tokens_per_pass", "gain", "formula")
-        proposed, accepted, tokens, gain, formula = (row[name] for name in names)
-        figures = f"{proposed:10.2f}{accepted:10.0%}{tokens:8.2f}{gain:8.2f}{formula:9.2f}"
-        lines.append(f"{row['proposals']:11}{row['slots']:6}{figures}")
+        figures = f"{row['proposed_per_pass']:10.2f}{row['accepted']:10.0%}{row['tokens_per_pass']:8.2f}"
+        gains = f"{row['gain_by_cpu_seconds']:8.2f}{row['gain_by_passes']:11.2f}{row['formula']:9.2f}"
+        named = f"{row['proposals']:11}{row['slots']:6}{row['temperature']:7g}"
+        lines.append(f"{named}{figures}{row['experts']:9.2f}{gains}")
     return "\n".join(lines)
 
 

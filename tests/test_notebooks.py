@@ -200,3 +200,24 @@ def test_plan_audits_the_reference_and_prices_its_experts(tmp_path, monkeypatch)
     assert found["cheapest"] == sorted(found["cheapest"], reverse=True) and 16 in found["cheapest"]
     assert "bubble" in shown(notebook, "explain")
     assert all(len(shown(notebook, cell)) > 5000 for cell in ("explain", "experts", "assumptions"))
+
+
+def test_serving_batches_speculates_quantises_and_answers(tmp_path, monkeypatch):
+    parameters = {"STEPS": 8, "NUM_EXPERTS": 4, "REQUESTS": 12, "LONGEST": 24}
+    asked = {
+        "gain": "gain",
+        "routed": "experts_TLK.tolist()",
+        "speculated": "[tokens, list(alone.token_ids), list(made.token_ids), float(np.mean(gained)), said]",
+        "difference": "losses['files'].difference",
+        "usage": "[answer['usage'] for answer in answers]",
+    }
+    found, notebook = run("serving", tmp_path, monkeypatch, parameters, asked)
+    assert 1.2 < found["gain"] < 4  # of the slots
+    assert {len(set(of_layer)) for of_token in found["routed"] for of_layer in of_token} == {2}
+    speculated, alone, imported, measured, formula = found["speculated"]
+    assert len(alone) == 100 and speculated == alone == imported and measured > 1 and abs(measured - formula) < 0.5
+    assert 0 < abs(found["difference"]) < 0.05
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in found["usage"]] == [0, 64]
+    assert all(len(shown(notebook, cell)) > 5000 for cell in ("engine", "experts", "speculation"))
+    assert "background: rgb" in shown(notebook, "stream") and "experts of the last token" in shown(notebook, "openai")
+    assert (tmp_path / "runs/serving-mixtral/config.json").exists()

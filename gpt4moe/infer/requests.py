@@ -178,7 +178,7 @@ def _document(request: FileRequest, handle: RequestHandle) -> dict:
     named = {} if request.id is None else {"id": request.id}
     made = [_plain(continuation) for continuation in handle.result()]
     prompt = handle.result()[0].prompt
-    scores = {} if prompt is None else {"prompt_logprobs": prompt.logprobs}
+    scores = {} if prompt.logprobs is None else {"prompt_logprobs": prompt.logprobs}
     num_prompt = len(handle.request.prompt_ids)
     return {**named, "prompt": request.prompt, "num_prompt_tokens": num_prompt, **scores, "continuations": made}
 

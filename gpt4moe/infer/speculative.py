@@ -28,7 +28,10 @@ class Lookup:
         self._known = 0
 
     def propose(self, ids: list[int], most: int) -> list[int]:
-        """At most so many tokens to come after `ids`, a text that only ever grows; none where nothing is alike."""
+        """So many tokens to come after `ids`, a text that only ever grows; none where nothing is alike.
+
+        Where fewer have followed, the text repeats itself with that period and is taken to go on so.
+        """
         for end in range(max(self._known, 1), len(ids)):
             for size in NGRAMS:
                 if size <= end:
@@ -37,7 +40,8 @@ class Lookup:
         for size in NGRAMS:
             end = self._ends.get(tuple(ids[-size:])) if size <= len(ids) else None
             if end is not None:
-                return ids[end : end + most]
+                period = len(ids) - end
+                return [ids[end + place % period] for place in range(most)]
         return []
 
 

@@ -16,7 +16,7 @@ from gpt4moe.infer.engine.handle import RequestHandle
 from gpt4moe.infer.engine.request import Chunk, EngineRequest, PromptReport
 from gpt4moe.serve.errors import FAULT, ApiError
 from gpt4moe.serve.prompts import Prompt
-from gpt4moe.serve.responses import Experts, Usage
+from gpt4moe.serve.responses import Experts, PromptTokensDetails, Usage
 
 Top = tuple[tuple[int, float], ...]
 
@@ -74,7 +74,7 @@ class Answer:
         self._prompts, self._requests, self.asked = prompts, requests, asked
         self._handles: list[RequestHandle] = []
         self._begun: set[int] = set()
-        self._num_new = 0
+        self._num_new = self._num_cached = 0
         try:
             for request in requests:
                 self._handles.append(engine.submit(request))
@@ -90,7 +90,12 @@ class Answer:
     def usage(self) -> Usage:
         """Tokens so far, every prompt counted once."""
         num_prompt = sum(len(prompt.ids) for prompt in self._prompts)
-        return Usage(prompt_tokens=num_prompt, completion_tokens=self._num_new, total_tokens=num_prompt + self._num_new)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=self._num_new,
+            total_tokens=num_prompt + self._num_new,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._num_cached),
+        )
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """What the choices gain, as it comes; choice i is continuation i % n of prompt i // n."""
@@ -101,6 +106,7 @@ class Answer:
                 raise ApiError(500, f"the model failed: {chunk.error}", FAULT, code="model_error")
             if chunk.prompt is not None:
                 reports[place] = chunk.prompt
+                self._num_cached += chunk.prompt.num_cached
             held.setdefault(place, []).append(chunk)
             if place in reports or not self._awaits_report(place):
                 for ready in held.pop(place):

@@ -14,12 +14,19 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 Experts = list[list[list[int]]]
 
 
+class PromptTokensDetails(pydantic.BaseModel):
+    """Of the tokens of prompts: those that were not read again, because prompts before began alike."""
+
+    cached_tokens: int
+
+
 class Usage(pydantic.BaseModel):
     """Tokens of prompts and continuations."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(pydantic.BaseModel):

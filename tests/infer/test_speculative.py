@@ -87,7 +87,7 @@ def test_greedy_rows_take_proposals_as_far_as_they_are_the_likeliest():
 def test_lookup_proposes_what_followed_the_same_tokens_before():
     lookup, text = Lookup(), [1, 2, 3, 4, 5, 1, 2, 3]
     assert lookup.propose(text, 3) == [4, 5, 1]
-    assert lookup.propose([*text, 4], 9) == [5, 1, 2, 3, 4]
+    assert lookup.propose([*text, 4], 9) == [5, 1, 2, 3, 4, 5, 1, 2, 3]
     assert lookup.propose([*text, 4, 9], 3) == []
     assert lookup.propose([*text, 4, 9, 3, 4], 2) == [9, 3]  # the latest time they stood together
-    assert Lookup().propose([7], 3) == [] and Lookup().propose([7, 7, 7, 7], 2) == [7]
+    assert Lookup().propose([7], 3) == [] and Lookup().propose([7, 7, 7, 7], 2) == [7, 7]

@@ -1,8 +1,11 @@
 """/v1/completions by OpenAI's own client: texts, scores, draws, streams, what ends them."""
 
 import numpy as np
+import openai
 import pytest
 
+from gpt4moe.config.engine import EngineConfig
+from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.serve.prompts import sampling_of
 from gpt4moe.serve.requests import CompletionRequest
 
@@ -141,3 +144,25 @@ def test_experts_of_every_token(client, decoder):
 def test_models_are_listed(client):
     (model,) = client.models.list().data
     assert model.id == MODEL == client.models.retrieve(MODEL).id and model.max_model_len == 256
+
+
+def test_usage_says_which_tokens_of_prompts_were_there_already(make_service, listening, decoder, tokenizer):
+    """Pages of 16: two of them hold the beginning of the long prompts, once one of these was read."""
+    engine = Engine(decoder, tokenizer, EngineConfig(slots=1, page_size=16, prefill_chunk=64, max_length=64))
+    engine.run_in_thread()
+    long, given = "x" * 40, {"model": MODEL, "max_tokens": 2, "temperature": 0}
+    with listening(make_service(engine=engine)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+
+        def cached(answer):
+            return answer.usage.prompt_tokens_details.cached_tokens
+
+        assert cached(client.completions.create(prompt=long, **given)) == 0
+        assert cached(client.completions.create(prompt=[long, "y", long + "z"], n=2, **given)) == 64
+        chunks = client.completions.create(prompt=long, stream=True, stream_options={"include_usage": True}, **given)
+        assert cached(list(chunks)[-1]) == 32
+        read_anew = client.completions.create(prompt=long, echo=True, logprobs=0, **given)
+        assert cached(read_anew) == 0 and read_anew.usage.prompt_tokens == 41
+        turns = [{"role": "user", "content": "hm"}]
+        counted = [cached(client.chat.completions.create(messages=turns, **given)) for _ in range(2)]
+        assert counted == [0, 16]
+    engine.close()

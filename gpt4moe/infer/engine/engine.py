@@ -311,7 +311,7 @@ class Engine:
         record.counts["new_tokens"] += 1
         if row.num_new == 0:
             record.counts["prompt_tokens"] += row.num_prompt
-            record.counts["cached_prompt_tokens"] += min(row.num_shared, row.num_prompt)
+            record.counts["cached_prompt_tokens"] += row.num_cached
             record.time_to_first_token.add(now - row.submitted_at)
         else:
             record.inter_token.add(now - row.last_token_at)

@@ -59,12 +59,14 @@ class EngineRequest:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptReport:
-    """What was asked about a prompt of T tokens; None where it was not.
+    """A prompt of T tokens once it is read; what may be asked about it is None where it was not.
 
-    `logprobs` (nats) are those of its tokens after the first, T - 1 of them; `top_logprobs` the likeliest instead of
-    each. `expert_ids_TLK` int32 [T, L, K] has the experts of every token, -1 for none.
+    `num_cached` of its tokens were not read for this request: their keys and values were there already. `logprobs`
+    (nats) are those of its tokens after the first, T - 1 of them; `top_logprobs` the likeliest instead of each.
+    `expert_ids_TLK` int32 [T, L, K] has the experts of every token, -1 for none.
     """
 
+    num_cached: int = 0
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     expert_ids_TLK: np.ndarray | None = None

@@ -52,6 +52,7 @@ class Row:
         self.num_read = 0
         self.pages: list[int] = []
         self.num_published = self.num_shared = 0
+        self._most_cached = self.num_prompt
         self.slot: int | None = None
         self.finish_reason: str | None = None
         self.submitted_at = self.last_token_at = now
@@ -81,6 +82,16 @@ class Row:
     def num_unread(self) -> int:
         """Tokens that are known and not in the pages yet."""
         return len(self.ids) - self.num_read
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of the prompt that were never read for this row."""
+        return min(self.num_shared, self._most_cached)
+
+    def give_way(self) -> None:
+        """The row is about to lose its pages: what it has read and finds again later was not read for others."""
+        if self.num_read > self.num_shared:
+            self._most_cached = self.num_cached
 
     @property
     def reads_alone(self) -> bool:
@@ -130,7 +141,7 @@ class Row:
     def _chunk(self, text: str, reason: str | None, error: str | None = None) -> Chunk:
         tokens, self._pending, self.finish_reason = self._pending, [], reason
         sampling, experts = self.sampling, [token.experts_LK for token in tokens if token.experts_LK is not None]
-        prompt, self.prompt = (None if self.prompt is None else self.prompt.report()), None
+        prompt, self.prompt = (None if self.prompt is None else self.prompt.report(self.num_cached)), None
         return Chunk(
             index=self.index,
             text=text,
@@ -167,11 +178,10 @@ class _PromptRecord:
         if experts_TLK is not None:
             self._experts[start:] = list(experts_TLK)
 
-    def report(self) -> PromptReport | None:
+    def report(self, num_cached: int) -> PromptReport:
         """All of it."""
-        if not self.wanted:
-            return None
         return PromptReport(
+            num_cached=num_cached,
             logprobs=tuple(self._logprobs) if self.scores else None,
             top_logprobs=tuple(self._top) if self.scores and self._with_top else None,
             expert_ids_TLK=np.stack(self._experts) if self._experts else None,

@@ -101,13 +101,15 @@ class Schedule:
 
     def preempt(self, row: Row) -> None:
         """Sends a row back to where it waited, with its tokens and without its pages."""
+        row.give_way()
         self._take_out(row)
         self.add(row)
         self.preemptions += 1
 
     def publish(self, row: Row) -> None:
         """Lets other rows find the pages that a row has filled."""
-        full = row.num_read // self.config.page_size
+        # Proposals that stand are read before they are among the row's tokens: a page has its name one step later.
+        full = min(row.num_read, len(row.ids)) // self.config.page_size
         if not self.pool.sharing or not row.shares or full <= row.num_published:
             return
         names = row.names(self.config.page_size)
