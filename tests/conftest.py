@@ -15,6 +15,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A worker and the processes its tests start compile a program once; nothing outlives the run.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="gpt4moe-programs-", ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # What schemathesis' engine keeps between runs does not belong into the repository.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "gpt4moe-hypothesis"))
 
