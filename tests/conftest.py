@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import shutil
 import tempfile
 
 # Before the first JAX import: eight devices on one CPU, no GPU or TPU probing. Unoptimised programs, from the older
@@ -16,9 +17,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# A worker and the processes its tests start compile a program once; nothing outlives the run.
-PROGRAMS = tempfile.TemporaryDirectory(prefix="gpt4moe-programs-", ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+# A worker and the processes its tests start compile a program once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt4moe-programs-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # What schemathesis' engine keeps between runs does not belong into the repository.
@@ -47,6 +47,11 @@ def check_functions(function):
 install_import_hook(SHAPE_CHECKED, f"{__name__}.check_functions")
 
 
+def pytest_unconfigure():
+    """No program outlives the run."""
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
 def pytest_collection_finish():
     """What the imports left stays to the end: the collector looks at it no more, and comes less often for the rest.
 
@@ -54,7 +59,7 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 10)
+    gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +67,8 @@ def programs_of_one_file():
     """The compiled programs of a file go with its last test.
 
     Each takes a few of the 65,530 memory maps that Linux gives a process, some files leave 20,000, and the compilation
-    that finds none left ends in a segmentation fault.
+    that finds none left ends in a segmentation fault. What refers to itself waits for the collector.
     """
     yield
     jax.clear_caches()
+    gc.collect()
