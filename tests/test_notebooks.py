@@ -99,7 +99,7 @@ def test_quickstart_trains_shows_experts_and_answers_its_questions(tmp_path, mon
         "STEPS": 12,
         "NUM_EXPERTS": 4,
         "NEW_TOKENS": 8,
-        "OVERRIDES": [f"DATA_PATHS={PATHS}"],
+        "OVERRIDES": [f"DATA_PATHS={PATHS}", "NUM_LAYERS=1"],
         "ASK": True,
     }
     asked = {
@@ -123,7 +123,7 @@ def test_sweep_runs_every_cell_and_fits_a_law_that_warns(tmp_path, monkeypatch):
         "EXPERTS": [1, 2, 4],
         "SEEDS": 2,
         "STEPS": 6,
-        "SMALLER": {"BATCH_TOKENS": 128, "DATA_PATHS": PATHS},
+        "SMALLER": {"BATCH_TOKENS": 128, "DATA_PATHS": PATHS, "NUM_LAYERS": 1},
     }
     asked = {
         "rows": "rows",
@@ -146,6 +146,8 @@ from gpt4moe.config import data
 from gpt4moe.data import rendered
 include "gin_configs/run/tiny.gin"
 include "gin_configs/variant/vision.gin"
+NUM_LAYERS = 1
+ENCODER_LAYERS = 1
 FROZEN = ["*", "!cross_attention.*", "!vision_encoder.*"]
 GATE_INIT = 1.0
 data.SourceConfig.paths = ()
@@ -168,7 +170,7 @@ def test_vision_trains_an_adapter_and_shows_where_it_looks(tmp_path, monkeypatch
     parameters = {
         "TEXT_GIN_FILE": TINY,
         "TEXT_WORKDIR": "runs/text",
-        "TEXT_OVERRIDES": [f"DATA_PATHS={PATHS}", "TRAIN_STEPS=4"],
+        "TEXT_OVERRIDES": [f"DATA_PATHS={PATHS}", "TRAIN_STEPS=4", "NUM_LAYERS=1"],
         "GIN_FILE": str(tmp_path / "eyes.gin"),
         "WORKDIR": "runs/eyes",
         "STEPS": 6,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ class TrainState:
     skipped_in_row: jax.Array
 
 
+@functools.lru_cache(maxsize=16)
 def model_definition(config: ModelConfig, layout: Layout = ONE_DEVICE) -> nnx.GraphDef:
     """The model without its arrays: `nnx.merge` it with a state's `params` to get the model."""
     return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), layout=layout)))[0]
@@ -68,9 +71,13 @@ def initial_state(run: RunConfig, layout: Layout = ONE_DEVICE) -> TrainState:
     )
 
 
+# Shapes and values come from one trace.
+_initial_state = jax.jit(initial_state, static_argnums=(0, 1))
+
+
 def abstract_state(run: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocating it."""
-    shapes = jax.eval_shape(lambda: initial_state(run, run_layout(run, mesh)))
+    shapes = jax.eval_shape(lambda: _initial_state(run, run_layout(run, mesh)))
     shardings = sharding.state_shardings(shapes, mesh, run.rules)
     if run.mesh.zero1:
         moments = jax.tree.map(
@@ -83,10 +90,11 @@ def abstract_state(run: RunConfig, mesh: Mesh) -> TrainState:
 def create_state(run: RunConfig, abstract: TrainState) -> TrainState:
     """The initial state, every array made directly in the layout of `abstract`: no device ever holds the whole."""
     # A program that runs once is not worth optimising: at level 1 XLA:CPU compiles it 2.6 times faster.
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    level, given = "xla_backend_optimization_level", os.environ.get("XLA_FLAGS", "")
+    options = {level: 1} if jax.default_backend() == "cpu" and level not in given else None
     layout = run_layout(run, shardings_of(abstract).step.mesh)
-    create = jax.jit(lambda: initial_state(run, layout), out_shardings=shardings_of(abstract), compiler_options=options)
-    return create()
+    laid_out = {"out_shardings": shardings_of(abstract), "compiler_options": options}
+    return jax.jit(lambda: _initial_state(run, layout), **laid_out)()
 
 
 def shardings_of(abstract: TrainState) -> TrainState:

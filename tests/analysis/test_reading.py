@@ -32,7 +32,7 @@ PROMPT = [0, IMAGE, 3]
 def trained(vision=VISION):
     """What `attention_maps` takes of a run: a model with random parameters."""
     config = dataclasses.replace(tiny.MODEL, vision=vision)
-    model = nnx.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+    model = Transformer(config, rngs=nnx.Rngs(0))
     return types.SimpleNamespace(
         model=model, config=types.SimpleNamespace(model=config), tokenizer=types.SimpleNamespace(image=IMAGE)
     )

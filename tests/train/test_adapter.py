@@ -1,6 +1,8 @@
 """From a text model's checkpoint to a model that reads images: the text model stays, the adapter begins fresh."""
 
+import contextlib
 import dataclasses
+import io
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +21,13 @@ from tests.train.test_trainable import by_name, keep_gradients, names_of_state
 
 DECODER = ("*", "!vision_encoder.*", "!resampler.*", "!cross_attention.*")
 GATES = {"cross_attention.attention_gate", "cross_attention.feed_forward_gate"}
+MODEL = dataclasses.replace(tiny.MODEL, num_layers=1)
 VISION = VisionConfig(
     EncoderConfig(height=8, width=8, patch_size=4, dim=8, num_layers=1, num_heads=2, hidden_dim=16),
     CrossAttentionConfig(every=1, num_heads=2, head_dim=8, hidden_dim=24),
     ResamplerConfig(num_latents=3, num_layers=1, num_heads=2, hidden_dim=16),
 )
+BARE = dataclasses.replace(VISION, resampler=None)
 ROWS = 4
 
 
@@ -34,13 +38,13 @@ def corpus(tmp_path_factory):
     return directory
 
 
-def run_of(corpus, model=tiny.MODEL, optimizer=None, **train):
+def run_of(corpus, model=MODEL, optimizer=None, **train):
     train = {"steps": 2, "checkpoint_every": 2, "batch_tokens": ROWS * tiny.LENGTH} | train
     run = tiny.run_config(corpus, model=model, **train)
     return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, **optimizer or {}))
 
 
-def seeing(model=tiny.MODEL, vision=VISION):
+def seeing(model=MODEL, vision=VISION):
     return dataclasses.replace(model, vision=vision)
 
 
@@ -49,6 +53,16 @@ def text(corpus, tmp_path_factory):
     """(run, work directory, held-out results) of a text model."""
     run, workdir = run_of(corpus), tmp_path_factory.mktemp("text") / "run"
     return run, workdir, loop.train(run, workdir, config_text="", show_progress=False).evaluation
+
+
+@pytest.fixture(scope="module")
+def images(corpus, text, tmp_path_factory):
+    """(run, work directory, what was said) of a model that learned to read images upon the text model."""
+    workdir, said = tmp_path_factory.mktemp("images") / "run", io.StringIO()
+    run = run_of(corpus, seeing(vision=BARE), init_from=str(text[1]))
+    with contextlib.redirect_stderr(said):
+        loop.train(run, workdir, config_text="")
+    return run, workdir, said.getvalue()
 
 
 def begin(run, workdir):
@@ -90,8 +104,8 @@ def test_the_decoder_stays_bit_for_bit_and_the_adapter_learns(corpus, text, tmp_
 
 
 def test_a_gate_that_is_a_vector_is_measured_by_its_mean_magnitude(corpus, tmp_path):
-    vision = dataclasses.replace(VISION, cross_attention=dataclasses.replace(VISION.cross_attention, gate="vector"))
-    run = run_of(corpus, seeing(vision=vision), {"learning_rate": 0.3})  # so that tanh bends
+    vision = dataclasses.replace(BARE, cross_attention=dataclasses.replace(BARE.cross_attention, gate="vector"))
+    run = run_of(corpus, seeing(tiny.MODEL, vision), {"learning_rate": 0.3})  # so that tanh bends
     at, metrics = take(begin(run, tmp_path), 2)
     block = at.params["cross_attention"]
     for measured_L, gate in zip(metrics.gates_2L, (block["attention_gate"], block["feed_forward_gate"]), strict=True):
@@ -106,41 +120,37 @@ def test_at_first_only_the_gates_have_a_gradient(corpus, text, tmp_path):
     assert {name for name, gradient in gradients.items() if gradient.any()} == GATES
 
 
-def test_it_is_said_which_parts_are_fresh_and_training_goes_on_from_them(corpus, text, tmp_path, capsys):
-    run = run_of(corpus, seeing(vision=dataclasses.replace(VISION, resampler=None)), init_from=str(text[1]))
-    loop.train(run, tmp_path / "seeing", config_text="")
+def test_it_is_said_which_parts_are_fresh_and_training_goes_on_from_them(corpus, text, images, tmp_path):
+    run, source, said = images
     fresh = f"parameters are those of step 2 of {text[1]}; fresh are vision_encoder and cross_attention\n"
-    assert fresh in capsys.readouterr().err
-    again = dataclasses.replace(
-        run, model=seeing(), train=dataclasses.replace(run.train, init_from=str(tmp_path / "seeing"))
-    )
+    assert fresh in said
+    again = dataclasses.replace(run, model=seeing(), train=dataclasses.replace(run.train, init_from=str(source)))
     start = begin(again, tmp_path / "resampled")
-    assert adapter.new_parts(tmp_path / "seeing", 2, start.abstract.params) == ("resampler",)
+    assert adapter.new_parts(source, 2, start.abstract.params) == ("resampler",)
     got = by_name(beginning.first_position(start).state.params)
-    want = by_name(nnx.split(trained.restore(run, tmp_path / "seeing").model)[1])
+    want = by_name(nnx.split(trained.restore(run, source).model)[1])
     assert {name.partition(".")[0] for name in got.keys() - want.keys()} == {"resampler"}
     assert all(np.array_equal(got[name], value) for name, value in want.items())
     with pytest.raises(CallerError, match=r"has vision_encoder and cross_attention, which this model lacks; give the"):
-        begin(run_of(corpus, init_from=str(tmp_path / "seeing")), tmp_path / "text")
+        begin(run_of(corpus, init_from=str(source)), tmp_path / "text")
     assert not (tmp_path / "text").exists()
 
 
-def test_an_encoder_of_images_goes_on_with_pages_in_tiles(corpus, text, tmp_path):
-    run = run_of(corpus, seeing(), init_from=str(text[1]))
-    loop.train(run, tmp_path / "images", config_text="")
-    tiles = dataclasses.replace(VISION, encoder=dataclasses.replace(VISION.encoder, max_frames=3))
-    paged = run_of(corpus, seeing(vision=tiles), init_from=str(tmp_path / "images"))
+def test_an_encoder_of_images_goes_on_with_pages_in_tiles(corpus, images, tmp_path):
+    run, source, _ = images
+    tiles = dataclasses.replace(BARE, encoder=dataclasses.replace(BARE.encoder, max_frames=3))
+    paged = run_of(corpus, seeing(vision=tiles), init_from=str(source))
     start = begin(paged, tmp_path / "pages")
-    assert adapter.new_parts(tmp_path / "images", 2, start.abstract.params) == ("vision_encoder.frames",)
+    assert adapter.new_parts(source, 2, start.abstract.params) == ("vision_encoder.frames",)
     got = by_name(beginning.first_position(start).state.params)
-    want = by_name(nnx.split(trained.restore(run, tmp_path / "images").model)[1])
+    want = by_name(nnx.split(trained.restore(run, source).model)[1])
     assert got.keys() - want.keys() == {"vision_encoder.frames"} and got["vision_encoder.frames"].any()
     assert all(np.array_equal(got[name], value) for name, value in want.items())
     loop.train(
         dataclasses.replace(paged, train=dataclasses.replace(paged.train, steps=1)), tmp_path / "pages", config_text=""
     )
     with pytest.raises(CallerError, match=r"has vision_encoder\.frames, which this model lacks"):
-        begin(run_of(corpus, seeing(), init_from=str(tmp_path / "pages")), tmp_path / "back")
+        begin(run_of(corpus, seeing(vision=BARE), init_from=str(tmp_path / "pages")), tmp_path / "back")
 
 
 def test_any_other_difference_is_refused_as_ever(corpus, text, tmp_path):
@@ -152,10 +162,10 @@ def test_any_other_difference_is_refused_as_ever(corpus, text, tmp_path):
 
 
 def test_experts_of_a_dense_model_and_an_adapter_at_once(corpus, tmp_path):
-    dense = dataclasses.replace(tiny.MODEL, moe=variant(tiny.MODEL.moe, compare="dense_active"))
+    dense = dataclasses.replace(MODEL, moe=variant(MODEL.moe, compare="dense_active"))
     run = run_of(corpus, dense)
     loop.train(run, tmp_path / "dense", config_text="", show_progress=False)
-    start = begin(run_of(corpus, seeing(), init_from=str(tmp_path / "dense")), tmp_path / "seeing")
+    start = begin(run_of(corpus, seeing(vision=BARE), init_from=str(tmp_path / "dense")), tmp_path / "seeing")
     params = beginning.first_position(start).state.params
     assert trainable.names(params) == trainable.names(start.abstract.params)
     want = nnx.split(trained.restore(run, tmp_path / "dense").model)[1]
