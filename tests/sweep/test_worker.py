@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from gpt4moe.checkpoint import saved_steps
@@ -39,12 +38,10 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory):
-    """A run of the cell in one go; programs are kept, so that others begin at once."""
-    folder, before = tmp_path_factory.mktemp("uncut"), jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    """A run of the cell in one go; the tests' folder of programs keeps its own, so that others begin at once."""
+    folder = tmp_path_factory.mktemp("uncut")
     run_job(job(folder, *LONG))
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", before)
+    return folder
 
 
 def begin(folder, overrides, steps):
@@ -60,7 +57,6 @@ def begin(folder, overrides, steps):
 
 
 def test_a_cell_stopped_by_a_cluster_and_by_its_sweep_has_lost_no_attempt_and_no_step(uncut, tmp_path):
-    (tmp_path / "compiled").symlink_to(uncut / "compiled")
     folder, seconds, last = run_folder(tmp_path, "cell"), 0.0, 0
     for number in (signal.SIGUSR2, signal.SIGTERM):
         process = begin(tmp_path, LONG, steps=last + 3)
