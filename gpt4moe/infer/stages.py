@@ -55,23 +55,25 @@ def cut(decoder: Decoder, config: MeshConfig, devices: Sequence[jax.Device] | No
     superblocks = config.for_generation().chunk_sizes(model.num_moe_layers, num_stages)
     numbers = [superblock * model.moe_every for superblock in superblocks]
     numbers[0] += model.leading_dense_layers
-    grid = mesh.devices.reshape([mesh.shape[axis] for axis in SPLITTING])
-    stages, before = [], 0
-    for stage, (start, stop) in enumerate(itertools.pairwise(itertools.accumulate(numbers, initial=0))):
-        is_first, is_last = stage == 0, stage == num_stages - 1
-        whole = decoder.weights
-        weights = dataclasses.replace(
-            whole,
-            embedding_VD=whole.embedding_VD if is_first else None,
-            layers=whole.layers[start:stop],
-            final_norm_D=whole.final_norm_D if is_last else None,
-            unembedding_DV=whole.unembedding_DV if is_last else None,
-        )
-        own = Mesh(grid[stage], (EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 2)
-        laid_out = _Placer(Shards(own), model).weights(weights)
-        stages.append(dataclasses.replace(decoder, weights=laid_out, shards=Shards(own), moe_layers_before=before))
-        before += superblocks[stage]
+    parts = _weights_of_stages(decoder.weights, numbers)
+    before = itertools.accumulate(superblocks[:-1], initial=0)
+    grids, stages = mesh.devices.reshape([sizes[axis] for axis in SPLITTING]), []
+    for grid, weights, experts in zip(grids, parts, before, strict=True):
+        shards = Shards(Mesh(grid, (EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 2))
+        laid_out = _Placer(shards, model).weights(weights)
+        stages.append(dataclasses.replace(decoder, weights=laid_out, shards=shards, moe_layers_before=experts))
     return tuple(stages)
+
+
+def _weights_of_stages(whole: DecoderWeights, numbers: Sequence[int]) -> list[DecoderWeights]:
+    """The weights of stages with so many layers."""
+    bounds = itertools.pairwise(itertools.accumulate(numbers, initial=0))
+    inner = dataclasses.replace(whole, embedding_VD=None, final_norm_D=None, unembedding_DV=None)
+    parts = [dataclasses.replace(inner, layers=whole.layers[start:stop]) for start, stop in bounds]
+    parts[0] = dataclasses.replace(parts[0], embedding_VD=whole.embedding_VD)
+    last = {"final_norm_D": whole.final_norm_D, "unembedding_DV": whole.unembedding_DV}
+    parts[-1] = dataclasses.replace(parts[-1], **last)
+    return parts
 
 
 def _check_divides(model: ModelConfig, expert: int, tensor: int) -> None:

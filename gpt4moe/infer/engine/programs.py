@@ -121,13 +121,13 @@ class Programs:
         shards = decoder.shards
         weights = decoder.weights, None if draft is None else shards.put(draft.weights)
         self._leaves, self._tree = jax.tree.flatten(weights)
-        held = Held(PAGES, EVERYWHERE, EVERYWHERE, EVERYWHERE)
-        leaves, one, two = shards.specs(self._leaves), (EVERYWHERE,), (EVERYWHERE,) * 2
+        leaves, held = shards.specs(self._leaves), Held(PAGES, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+        specs = (leaves, held, EVERYWHERE, EVERYWHERE), (EVERYWHERE, held)
         steps = {"decode": self._decoded, "verify": self._verified, "prefill": self._prefilled}
-        spread = {kind: shards.island(step, (leaves, held, *two), (*one, held)) for kind, step in steps.items()}
-        self._steps = {kind: jax.jit(step, donate_argnums=1) for kind, step in spread.items()}
-        self._remember = jax.jit(shards.island(draws.remember, (*one, *two), EVERYWHERE), donate_argnums=0)
-        self._look = jax.jit(shards.island(self._looked, (leaves, *two, *two), EVERYWHERE), donate_argnums=1)
+        self._steps = {kind: jax.jit(shards.island(step, *specs), donate_argnums=1) for kind, step in steps.items()}
+        self._remember = jax.jit(shards.island(draws.remember, EVERYWHERE, EVERYWHERE), donate_argnums=0)
+        looked = shards.island(self._looked, (leaves, *(EVERYWHERE,) * 4), EVERYWHERE)
+        self._look = jax.jit(looked, donate_argnums=1)
         self.reset()
 
     def reset(self) -> None:
