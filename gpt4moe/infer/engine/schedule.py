@@ -59,13 +59,15 @@ class Schedule:
         """
         chosen, longest = [], 0
         for row in [row for row in self.running if row.num_unread > 1]:
+            if row.slot is None:  # it has given way to a row before it
+                continue
             self._share(row)  # with a row that has been read since this one came in
             if row.num_unread == 1:
                 continue
             length = min(row.num_unread, self.chunk)
             if chosen and not fits(len(chosen) + 1, max(longest, length)):
                 break
-            if row.slot is not None and self.grow(row, row.num_read + length):
+            if self.grow(row, row.num_read + length):
                 chosen.append((row, length))
                 longest = max(longest, length)
         return [(row, length) for row, length in chosen if row.slot is not None]

@@ -9,8 +9,8 @@ from gpt4moe.infer.engine.row import Row
 from gpt4moe.infer.engine.schedule import Schedule
 
 
-def make_row(arrival):
-    request = EngineRequest(range(40))
+def make_row(arrival, first_token=0):
+    request = EngineRequest(range(first_token, first_token + 40))
     return Row(RequestHandle(request, "", lambda: False), 0, arrival, 8, byte_tokenizer(), now=0.0)
 
 
@@ -48,3 +48,22 @@ def test_a_page_that_proposals_fill_is_found_once_they_are_the_rows_tokens():
     row.ids += range(9)
     schedule.publish(row)
     assert row.num_published == 3
+
+
+def test_a_row_that_gives_way_while_prompts_are_read_holds_no_pages():
+    schedule = Schedule(EngineConfig(slots=2, page_size=16), PagePool(6), chunk=16)
+    first, second = make_row(0), make_row(1, first_token=100)
+    for row in (first, second):
+        schedule.add(row)
+    assert schedule.admit() == [first, second]
+    for _ in range(2):
+        for row, length in schedule.chunks(lambda rows, length: True):
+            row.num_read += length
+            schedule.publish(row)
+    others = [schedule.pool.take(), schedule.pool.take()]  # there are no more
+    assert schedule.chunks(lambda rows, length: True) == [(first, 8)]
+    assert schedule.waiting == [second] and second.pages == []
+    for row in (first, second):
+        schedule.remove(row)
+    schedule.pool.release(others)
+    assert schedule.pool.num_used == 0
