@@ -20,6 +20,8 @@ from gpt4moe.types import Array
 
 # Tokens of a block: a draw chooses a block and then a token in it, so that no sum runs over the whole vocabulary twice.
 DRAW_BLOCK = 128
+# Logits divided by less might overflow; what is colder draws the likeliest token anyway.
+COLDEST = 1e-6
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +90,8 @@ def draw(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"]) -> Int[Array,
     uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     block_B = _first_beyond(jnp.sum(blocks, axis=-1), uniform_B2[:, 0])
     within = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
-    return block_B * DRAW_BLOCK + _first_beyond(within, uniform_B2[:, 1])
+    ids_B = block_B * DRAW_BLOCK + _first_beyond(within, uniform_B2[:, 1])
+    return jnp.minimum(ids_B, vocab_size - 1)  # logits that are no numbers have weights nowhere
 
 
 def _first_beyond(weights: Array, share_B: Array) -> Array:
@@ -111,9 +114,10 @@ def filtered_logits(logits_BV: Float[Array, "B V"], params: SamplingParams) -> F
     Top-k keeps exactly k tokens, of equal logits the lower ids. Top-p (Holtzman et al. 2019, The Curious Case of
     Neural Text Degeneration) keeps the fewest most probable tokens whose probabilities, renormalised after top-k,
     add up to at least p; the most probable token is always kept. Min-p (Nguyen et al. 2024) keeps tokens at least min_p
-    times as probable as the most probable. Temperature 0 is treated as 1 here. What no row asks for is skipped.
+    times as probable as the most probable. Temperature 0 is treated as 1 here, one below `COLDEST` as that. What no row
+    asks for is skipped.
     """
-    temperature_B = jnp.where(params.temperature_B > 0, params.temperature_B, 1.0)
+    temperature_B = jnp.where(params.temperature_B > 0, jnp.maximum(params.temperature_B, COLDEST), 1.0)
     scaled_BV = logits_BV.astype(jnp.float32) / temperature_B[:, None]
     of_top_k, of_top_p = params.top_k_B < logits_BV.shape[-1], params.top_p_B < 1
     kept_BV = _where_asked(of_top_k, _top_k, scaled_BV, params.top_k_B)

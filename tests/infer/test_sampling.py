@@ -136,6 +136,19 @@ def test_greedy_rows_take_the_maximum_beside_sampled_ones():
     assert (np.asarray(ids)[0::2] != greedy[0::2]).any()
 
 
+def test_the_coldest_rows_take_the_maximum():
+    logits_BV = 5 * jax.random.normal(jax.random.key(0), (4, 200))
+    configs = [SamplingConfig(temperature=temperature) for temperature in (1e-7, 1e-20, 2e-38, 1e-44)]
+    ids, logprobs = sample(logits_BV, sampling_params(configs, 200), row_keys(jnp.arange(4, dtype=jnp.uint32)))
+    assert (np.asarray(ids) == np.argmax(logits_BV, axis=-1)).all() and np.isfinite(logprobs).all()
+
+
+def test_what_is_drawn_is_in_the_vocabulary_even_of_a_model_that_gives_no_numbers():
+    params = sampling_params([SamplingConfig()], 200)
+    ids, _ = sample(jnp.full((1, 200), jnp.nan), params, row_keys(jnp.zeros(1, jnp.uint32)))
+    assert 0 <= ids[0] < 200
+
+
 def test_a_row_draws_the_same_whatever_else_is_in_the_batch():
     logits_BV = jax.random.normal(jax.random.key(1), (6, 200))
     keys = row_keys(jnp.full(6, 9, jnp.uint32))
