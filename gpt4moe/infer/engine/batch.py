@@ -121,9 +121,12 @@ def record_prompts(out: StepOut, chosen: Sequence[tuple[int, Row, int]]) -> None
         return
     choices, scores = np.asarray(out.choices_LBTK), jax.tree.map(np.asarray, out.scores)
     for place, row, length in asking:
-        start, length = row.num_read, min(length, row.num_prompt - row.num_read)
+        start = row.num_read
+        # A row is behind its prompt, and nothing of it told yet, while its first tokens are half a character.
+        length = max(min(length, row.num_prompt - start), 0)
         # After the last token of a prompt comes one that is not the prompt's.
-        scored = min(length, row.num_prompt - 1 - start) if row.prompt.scores and scores is not None else 0
+        of_prompt = max(min(length, row.num_prompt - 1 - start), 0)
+        scored = of_prompt if row.prompt.scores and scores is not None else 0
         logprobs, top = _scores_of(scores, place, scored, row.sampling.logprobs or 0)
         row.prompt.add(start, logprobs, top, choices[:, place, :length].swapaxes(0, 1) if row.prompt.experts else None)
 
