@@ -20,7 +20,10 @@ from flax import nnx
 import gpt4moe
 from gpt4moe import flags
 from gpt4moe.accounting import parameters
+from gpt4moe.config.check import CallerError
 from gpt4moe.config.engine import EngineConfig
+from gpt4moe.config.mesh import MeshConfig
+from gpt4moe.infer.trained import Trained
 from gpt4moe.launch import main
 from gpt4moe.serve import command as serve_command
 
@@ -409,6 +412,13 @@ def test_flags_of_a_server_are_its_settings_and_those_of_its_engine():
     served, engine = serve_command.configs(flags.parse(words))
     assert (served.model_name, served.port, served.max_choices) == ("one", 0, 5)
     assert (engine.slots, engine.draft_tokens, engine.max_queue) == (3, 2, EngineConfig().max_queue)
+
+
+def test_a_model_without_a_tokenizer_is_not_served():
+    args = flags.parse(["serve", "--workdir=none", "--port=0"])
+    imported = Trained(model=None, tokenizer=None, config=None, step=0, workdir="none")
+    with pytest.raises(CallerError, match="tokenizer=None is missing"):
+        serve_command.run(args, MeshConfig(), lambda: imported, progress=print)
 
 
 def test_settings_of_a_server_that_cannot_be_are_refused_at_once(capsys, tmp_path):

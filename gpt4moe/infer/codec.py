@@ -27,6 +27,14 @@ class Codec(Protocol):
     def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
 
 
+def required(tokenizer: Codec | None) -> Codec:
+    """The tokenizer of a work directory; `CallerError` where there is none."""
+    mend = "put the tokenizer.json of the model's makers into the work directory"
+    there = tokenizer is not None
+    require(there, "tokenizer", None, "is missing: the work directory has no tokenizer.json", mend)
+    return tokenizer
+
+
 def prompt_ids(tokenizer: Codec, prompt: str, num_pictures: int = 0) -> list[int]:
     """The tokens of a prompt, which follows the token that documents begin with.
 

@@ -20,7 +20,7 @@ from flax import nnx
 from gpt4moe.config.check import require
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer import decode_loop
-from gpt4moe.infer.codec import Codec, prompt_ids
+from gpt4moe.infer.codec import Codec, prompt_ids, required
 from gpt4moe.infer.decode_loop import Request
 from gpt4moe.infer.pictures import Picture, stack_pictures
 from gpt4moe.infer.sampling import row_keys, sampling_params
@@ -73,8 +73,7 @@ def generate(
     `pictures` are those of each prompt, which stand where it says `<image>`, or before it. Raises `ValueError` for a
     prompt that leaves no room in the model's context, or that has not one marker a picture.
     """
-    mend = "put the tokenizer.json of the model's makers into the work directory"
-    require(tokenizer is not None, "tokenizer", None, "is missing: the work directory has no tokenizer.json", mend)
+    tokenizer = required(tokenizer)
     sampling, pictures = sampling or SamplingConfig(), list(pictures) or [()] * len(prompts)
     require(len(pictures) == len(prompts), "pictures", len(pictures), f"must be of each of the {len(prompts)} prompts")
     sampling.require_plain()

@@ -23,7 +23,7 @@ from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer import stages
-from gpt4moe.infer.codec import prompt_ids
+from gpt4moe.infer.codec import prompt_ids, required
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.handle import RequestHandle
@@ -74,11 +74,9 @@ def serve_file(
     mesh: the devices that decode (None: one).
     """
     requests = read_requests(path, defaults)
-    mend = "put the tokenizer.json of the model's makers into the work directory"
-    there = trained.tokenizer is not None
-    require(there, "tokenizer", None, "is missing: the work directory has no tokenizer.json", mend)
+    tokenizer = required(trained.tokenizer)
     decoders = stages.cut(Decoder.of(trained.model), mesh or MeshConfig())
-    engine = Engine(decoders, trained.tokenizer, config)
+    engine = Engine(decoders, tokenizer, config)
     return run_requests(engine, requests, trained.config.data.images, progress)
 
 

@@ -14,6 +14,7 @@ from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.serve import ServeConfig
 from gpt4moe.data.tokenizer import Tokenizer
 from gpt4moe.infer import stages
+from gpt4moe.infer.codec import required
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.programs import keep_programs
@@ -36,18 +37,19 @@ def run(
     config, engine_config = configs(args)
     with server.bind(config) as listening:
         trained = load()
-        tokenizer = trained.tokenizer
+        tokenizer, images, step = required(trained.tokenizer), trained.config.data.images, trained.step
         names = [_name_of(tokenizer, token) for token in (tokenizer.begin_of_text, tokenizer.end_of_text)]
         template = find_template(args.workdir, config.chat_template, *names)
         dtype = "float32" if args.deterministic else None
-        decoder = Decoder.of(trained.model, dtype=dtype, quantize=args.quantize)
-        engine = Engine(stages.cut(decoder, mesh), tokenizer, engine_config)
+        decoders = stages.cut(Decoder.of(trained.model, dtype=dtype, quantize=args.quantize), mesh)
+        del trained  # parameters in float32, which nobody reads any more: pages need the room
+        engine = Engine(decoders, tokenizer, engine_config)
         if args.compile_cache:
             keep_programs(args.compile_cache)
         progress("compiling what serving needs")
         engine.warm_up(progress)
-        service = Service(engine, tokenizer, config, template, trained.config.data.images)
-        _announce(args, service, server.address(listening), trained.step)
+        service = Service(engine, tokenizer, config, template, images)
+        _announce(args, service, server.address(listening), step)
         server.serve(service, listening, progress)
     return 0
 
