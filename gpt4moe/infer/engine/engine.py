@@ -224,7 +224,8 @@ class Engine:
 
     def _work(self, admitted: Sequence[Row]) -> None:
         for row in admitted:
-            self._record.queue_wait.add(self._clock() - row.submitted_at)
+            with self._lock:
+                self._record.queue_wait.add(self._clock() - row.submitted_at)
             self._batches.enter(row)
             if is_remembered(row.sampling):
                 given = row.request.prompt_ids, row.ids[row.num_prompt :], self.decoder.config.vocab_size
@@ -247,15 +248,18 @@ class Engine:
         shape = smallest(shapes, len(chosen), longest, pages)
         inputs = self._batches.prefill(chosen, shape)
         out = self.programs.step(shape, inputs)
-        self._record.add_prefill(out.load_LE)
+        load_LE = out.load_LE  # waits for the device, and no caller with it
+        with self._lock:
+            self._record.add_prefill(load_LE)
         self._take(out, [(place, row, length) for place, (row, length) in enumerate(chosen)], inputs.last_B)
 
     def _decode(self) -> None:
         """A token for every row whose prompt is read, and those proposals that stand."""
         with self._lock:
             rows = self._schedule.decoding()
-            proposed = self._proposals.of(rows)
-            number = {row: self._proposals.number(row, proposed) for row in rows}
+        proposed = self._proposals.of(rows)
+        number = {row: self._proposals.number(row, proposed) for row in rows}
+        with self._lock:
             number = self._schedule.grow_for(number)
         if not rows:
             return
@@ -263,8 +267,9 @@ class Engine:
         with self._lock:
             self._record.counts["proposed_tokens"] += sum(number.values())
         for placed, inputs, out in steps:
+            load_LE = out.load_LE  # waits for the device, and no caller with it
             with self._lock:
-                self._record.add_decode(out.load_LE)
+                self._record.add_decode(load_LE)
             self._take(out, [(place, row, 1) for place, row in placed], inputs.last_B)
 
     def _groups(self, rows: Sequence[Row]) -> list[list[tuple[int, Row]]]:

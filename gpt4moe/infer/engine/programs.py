@@ -132,6 +132,7 @@ class Programs:
 
     def reset(self) -> None:
         """Empties pages and memory: at the beginning, and where a fault has cost them."""
+        self.held = None  # so that there is room: the next are as large
         sizes, slots = (self.num_pages, self.config.page_size), self.config.slots
         decoder, made = self.decoder, self.decoder.shards.made
         draft_pages = None if self.draft is None else made(lambda: self.draft.init_pages(*sizes))

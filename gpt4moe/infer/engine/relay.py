@@ -31,6 +31,7 @@ class Relay:
 
     def reset(self) -> None:
         """Empties the pages."""
+        self._pages = None  # so that there is room: the next are as large
         self._pages = self._decoder.shards.made(lambda: self._decoder.init_pages(*self._sizes), PAGES)
 
     def compile(self, shape: StepShape, inputs: StepInputs) -> None:

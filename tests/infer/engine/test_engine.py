@@ -232,6 +232,19 @@ def test_cancelled_requests_leave_at_the_next_step(engine, prompts):
     assert {chunk.finish_reason for handle in handles for chunk in handle} <= {None, "cancelled", "stop"}
 
 
+def test_a_fault_of_the_device_ends_what_runs_and_nothing_else(engine, whole, prompts):
+    long = greedy(max_new_tokens=30, ignore_end_of_text=True)
+    running = [engine.submit(EngineRequest(prompts[row], long)) for row in range(4)]
+    waiting = engine.submit(EngineRequest(prompts[4], greedy(ignore_end_of_text=True)))
+    engine.step()
+    for leaf in jax.tree.leaves(engine.programs.held):
+        leaf.delete()
+    ended = [handle.result()[0] for handle in running]
+    assert {one.finish_reason for one in ended} == {"error"} and all("deleted" in one.error for one in ended)
+    assert list(waiting.result()[0].token_ids) == whole.greedy(prompts[4], 12, None)
+    assert is_idle(engine)
+
+
 def test_deadlines_count_from_submission_and_priorities_come_first(engine, now, prompts):
     endless = greedy(max_new_tokens=50, ignore_end_of_text=True)
     late = [engine.submit(EngineRequest(prompts[0], endless, deadline_seconds=5.0)) for _ in range(4)]
