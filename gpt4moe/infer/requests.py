@@ -147,7 +147,7 @@ def _request(place: str, line: bytes, defaults: SamplingConfig) -> FileRequest:
 
 
 def _token(key: str) -> int | str:
-    return int(key) if key.isdigit() else key
+    return int(key) if key.isdecimal() else key
 
 
 def _checked(engine: Engine, request: FileRequest, images: ImageConfig | None, draw: int) -> EngineRequest:

@@ -70,6 +70,7 @@ BAD = [
     ({"prompt": 3}, "prompt=3 must be text"),
     ({"prompt": "a", "temperature": -1}, "temperature=-1 must be a number of at least 0"),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "a token id of logit_bias='x' must be an integer"),
+    ({"prompt": "a", "logit_bias": {"²": 1}}, "a token id of logit_bias='²' must be an integer"),
     ({"prompt": "a", "priority": 0.5}, "priority=0.5 must be an integer"),
     ({"prompt": "a" * 64}, "prompt tokens=65 must be shorter than the 64 tokens"),
     ({"prompt": "a", "logprobs": 50}, "logprobs=50 must be at most 20"),
