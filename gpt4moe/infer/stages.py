@@ -45,9 +45,11 @@ def cut(decoder: Decoder, config: MeshConfig, devices: Sequence[jax.Device] | No
     if not config.axes:
         return (decoder,)
     mesh = make_mesh(config.for_generation(), devices)
-    sizes = dict(mesh.shape)
+    sizes, given = dict(mesh.shape), dict(config.axes)
     for axis, size in sizes.items():
-        require(size == 1 or axis in SPLITTING, axis, size, "must be 1 where tokens are served", "use other axes")
+        # `for_generation` counts those along `context` as `data`.
+        named = "context" if axis == "data" and given.get("data", 1) == 1 else axis
+        require(size == 1 or axis in SPLITTING, named, size, "must be 1 where tokens are served", "use other axes")
     num_stages, model = sizes["stage"], decoder.config
     _check_divides(model, sizes[EXPERT], sizes[TENSOR])
     one = num_stages == 1 or model.vision is None
@@ -83,12 +85,13 @@ def _check_divides(model: ModelConfig, expert: int, tensor: int) -> None:
     even = kv_heads % tensor == 0 or tensor % kv_heads == 0
     require(even, TENSOR, tensor, f"must divide the key/value heads ({kv_heads}) or be a multiple of them")
     require(model.moe.num_experts % expert == 0, EXPERT, expert, f"must divide the experts ({model.moe.num_experts})")
-    hidden = [("the hidden dims of an expert", model.moe.hidden_dim, tensor)]
-    hidden += [("the hidden dims of a shared expert", model.moe.shared_hidden_dim, expert * tensor)]
+    both = f"{EXPERT} x {TENSOR}", expert * tensor
+    hidden = [("an expert", model.moe.hidden_dim, TENSOR, tensor)]
+    hidden += [("a shared expert", model.moe.shared_hidden_dim, *both)]
     if model.moe_every > 1 or model.leading_dense_layers:
-        hidden += [("the hidden dims of a dense layer", model.dense_hidden_dim, expert * tensor)]
-    for name, dim, parts in hidden:
-        require(dim % parts == 0, f"{EXPERT} x {TENSOR}", (expert, tensor), f"must divide {name} ({dim})")
+        hidden += [("a dense layer", model.dense_hidden_dim, *both)]
+    for name, dim, axes, parts in hidden:
+        require(dim % parts == 0, axes, parts, f"must divide the hidden dims of {name} ({dim})")
 
 
 @dataclasses.dataclass(frozen=True)
