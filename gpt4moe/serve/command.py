@@ -36,6 +36,8 @@ def run(
     """
     config, engine_config = configs(args)
     with server.bind(config) as listening:
+        if args.compile_cache:
+            keep_programs(args.compile_cache)  # before the first program: JAX takes no other folder later
         trained = load()
         tokenizer, images, step = required(trained.tokenizer), trained.config.data.images, trained.step
         names = [_name_of(tokenizer, token) for token in (tokenizer.begin_of_text, tokenizer.end_of_text)]
@@ -44,8 +46,6 @@ def run(
         decoders = stages.cut(Decoder.of(trained.model, dtype=dtype, quantize=args.quantize), mesh)
         del trained  # parameters in float32, which nobody reads any more: pages need the room
         engine = Engine(decoders, tokenizer, engine_config)
-        if args.compile_cache:
-            keep_programs(args.compile_cache)
         progress("compiling what serving needs")
         engine.warm_up(progress)
         service = Service(engine, tokenizer, config, template, images)
