@@ -26,12 +26,15 @@ def answer(
 ) -> tuple[dict[str, Any], Callable[[Any], str]] | None:
     """Returns what the flags ask for and how it is printed; None where the lines of a file are written already."""
     sampling = SamplingConfig(**{name: getattr(args, name) for name in FLAGS})
-    return _serve(args, sampling, load, progress) if args.requests else _continue(args, sampling, load)
+    mesh = MeshConfig(args.mesh, stage_layers=args.stage_layers)
+    if args.requests:
+        return _serve(args, sampling, mesh, load, progress)
+    return _continue(args, sampling, mesh, load)
 
 
-def _continue(args: argparse.Namespace, sampling: SamplingConfig, load: Callable) -> tuple:
+def _continue(args: argparse.Namespace, sampling: SamplingConfig, mesh: MeshConfig, load: Callable) -> tuple:
     require(not args.output, "--output", args.output, "goes with --requests")
-    trained = load(args.workdir, step=args.step, mesh=MeshConfig(args.mesh, stage_layers=args.stage_layers))
+    trained = load(args.workdir, step=args.step, mesh=mesh)
     prompts, pictures = args.prompt or [""], ()
     if args.image:
         alone, mend = len(prompts) == 1, "give the command once for each"
@@ -44,10 +47,13 @@ def _continue(args: argparse.Namespace, sampling: SamplingConfig, load: Callable
 
 
 def _serve(
-    args: argparse.Namespace, defaults: SamplingConfig, load: Callable, progress: Callable[[str], None]
+    args: argparse.Namespace,
+    defaults: SamplingConfig,
+    mesh: MeshConfig,
+    load: Callable,
+    progress: Callable[[str], None],
 ) -> tuple | None:
     require(not args.image, "--image", args.image, "goes with --prompt", "name images in the lines of --requests")
-    mesh = MeshConfig(args.mesh, stage_layers=args.stage_layers)
     trained = load(args.workdir, step=args.step, mesh=mesh)
     engine = EngineConfig(slots=args.slots)
     served = requests.serve_file(trained, args.requests, defaults, engine, mesh=mesh, progress=progress)

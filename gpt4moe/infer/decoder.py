@@ -118,11 +118,22 @@ class Decoder:
         weights = jax.eval_shape(taken, state) if is_abstract else jax.jit(taken)(state)
         return cls(weights, config, as_dtype, cross, eyes)
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads that the devices keep together: one that several of them need, each of them keeps."""
+        return max(self.config.attention.num_kv_heads, self.shards.tensor)
+
     def init_pages(self, num_pages: int, page_size: int) -> Pages:
         """Returns empty pages for the layers that are here, keys and values of all devices."""
-        kv_heads = self.shards.num_kv_heads(self.config.attention.num_kv_heads)
-        shape = (num_pages, page_size, kv_heads, self.config.head_dim)
+        shape = (num_pages, page_size, self.num_kv_heads, self.config.head_dim)
         return paging.init_pages(len(self.weights.layers), shape, self.dtype)
+
+    def abstract_residual(self, rows: int, length: int) -> jax.ShapeDtypeStruct | None:
+        """Returns the shape of what `forward` takes from the stage before, [rows, length, D]; None on the first one."""
+        if self.weights.embedding_VD is not None:
+            return None
+        shape = (rows, length, self.config.model_dim)
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.shards.everywhere)
 
     def forward(
         self,
@@ -220,7 +231,7 @@ class Decoder:
 
     def _heads(self, weights: AttentionWeights, qkv_UJ: Array, step: _Step) -> tuple[Array, Array, Array]:
         attention, head_dim, parts = self.config.attention, self.config.head_dim, self.shards.tensor
-        heads, kv_heads = attention.num_heads // parts, self.shards.num_kv_heads(attention.num_kv_heads) // parts
+        heads, kv_heads = attention.num_heads // parts, self.num_kv_heads // parts
         qkv_BTJH = qkv_UJ.reshape(*step.positions_BT.shape, heads + 2 * kv_heads, head_dim)
         q_BTNH, k_BTMH, v_BTMH = jnp.split(qkv_BTJH, [heads, heads + kv_heads], axis=2)
         if attention.qk_norm:

@@ -46,9 +46,9 @@ def init_pages(num_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dty
     return Pages(of_layers(), of_layers())
 
 
-def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of one page, keys and values of all layers."""
-    values = config.num_layers * config.attention.num_kv_heads * config.head_dim
+def page_bytes(config: ModelConfig, num_kv_heads: int, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of one page, so many heads of keys and of values in all layers."""
+    values = config.num_layers * num_kv_heads * config.head_dim
     return 2 * page_size * values * jnp.dtype(dtype).itemsize
 
 

@@ -55,9 +55,10 @@ class Shards:
         """Axes along which the hidden dims of what every token goes through lie in parts."""
         return () if self.mesh is None else (EXPERT, TENSOR)
 
-    def num_kv_heads(self, of_model: int) -> int:
-        """Key and value heads of all devices: one that several of them need is kept by each."""
-        return max(of_model, self.tensor)
+    @property
+    def everywhere(self) -> NamedSharding | None:
+        """How an array lies that every device holds whole."""
+        return None if self.mesh is None else NamedSharding(self.mesh, EVERYWHERE)
 
     def island(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """Returns a function of what one device holds as one of whole arrays."""
@@ -69,7 +70,7 @@ class Shards:
 
     def put(self, tree: Any) -> Any:
         """Returns arrays on every device."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, EVERYWHERE))
+        return tree if self.mesh is None else jax.device_put(tree, self.everywhere)
 
     def abstract(self, tree: Any) -> Any:
         """Returns shapes for a compilation, with how arrays lie on the mesh if there is one."""
@@ -105,7 +106,7 @@ class Shards:
         return dataclasses.replace(routing, used_UK=mine_UK, **own), held
 
     def local(self, weights: DecoderWeights) -> DecoderWeights:
-        """A device's part of laid out weights, with experts that are apart as matrices (see `stages.lay_out`)."""
+        """A device's part of laid out weights, with experts that are apart as matrices (see `stages.cut`)."""
 
         def apart(part: object) -> object:
             if self.mesh is None or not isinstance(part, MoeWeights) or not isinstance(part.experts, tuple):

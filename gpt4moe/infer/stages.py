@@ -44,12 +44,10 @@ def cut(decoder: Decoder, config: MeshConfig, devices: Sequence[jax.Device] | No
     """
     if not config.axes:
         return (decoder,)
-    mesh = make_mesh(config.for_generation(), devices)
-    sizes, given = dict(mesh.shape), dict(config.axes)
+    mesh = make_mesh(config, devices)
+    sizes = dict(mesh.shape)
     for axis, size in sizes.items():
-        # `for_generation` counts those along `context` as `data`.
-        named = "context" if axis == "data" and given.get("data", 1) == 1 else axis
-        require(size == 1 or axis in SPLITTING, named, size, "must be 1 where tokens are served", "use other axes")
+        require(size == 1 or axis in SPLITTING, axis, size, "must be 1 where tokens are served", "use other axes")
     num_stages, model = sizes["stage"], decoder.config
     _check_divides(model, sizes[EXPERT], sizes[TENSOR])
     one = num_stages == 1 or model.vision is None

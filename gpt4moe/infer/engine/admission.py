@@ -29,8 +29,7 @@ def num_pages(decoder: Decoder, config: EngineConfig, max_length: int) -> int:
     require(few, "slots", config.slots, constraint)
     number, setting = config.num_pages or config.slots * of_a_row, "num_pages"
     if config.cache_bytes is not None:
-        of_heads = page_bytes(model, config.page_size, decoder.dtype), model.attention.num_kv_heads
-        of_page = of_heads[0] // of_heads[1] * decoder.shards.num_kv_heads(of_heads[1])
+        of_page = page_bytes(model, decoder.num_kv_heads, config.page_size, decoder.dtype)
         number, setting = config.cache_bytes // of_page, "cache_bytes"
     constraint = f"gives {number} pages, fewer than a row of max_length={max_length} needs ({of_a_row})"
     require(number >= of_a_row, setting, getattr(config, setting), constraint, f"raise {setting} or lower max_length")

@@ -170,8 +170,7 @@ class Programs:
         for relay in self._relays:
             x_BTD, report = relay(shape, inputs, x_BTD)
             reports.append(report)
-        moved = None if x_BTD is None else self.decoder.shards.put(x_BTD)
-        out, self.held = self._compiled[shape](self._leaves, self.held, inputs, moved)
+        out, self.held = self._compiled[shape](self._leaves, self.held, inputs, self.decoder.shards.put(x_BTD))
         return dataclasses.replace(out, reports=(*reports, *out.reports))
 
     def remember(self, slot: int, row: SlotMemory) -> None:
@@ -197,12 +196,11 @@ class Programs:
         started = time.perf_counter()
         model = self.decoder.config
         inputs = blank_inputs(self.config, model, shape, filler_settings(shape.rows, model.vocab_size))
-        shards, x_BTD = self.decoder.shards, None
         for relay in self._relays:
             relay.compile(shape, inputs)
-            x_BTD = shards.put(jnp.zeros((shape.rows, shape.length, model.model_dim), self.decoder.dtype))
-        arguments = shards.abstract((self._leaves, self.held, inputs, x_BTD))
-        self._compiled[shape] = self._steps[shape.kind].lower(*arguments).compile()
+        given = self.decoder.shards.abstract((self._leaves, self.held, inputs))
+        x_BTD = self.decoder.abstract_residual(shape.rows, shape.length)
+        self._compiled[shape] = self._steps[shape.kind].lower(*given, x_BTD).compile()
         self.seconds[shape] = time.perf_counter() - started
         return shape
 

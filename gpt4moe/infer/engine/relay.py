@@ -6,7 +6,6 @@ Calls return before the device is done, so that the rows of several steps are in
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Float
 
 from gpt4moe.infer.decoder import Decoder, DecodeReport
@@ -36,20 +35,16 @@ class Relay:
 
     def compile(self, shape: StepShape, inputs: StepInputs) -> None:
         """Compiles the program of a shape, which has such inputs."""
-        x_BTD = None
-        if self._decoder.weights.embedding_VD is None:
-            model = self._decoder.config
-            blank = jnp.zeros((shape.rows, shape.length, model.model_dim), self._decoder.dtype)
-            x_BTD = self._decoder.shards.put(blank)
-        given = self._leaves, self._pages, _tokens(inputs), x_BTD
-        self._compiled[shape] = self._step.lower(*self._decoder.shards.abstract(given)).compile()
+        given = self._decoder.shards.abstract((self._leaves, self._pages, _tokens(inputs)))
+        x_BTD = self._decoder.abstract_residual(shape.rows, shape.length)
+        self._compiled[shape] = self._step.lower(*given, x_BTD).compile()
 
     def __call__(
         self, shape: StepShape, inputs: StepInputs, x_BTD: Float[Array, "B T D"] | None
     ) -> tuple[Float[Array, "B T D"], DecodeReport]:
         """Reads tokens into the pages; returns the residual stream for the next stage and where tokens went."""
-        moved = None if x_BTD is None else self._decoder.shards.put(x_BTD)
-        x_BTD, self._pages, report = self._compiled[shape](self._leaves, self._pages, _tokens(inputs), moved)
+        given = self._leaves, self._pages, _tokens(inputs), self._decoder.shards.put(x_BTD)
+        x_BTD, self._pages, report = self._compiled[shape](*given)
         return x_BTD, report
 
     def _read(self, leaves: list[Array], pages: Pages, tokens: tuple, x_BTD: Array | None) -> tuple:

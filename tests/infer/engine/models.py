@@ -27,7 +27,10 @@ def make_config(vocab_size, context_length, dtype="float32"):
 
 
 def make_model(vocab_size, context_length, dtype="float32", seed=0):
-    config = make_config(vocab_size, context_length, dtype)
+    return sharpened(make_config(vocab_size, context_length, dtype), seed)
+
+
+def sharpened(config, seed=0):
     definition = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(seed))))[0]
     params = jax.jit(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(seed)))[1])()
     # Matrices as drawn give nearly the same logits after any text; larger ones make the text matter.

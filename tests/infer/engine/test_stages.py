@@ -8,7 +8,6 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.check import CallerError
@@ -23,7 +22,8 @@ from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.programs import forbid_compilation
 from gpt4moe.infer.engine.request import EngineRequest
-from gpt4moe.model.transformer import Transformer
+
+from .models import sharpened
 
 CONTEXT = 128
 CONFIG = EngineConfig(slots=4, page_size=8, num_pages=40, prefill_chunk=32, replay=True)
@@ -49,13 +49,6 @@ MANIFOLD = dataclasses.replace(
 )
 
 
-def make_decoder(config, **given):
-    graphdef, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
-    # Matrices as drawn give nearly the same logits after any text; larger ones make the text matter.
-    larger = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf, state)
-    return Decoder.of(nnx.merge(graphdef, larger), **given)
-
-
 def requests(model):
     """Greedy and drawn continuations, with what penalties remember, and one whose experts are forced."""
     asked = {"max_new_tokens": 14, "ignore_end_of_text": True, "logprobs": 2}
@@ -78,7 +71,7 @@ def served(engine):
 
 @functools.cache
 def decoder_of(name, **form):
-    return make_decoder({"plain": PLAIN, "manifold": MANIFOLD}[name], **form)
+    return Decoder.of(sharpened({"plain": PLAIN, "manifold": MANIFOLD}[name]), **form)
 
 
 @functools.cache
