@@ -23,6 +23,7 @@ from gpt4moe.serve import server
 from gpt4moe.serve.chat_template import find_template
 from gpt4moe.serve.service import Service
 
+ENGINE_STOPPED = 1
 KEY_VARIABLE = "GPT4MOE_API_KEY"
 
 
@@ -51,6 +52,9 @@ def run(
         service = Service(engine, tokenizer, config, template, images)
         _announce(args, service, server.address(listening), step)
         server.serve(service, listening, progress)
+    if engine.fault is not None:
+        progress(f"the engine has stopped: {engine.fault}")
+        return ENGINE_STOPPED
     return 0
 
 

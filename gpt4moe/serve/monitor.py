@@ -113,6 +113,6 @@ def show_metrics(registry: prometheus_client.CollectorRegistry) -> Response:
 
 async def show_health(request: Request, service: Service) -> Response:
     """GET /healthz: 200 while requests are taken, 503 once the server is ending."""
-    if service.draining:
+    if service.draining or not service.engine.accepting:
         return JSONResponse(Health(status="draining").model_dump(), 503, {"Retry-After": str(DRAIN_RETRY_SECONDS)})
     return JSONResponse(Health(status="ok").model_dump())

@@ -41,7 +41,8 @@ def address(listening: socket.socket) -> str:
 def serve(service: Service, listening: socket.socket, progress: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT; then requests that run may end, for `drain_seconds`, and new ones get 503.
 
-    A second signal ends them at once. progress: called with a line of text.
+    A second signal ends them at once, and so does a fault that the engine's thread could not recover from: `fault` of
+    the engine tells. progress: called with a line of text.
     """
     service.engine.run_in_thread()
     try:
@@ -76,6 +77,9 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
+        if self._service.engine.fault is not None:
+            self._service.draining = True
+            return True
         if self._deadline is not None:
             if self._service.active == 0:
                 return True

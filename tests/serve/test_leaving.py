@@ -1,12 +1,19 @@
-"""A caller that goes away, in a stream or before its answer, has left its slot within two steps of the engine."""
+"""A caller that goes away, in a stream or before its answer, has left its slot within two steps of the engine; an engine that leaves."""
 
 import asyncio
+import concurrent.futures
 import json
 import time
 
 import httpx2
+import jax
 import pytest
+from starlette.testclient import TestClient
 
+from gpt4moe.config.engine import EngineConfig
+from gpt4moe.config.serve import ServeConfig
+from gpt4moe.infer.engine.engine import Engine
+from gpt4moe.serve import server
 from gpt4moe.serve.app import make_app
 
 from .caller import Caller
@@ -63,3 +70,27 @@ def test_a_connection_that_breaks_is_noticed(url, client, engine):
     after = engine.metrics()
     assert after.pages_used == 0 and after.finished["cancelled"] > before.finished["cancelled"]
     assert after.finished["length"] - before.finished["length"] < 12
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_engine_cannot_go_on_tells_its_callers_and_ends(decoder, tokenizer, make_service, monkeypatch):
+    engine = Engine(decoder, tokenizer, EngineConfig(slots=1, page_size=16, prefill_chunk=64))
+
+    def no_room():
+        raise MemoryError("no room for pages")
+
+    monkeypatch.setattr(engine.programs, "reset", no_room)
+    for leaf in jax.tree.leaves(engine.programs.held):
+        leaf.delete()
+    service = make_service(engine=engine)
+    with server.bind(ServeConfig(port=0)) as bound, concurrent.futures.ThreadPoolExecutor() as callers:
+        asked = {"model": MODEL, "prompt": ["a", "b"], "max_tokens": 4}
+        url = f"{server.address(bound)}/v1/completions"
+        bound.listen()
+        answer = callers.submit(httpx2.post, url, json=asked, timeout=60)
+        server.serve(service, bound, print)
+    assert answer.result().status_code == 500
+    assert "no room for pages" in engine.fault and not engine.accepting
+    service.draining = False  # an application in another server knows by the engine alone
+    with TestClient(make_app(service)) as client:
+        assert client.get("/healthz").status_code == 503

@@ -67,9 +67,15 @@ class Engine:
         self._lock = threading.Condition()  # of what follows, and of `_schedule` between steps
         self._incoming: list[Row] = []
         self._accepting, self._closed = True, False
+        self.fault: str | None = None  # what ended the engine's thread, in a line
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
         self._begin()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether `submit` takes requests."""
+        return self._accepting
 
     @property
     def shapes(self) -> tuple[StepShape, ...]:
@@ -95,7 +101,7 @@ class Engine:
         constraint = None if schema is None else self._constraints.of(schema)
         with self._lock:
             if not self._accepting:
-                raise EngineClosed("the engine takes no more requests")
+                raise EngineClosed("the engine takes no more requests" + (f": {self.fault}" if self.fault else ""))
             waiting = len(self._schedule.waiting) + len(self._incoming)
             free = self.config.slots - len(self._schedule.running)
             if waiting + request.sampling.n > self.config.max_queue + max(free, 0):
@@ -136,7 +142,10 @@ class Engine:
             return True
 
     def run_in_thread(self) -> None:
-        """Steps in a thread of its own from now on, until `close`."""
+        """Steps in a thread of its own from now on, until `close`.
+
+        A fault that a step cannot recover from ends the thread: all requests end with "error", and `fault` says why.
+        """
         require(self._thread is None, "engine", "running", "runs in a thread already")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -201,7 +210,18 @@ class Engine:
                 self._lock.wait_for(lambda: self._closed or self._busy())
                 if self._closed:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # outside of what a step recovers from: nothing can be served any more
+                self._give_up(one_line(error))
+                raise  # the thread's end prints where
+
+    def _give_up(self, fault: str) -> None:
+        with self._lock:
+            self._accepting, self._closed, self.fault = False, True, fault
+            self._take_in()
+            for row in [*self._schedule.waiting, *self._schedule.running]:
+                self._end(row, "error", fault)
 
     def _busy(self) -> bool:
         return bool(self._incoming or self._schedule.waiting or self._schedule.running)

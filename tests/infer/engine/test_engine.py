@@ -247,6 +247,29 @@ def test_a_fault_of_the_device_ends_what_runs_and_nothing_else(engine, whole, pr
     assert is_idle(engine)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_cannot_go_on_leaves_nobody_waiting(model, tokenizer, prompts, monkeypatch):
+    """There is no room for new pages after a fault: what runs and what waits is told, and nothing more is taken."""
+    engine = Engine(Decoder.of(model), tokenizer, EngineConfig(slots=1, page_size=16, prefill_chunk=64))
+
+    def no_room():
+        raise MemoryError("no room for pages")
+
+    monkeypatch.setattr(engine.programs, "reset", no_room)
+    for leaf in jax.tree.leaves(engine.programs.held):
+        leaf.delete()
+    handles = [engine.submit(EngineRequest(prompts[0], greedy())) for _ in range(3)]
+    assert engine.accepting and engine.fault is None
+    engine.run_in_thread()
+    ended = [handle.result()[0] for handle in handles]
+    assert [one.finish_reason for one in ended] == ["error"] * 3
+    assert "deleted" in ended[0].error and all("no room for pages" in one.error for one in ended[1:])
+    assert is_idle(engine) and not engine.accepting and "no room for pages" in engine.fault
+    with pytest.raises(EngineClosed, match="no room for pages"):
+        engine.submit(EngineRequest(prompts[0], greedy()))
+    engine.close()
+
+
 def test_deadlines_count_from_submission_and_priorities_come_first(engine, now, prompts):
     endless = greedy(max_new_tokens=50, ignore_end_of_text=True)
     late = [engine.submit(EngineRequest(prompts[0], endless, deadline_seconds=5.0)) for _ in range(4)]
