@@ -19,6 +19,7 @@ setup(
     packages=find_packages(include=["gpt4moe", "gpt4moe.*", "gin_configs", "gin_configs.*"]),
     package_data={
         "gpt4moe.analysis": ["*.html"],
+        "gpt4moe.infer": ["*.cc"],
         "gpt4moe.serve": ["*.html"],
         "gpt4moe.plan.article": ["*.csv"],
         "gpt4moe.plan.published": ["*.csv"],

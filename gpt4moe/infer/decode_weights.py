@@ -9,6 +9,7 @@ stacked where a kernel takes them by number.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from flax import nnx
 from jaxtyping import Float, Float32
 
 from gpt4moe.config.model import ModelConfig
-from gpt4moe.infer.matrix import Matrix, joined, make_matrix
+from gpt4moe.infer.matrix import Matrix, PackedMatrix, joined, make_matrix, pack, unpack
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.types import Array
 
@@ -29,8 +30,8 @@ class AttentionWeights:
     The norms of queries and keys are scales [H], None without `qk_norm`.
     """
 
-    in_DJ: Matrix
-    out_JD: Matrix
+    in_DJ: Matrix | PackedMatrix
+    out_JD: Matrix | PackedMatrix
     query_norm_H: Float32[Array, " H"] | None
     key_norm_H: Float32[Array, " H"] | None
 
@@ -40,8 +41,8 @@ class AttentionWeights:
 class FeedForwardWeights:
     """in_DJ: gate and up side by side, J = 2F, or up alone where it is not gated; stacked experts lead with E."""
 
-    in_DJ: Matrix
-    down_FD: Matrix
+    in_DJ: Matrix | PackedMatrix
+    down_FD: Matrix | PackedMatrix
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +96,7 @@ class Form:
     quantize: str | None
     product: str
     stacked: bool
+    packed: bool
 
 
 def take_apart(model: Transformer, form: Form) -> DecoderWeights:
@@ -115,7 +117,20 @@ def take_apart(model: Transformer, form: Form) -> DecoderWeights:
     if config.vision:
         eyes = tuple(None if part is None else nnx.state(part) for part in (model.vision_encoder, model.resampler))
     head_DV = make_matrix(model.unembedding().T, dtype, None, form.product)
-    return DecoderWeights(embedding_VD, tuple(layers), _in_float(model.final_norm.scale), head_DV, eyes)
+    weights = DecoderWeights(embedding_VD, tuple(layers), _in_float(model.final_norm.scale), head_DV, eyes)
+    return _each_matrix(pack, weights) if form.packed else weights
+
+
+def unpacked(weights: DecoderWeights) -> DecoderWeights:
+    """Returns weights whose matrices can be cut."""
+    return _each_matrix(unpack, weights)
+
+
+def _each_matrix(change: Callable, weights: DecoderWeights) -> DecoderWeights:
+    kinds = Matrix, PackedMatrix
+    return jax.tree.map(
+        lambda leaf: change(leaf) if isinstance(leaf, kinds) else leaf, weights, is_leaf=lambda x: isinstance(x, kinds)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from gpt4moe.config.check import require
 from gpt4moe.config.model import ModelConfig
+from gpt4moe.infer import int8_product
 from gpt4moe.infer import pages as paging
 from gpt4moe.infer.decode_weights import (
     AttentionWeights,
@@ -94,15 +95,17 @@ class Decoder:
     ) -> Decoder:
         """Returns the decoder of a model in `dtype` (None: its compute dtype).
 
-        quantize: "int8" or "fp8" for the matrices of experts and attention, by column. product: how one or a
-        few rows are multiplied (`gpt4moe.infer.matrix.PRODUCTS`; None: the fastest on the backend); with another than
-        "dot" the experts of a layer lie in one array. A model of abstract arrays has abstract weights. Raises
-        `CallerError` for a name it does not know.
+        quantize: "int8" or "fp8" for the matrices of experts and attention, by column; int8 is multiplied by this
+        machine's own product where there is one (`gpt4moe.infer.int8_product`). product: how one or a few rows are
+        multiplied (`gpt4moe.infer.matrix.PRODUCTS`; None: the fastest on the backend); with another than "dot" the
+        experts of a layer lie in one array. A model of abstract arrays has abstract weights. Raises `CallerError` for a
+        name it does not know.
         """
         config, as_dtype = model.config, jnp.dtype(dtype or model.config.compute_dtype)
         product = product or FASTEST_PRODUCT.get(jax.default_backend(), "dot")
         require(product in PRODUCTS, "product", product, f"must be in {tuple(PRODUCTS)}")
-        form = Form(as_dtype, quantize, product, stacked=product != "dot")
+        packed = quantize == "int8" and product == "dot" and int8_product.is_available()
+        form = Form(as_dtype, quantize, product, stacked=product != "dot", packed=packed)
         graph, state = nnx.split(model)
 
         def taken(state: nnx.State) -> DecoderWeights:

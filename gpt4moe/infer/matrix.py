@@ -2,7 +2,8 @@
 
 In: float32 parameters. Out: `Matrix`, and `times`, the product of rows with it in float32. Rows are rounded to the
 matrix's dtype; to integers with a scale for every row, so that both operands are integers (W8A8): XLA:CPU multiplies
-integers twice as fast as bfloat16, but would convert a matrix of integers to floats whole before every product.
+integers twice as fast as bfloat16, but would convert a matrix of integers to floats whole before every product. Where
+this machine has a product of its own for them (`int8_product`), a `Matrix` of int8 becomes a `PackedMatrix`.
 What a column of the parameters holds lies side by side here: few rows are multiplied up to twice as fast so.
 """
 
@@ -13,9 +14,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int, Shaped
+from jaxtyping import Float, Float32, Int, Shaped, UInt8
 
 from gpt4moe.config.check import require
+from gpt4moe.infer import int8_product
 from gpt4moe.parallel.island import Axes
 from gpt4moe.types import Array
 
@@ -37,6 +39,16 @@ class Matrix:
     values_JI: Shaped[Array, "*stack J I"]
     scale_J: Float32[Array, "*stack J"] | None = None
     product: str = dataclasses.field(default="dot", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """A `Matrix` of int8 in the panels of `gpt4moe.infer.int8_product`."""
+
+    panels_PQB: UInt8[Array, "P Q 64"]
+    scale_J: Float32[Array, " J"]
+    num_inner: int = dataclasses.field(metadata={"static": True})
 
 
 def make_matrix(
@@ -64,11 +76,29 @@ def joined(matrices: Sequence[Matrix]) -> Matrix:
     return Matrix(values_JI, scale_J, matrices[0].product)
 
 
-def times(x_UI: Float[Array, "U I"], matrix: Matrix, split: Axes = ()) -> Float32[Array, "U J"]:
+def pack(matrix: Matrix) -> Matrix | PackedMatrix:
+    """Returns a matrix of int8 packed, another as it is."""
+    values_JI = matrix.values_JI
+    if values_JI.dtype != jnp.int8 or values_JI.ndim > 2 or values_JI.shape[-1] > int8_product.MOST_SUMMED:
+        return matrix
+    return PackedMatrix(int8_product.packed(values_JI), matrix.scale_J, values_JI.shape[-1])
+
+
+def unpack(matrix: Matrix | PackedMatrix) -> Matrix:
+    """The inverse of `pack`."""
+    if isinstance(matrix, Matrix):
+        return matrix
+    values_JI = int8_product.unpacked(matrix.panels_PQB, len(matrix.scale_J), matrix.num_inner)
+    return Matrix(values_JI, matrix.scale_J)
+
+
+def times(x_UI: Float[Array, "U I"], matrix: Matrix | PackedMatrix, split: Axes = ()) -> Float32[Array, "U J"]:
     """Returns the product of rows with a matrix.
 
     split: mesh axes along which devices hold parts of I; each gets a part of the sum, which nobody has added up.
     """
+    if isinstance(matrix, PackedMatrix):
+        return int8_product.multiply(x_UI, matrix.panels_PQB, matrix.scale_J)
     if matrix.product != "dot" and len(x_UI) <= FEW_ROWS:
         stack = jax.tree.map(lambda leaf: leaf[None], matrix)
         return times_own(x_UI, stack, jnp.zeros(len(x_UI), jnp.int32))

@@ -25,6 +25,7 @@ from gpt4moe.infer.decode_weights import (
     FeedForwardWeights,
     LayerWeights,
     MoeWeights,
+    unpacked,
 )
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.matrix import Matrix
@@ -55,7 +56,7 @@ def cut(decoder: Decoder, config: MeshConfig, devices: Sequence[jax.Device] | No
     superblocks = config.for_generation().chunk_sizes(model.num_moe_layers, num_stages)
     numbers = [superblock * model.moe_every for superblock in superblocks]
     numbers[0] += model.leading_dense_layers
-    parts = _weights_of_stages(decoder.weights, numbers)
+    parts = _weights_of_stages(unpacked(decoder.weights), numbers)
     before = itertools.accumulate(superblocks[:-1], initial=0)
     grids, stages = mesh.devices.reshape([sizes[axis] for axis in SPLITTING]), []
     for grid, weights, experts in zip(grids, parts, before, strict=True):

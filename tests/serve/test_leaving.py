@@ -1,4 +1,4 @@
-"""A caller that goes away, in a stream or before its answer, has left its slot within two steps of the engine; an engine that leaves."""
+"""A caller that goes away, in a stream or before it, has left its slot within two steps; an engine that ends."""
 
 import asyncio
 import concurrent.futures
