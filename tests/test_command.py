@@ -422,6 +422,9 @@ def test_a_model_without_a_tokenizer_is_not_served():
 
 
 def test_settings_of_a_server_that_cannot_be_are_refused_at_once(capsys, tmp_path):
+    for words in (["serve", "--port=0"], ["generate", "--requests=none.jsonl"]):
+        said = refusal_of(capsys, [*words, "--workdir=none", "--mesh=data=2"])
+        assert "data=2 must be 1 where tokens are served" in said
     assert "port=99999 must be at most 65535" in refusal_of(capsys, ["serve", "--workdir=none", "--port=99999"])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

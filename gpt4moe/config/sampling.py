@@ -22,6 +22,8 @@ ENGINE_SETTINGS = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop", "stop_ids"),
     *("ignore_end_of_text", "n", "logprobs", "prompt_logprobs", "json_schema"),
 )
+# The most that may be added to a logit, and what it may be multiplied or divided by: float32 stays finite.
+MOST_ADDED, MOST_TIMES = 10_000, 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,10 @@ class SamplingConfig:
         for name in ("top_p", "repetition_penalty"):
             require_positive(name, getattr(self, name))
         for name in ("presence_penalty", "frequency_penalty"):
-            require_number(name, getattr(self, name))
+            _require_logit(name, getattr(self, name))
+        constraint = f"must be from {1 / MOST_TIMES} to {MOST_TIMES}"
+        fits = 1 / MOST_TIMES <= self.repetition_penalty <= MOST_TIMES
+        require(fits, "repetition_penalty", self.repetition_penalty, constraint)
         for name in ("max_new_tokens", "n"):
             require_count(name, getattr(self, name))
         require_seed("seed", self.seed)
@@ -101,6 +106,11 @@ class SamplingConfig:
             require(is_schema, "json_schema", self.json_schema[:40], "must be a JSON object, or true or false")
 
 
+def _require_logit(setting: str, value: object) -> None:
+    require_number(setting, value)
+    require(abs(value) <= MOST_ADDED, setting, value, f"must be from {-MOST_ADDED} to {MOST_ADDED}")
+
+
 def _stop_texts(values: object) -> tuple[str, ...]:
     """A blank or a line end is a fine place to stop; only the empty text would stop everything."""
     texts = (values,) if isinstance(values, str) else values
@@ -123,5 +133,5 @@ def _biases(values: object) -> tuple[tuple[int, float], ...]:
     require(listed, "logit_bias", values, "must be pairs of token id and bias")
     for token, bias in pairs:
         require_count("a token id of logit_bias", token, least=0)
-        require_number("a bias of logit_bias", bias)
+        _require_logit("logit_bias", bias)
     return tuple((token, float(bias)) for token, bias in sorted(dict(pairs).items()))

@@ -14,7 +14,7 @@ from gpt4moe.config.check import require
 from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.infer import requests
+from gpt4moe.infer import requests, stages
 from gpt4moe.infer.generate import generate
 from gpt4moe.infer.pictures import read_picture
 
@@ -54,6 +54,7 @@ def _serve(
     progress: Callable[[str], None],
 ) -> tuple | None:
     require(not args.image, "--image", args.image, "goes with --prompt", "name images in the lines of --requests")
+    stages.check_axes(mesh)
     trained = load(args.workdir, step=args.step, mesh=mesh)
     engine = EngineConfig(slots=args.slots)
     served = requests.serve_file(trained, args.requests, defaults, engine, mesh=mesh, progress=progress)

@@ -37,6 +37,13 @@ from gpt4moe.types import Array
 SPLITTING = ("stage", EXPERT, TENSOR)
 
 
+def check_axes(config: MeshConfig) -> None:
+    """Raises `CallerError` for axes that tokens are not served over."""
+    for axis, size in config.axes:
+        serves = size == 1 or axis in SPLITTING
+        require(serves, axis, size, "must be 1 where tokens are served", f"use {', '.join(SPLITTING)}")
+
+
 def cut(decoder: Decoder, config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> tuple[Decoder, ...]:
     """Returns the decoders of the stages in order; the one decoder as it is where `config` names no axis.
 
@@ -45,10 +52,9 @@ def cut(decoder: Decoder, config: MeshConfig, devices: Sequence[jax.Device] | No
     """
     if not config.axes:
         return (decoder,)
+    check_axes(config)
     mesh = make_mesh(config, devices)
     sizes = dict(mesh.shape)
-    for axis, size in sizes.items():
-        require(size == 1 or axis in SPLITTING, axis, size, "must be 1 where tokens are served", "use other axes")
     num_stages, model = sizes["stage"], decoder.config
     _check_divides(model, sizes[EXPERT], sizes[TENSOR])
     one = num_stages == 1 or model.vision is None

@@ -36,6 +36,7 @@ def run(
     cannot be, before anything slow where that is known by then.
     """
     config, engine_config = configs(args)
+    stages.check_axes(mesh)
     with server.bind(config) as listening:
         if args.compile_cache:
             keep_programs(args.compile_cache)  # before the first program: JAX takes no other folder later

@@ -52,6 +52,7 @@ class EngineRequest:
         object.__setattr__(self, "prompt_ids", tuple(map(int, self.prompt_ids)))
         require_count("priority", self.priority, least=-(2**31))
         require_count("draw", self.draw, least=0)
+        require(self.draw + self.sampling.n <= 2**31, "draw", self.draw, "plus n must be at most 2**31")
         if self.deadline_seconds is not None:
             require_positive("deadline_seconds", self.deadline_seconds)
         require_text("request_id", self.request_id)

@@ -138,6 +138,11 @@ def test_n_continuations_differ_and_are_those_of_their_draws(engine, prompts):
     assert [one.token_ids for one in made] == alone
 
 
+def test_a_draw_beyond_what_a_key_counts_is_refused(prompts):
+    with pytest.raises(CallerError, match="draw=2147483647 plus n must be at most"):
+        EngineRequest(prompts[0], greedy(n=2), draw=2**31 - 1)
+
+
 def test_stop_texts_and_ids_end_a_continuation(engine, tokenizer, prompts):
     (whole_text,) = engine.submit(EngineRequest(prompts[0], greedy(max_new_tokens=24))).result()
     tokens = whole_text.token_ids
@@ -158,7 +163,7 @@ def test_penalties_and_bias_change_what_is_drawn(engine, prompts):
     (made,) = engine.submit(EngineRequest(prompts[6], greedy(**once, frequency_penalty=400.0))).result()
     assert made.token_ids.count(77) == 3
     prompt = [*prompts[6], 77]
-    (made,) = engine.submit(EngineRequest(prompt, greedy(**once, repetition_penalty=1e9))).result()
+    (made,) = engine.submit(EngineRequest(prompt, greedy(**once, repetition_penalty=1e6))).result()
     assert 77 not in made.token_ids
     (again,) = engine.submit(EngineRequest(prompts[6], greedy())).result()
     assert again.token_ids == plain.token_ids  # the slot has forgotten them

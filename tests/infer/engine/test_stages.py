@@ -131,8 +131,8 @@ def test_each_device_holds_its_part_and_a_stage_no_layer_of_another():
 @pytest.mark.parametrize(
     ("axes", "said"),
     [
-        ({"data": 2}, "data=2 must be 1 where tokens are served; use other axes"),
-        ({"context": 2}, "context=2 must be 1 where tokens are served; use other axes"),
+        ({"data": 2}, "data=2 must be 1 where tokens are served; use stage, expert, tensor"),
+        ({"context": 2}, "context=2 must be 1 where tokens are served; use stage, expert, tensor"),
         ({"tensor": 8}, "tensor=8 must divide the attention heads (4)"),
         ({"expert": 8}, "expert=8 must divide the experts (4)"),
         ({"stage": 4}, "stage=4 needs"),
