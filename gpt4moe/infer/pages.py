@@ -52,11 +52,6 @@ def page_bytes(config: ModelConfig, num_kv_heads: int, page_size: int, dtype: jn
     return 2 * page_size * values * jnp.dtype(dtype).itemsize
 
 
-def copy_page(pages: Pages, source: Int[Array, ""], target: Int[Array, ""]) -> Pages:
-    """Returns `pages` (donate them) with page `target` as a copy of `source`: what a row that shares it writes to."""
-    return jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source]), pages)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Places:

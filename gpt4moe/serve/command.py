@@ -50,6 +50,7 @@ def run(
         engine = Engine(decoders, tokenizer, engine_config)
         progress("compiling what serving needs")
         engine.warm_up(progress)
+        listening.listen()  # who reads the address may call at once
         service = Service(engine, tokenizer, config, template, images)
         _announce(args, service, server.address(listening), step)
         server.serve(service, listening, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
@@ -100,5 +101,8 @@ async def _events(chunks: AsyncIterator[pydantic.BaseModel]) -> AsyncIterator[st
         async for chunk in chunks:
             yield f"data: {chunk.model_dump_json()}\n\n"
     except Exception as error:
-        yield f"data: {json.dumps(api_error(error).body())}\n\n"
+        told = api_error(error)
+        if told.status >= 500:
+            logging.getLogger(__name__).exception("a stream failed")
+        yield f"data: {json.dumps(told.body())}\n\n"
     yield EVENTS_END

@@ -23,8 +23,12 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI side; raises `ApiError` for whom it does not let in."""
 
+        begun = False
+
         async def counting(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 self._traffic.count(scope["path"], message["status"])
             await send(message)
 
@@ -37,6 +41,10 @@ class Gate:
         service.active += 1
         try:
             await self._app(scope, receive, counting)
+        except Exception:
+            if not begun:  # the outermost layer answers it
+                self._traffic.count(scope["path"], 500)
+            raise
         finally:
             service.active -= 1
 

@@ -58,10 +58,10 @@ class Batches:
         inputs = self._blank(shape, slots)
         for place, row in placed:
             number = num_proposed.get(row, 0)
-            self._fill(inputs, place, row, 1)
+            self._fill(inputs, place, row, 1, ahead=number)
             inputs.valid_BT[place, 1 : 1 + number] = True
             inputs.num_proposed_B[place] = number
-            known = proposed.get(row, [])
+            known = proposed.get(row, [])[:number]  # of those that are known, there may be no page for all
             inputs.tokens_BT[place, 1 : 1 + len(known)] = known
         return inputs
 
@@ -70,7 +70,8 @@ class Batches:
         blank = blank_inputs(self._config, self._model, shape, settings)
         return dataclasses.replace(blank, slot_B=slot_B)
 
-    def _fill(self, inputs: StepInputs, place: int, row: Row, length: int) -> None:
+    def _fill(self, inputs: StepInputs, place: int, row: Row, length: int, ahead: int = 0) -> None:
+        """The next tokens of a row; `ahead` are proposed to come after them."""
         start, stop = row.num_read, row.num_read + length
         inputs.tokens_BT[place, :length] = row.ids[start:stop]
         inputs.positions_BT[place] = np.arange(start, start + inputs.positions_BT.shape[1])
@@ -87,7 +88,7 @@ class Batches:
         if row.constraint is not None and inputs.drawing_B[place]:
             inputs.settings.constrained_B[place] = True
             inputs.allowed_BW[place] = row.constraint.mask_W()
-        replayed = row.replayed(start, stop)
+        replayed = row.replayed(start, stop + ahead)
         if replayed is not None:
             inputs.replay_ids_BTLK[place, : len(replayed)] = replayed
 

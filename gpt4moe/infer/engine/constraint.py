@@ -16,6 +16,8 @@ from gpt4moe.config.check import CallerError, require
 from gpt4moe.infer.codec import Codec
 from gpt4moe.infer.engine.draws import MASK_BITS
 
+KEPT_SCHEMAS = 64
+
 
 class Constraint:
     """Where one continuation stands in its grammar."""
@@ -35,7 +37,13 @@ class Constraint:
 
     def accept(self, token: int) -> str | None:
         """Goes on by the token that was drawn; returns what is wrong where it cannot, as in a schema too large."""
-        self._matcher.consume_token(token)
+        if not self._matcher.is_error():  # by the mask: the library then allows end-of-text alone
+            self._matcher.consume_token(token)
+        return self.problem
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps the library from going on."""
         return f"json_schema: {self._matcher.get_error()}" if self._matcher.is_error() else None
 
     def copy(self) -> Constraint:
@@ -48,18 +56,26 @@ class Constraints:
 
     def __init__(self, tokenizer: Codec, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._begun = functools.lru_cache(maxsize=KEPT_SCHEMAS)(self._begin)
 
     def of(self, schema: str) -> Constraint:
         """A constraint at its beginning; `CallerError` for a schema that cannot be followed."""
+        return self._begun(schema).copy()
+
+    def _begin(self, schema: str) -> Constraint:
         matcher = _library().LLMatcher
         try:
             grammar = matcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
             problem = matcher.validate_grammar(grammar, self._guide)
         except ValueError as error:
             problem = str(error)
+        if not problem.strip():
+            begun = Constraint(matcher(self._guide, grammar, log_level=0), -(-self._vocab_size // MASK_BITS))
+            begun.mask_W()
+            problem = begun.problem or ""
         first = problem.strip().splitlines()[0] if problem.strip() else ""
         require(not first, "json_schema", schema[:40], f"cannot be followed: {first}")
-        return Constraint(matcher(self._guide, grammar, log_level=0), -(-self._vocab_size // MASK_BITS))
+        return begun
 
     @functools.cached_property
     def _guide(self) -> Any:

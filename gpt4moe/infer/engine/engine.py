@@ -8,6 +8,7 @@ slot to the next one that waits.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from gpt4moe.infer.codec import Codec
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine import admission
 from gpt4moe.infer.engine.batch import Batches, new_tokens, record_prompts
-from gpt4moe.infer.engine.constraint import Constraints
+from gpt4moe.infer.engine.constraint import Constraint, Constraints
 from gpt4moe.infer.engine.draws import is_remembered, row_memory
 from gpt4moe.infer.engine.handle import RequestHandle
 from gpt4moe.infer.engine.inputs import StepInputs, StepShape, chunk_tokens, smallest
@@ -96,17 +97,12 @@ class Engine:
         Raises `CallerError` for one that cannot be served, `QueueFull` where too many wait, `EngineClosed` after
         `drain` or `close`.
         """
-        max_new = self.check(request)
-        schema = request.sampling.json_schema
-        constraint = None if schema is None else self._constraints.of(schema)
         with self._lock:
-            if not self._accepting:
-                raise EngineClosed("the engine takes no more requests" + (f": {self.fault}" if self.fault else ""))
-            waiting = len(self._schedule.waiting) + len(self._incoming)
-            free = self.config.slots - len(self._schedule.running)
-            if waiting + request.sampling.n > self.config.max_queue + max(free, 0):
-                self._record.counts["rejected"] += 1
-                raise QueueFull(waiting, self._retry_after(waiting))
+            self._refuse_beyond(request.sampling.n)  # before the work of checking it
+        max_new = self.check(request)
+        constraint = self._constraint(request)
+        with self._lock:
+            self._refuse_beyond(request.sampling.n)
             arrival = next(self._arrivals)
             handle = RequestHandle(request, request.request_id or f"request-{arrival}", self._advance)
             now = self._clock()
@@ -120,7 +116,22 @@ class Engine:
     def check(self, request: EngineRequest) -> int:
         """The most tokens that a continuation of this request may get; `CallerError` where it cannot be served."""
         sizes = self.decoder.config, self.config, self.max_length
+        self._constraint(request)
         return admission.check(request, *sizes, self.tokenizer.image)
+
+    def _constraint(self, request: EngineRequest) -> Constraint | None:
+        schema = request.sampling.json_schema
+        return None if schema is None else self._constraints.of(schema)
+
+    def _refuse_beyond(self, rows: int) -> None:
+        """Raises where there is no room for so many rows more."""
+        if not self._accepting:
+            raise EngineClosed("the engine takes no more requests" + (f": {self.fault}" if self.fault else ""))
+        waiting = len(self._schedule.waiting) + len(self._incoming)
+        free = self.config.slots - len(self._schedule.running)
+        if waiting + rows > self.config.max_queue + max(free, 0):
+            self._record.counts["rejected"] += 1
+            raise QueueFull(waiting, self._retry_after(waiting))
 
     def step(self) -> bool:
         """One iteration: rows that have ended or been cancelled leave, others enter, all that run gain a token.
@@ -138,6 +149,7 @@ class Engine:
             try:
                 self._work(admitted)
             except Exception as error:  # whatever the device or its runtime raises
+                logging.getLogger(__name__).exception("a step failed")
                 self._fail(one_line(error))
             return True
 
@@ -244,8 +256,10 @@ class Engine:
 
     def _work(self, admitted: Sequence[Row]) -> None:
         for row in admitted:
-            with self._lock:
-                self._record.queue_wait.add(self._clock() - row.submitted_at)
+            if not row.has_run:
+                row.has_run = True
+                with self._lock:
+                    self._record.queue_wait.add(self._clock() - row.submitted_at)
             self._batches.enter(row)
             if is_remembered(row.sampling):
                 given = row.request.prompt_ids, row.ids[row.num_prompt :], self.decoder.config.vocab_size

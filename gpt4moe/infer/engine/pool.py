@@ -82,14 +82,6 @@ class PagePool:
             elif self._users[page] == 0:
                 self._cached[page] = None
 
-    def clear(self) -> None:
-        """Forgets every name, as new weights must; pages in use stay with their users."""
-        for page in list(self._cached):
-            del self._cached[page]
-            self._empty.append(page)
-        for page in list(self._page_of.values()):
-            self._forget(page)
-
     def _forget(self, page: int) -> None:
         del self._page_of[self._name_of[page]]
         self._name_of[page] = None

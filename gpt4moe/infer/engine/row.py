@@ -55,6 +55,7 @@ class Row:
         self._most_cached = self.num_prompt
         self.slot: int | None = None
         self.finish_reason: str | None = None
+        self.has_run = False
         self.submitted_at = self.last_token_at = now
         self.lookup, self.constraint = Lookup(), constraint
         self.prompt = _PromptRecord(self.request) if index == 0 else None
@@ -118,11 +119,11 @@ class Row:
         self.ids.append(token.id)
         self.last_token_at = now
         self._pending.append(token)
+        if self.constraint is not None and (problem := self.constraint.accept(token.id)):
+            return self._chunk(self._text.finish(), "error", problem)
         if token.id in self._ends:  # and is not part of the text
             return self._chunk(self._text.finish(), "stop")
         text = self._text.push([token.id])
-        if self.constraint is not None and (problem := self.constraint.accept(token.id)):
-            return self._chunk(text + self._text.finish(), "error", problem)
         if self._text.ended or (self.constraint is not None and self.constraint.ended):
             return self._chunk(text + self._text.finish(), "stop")
         if self.num_new >= self.max_new:

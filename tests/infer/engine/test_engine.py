@@ -183,16 +183,17 @@ def test_a_json_schema_is_followed_by_greedy_and_by_wild_rows_beside_free_ones(e
             value = json.loads(made.text)
             assert set(value) == {"n", "words"} and 0 <= value["n"] <= 99 and set(value["words"]) <= {"ab", "c"}
     assert free.result()[0].token_ids == engine.submit(EngineRequest(prompts[0], greedy())).result()[0].token_ids
-    bad = SamplingConfig(json_schema='{"type": "foo"}')
-    with pytest.raises(CallerError, match=r"json_schema='.*' cannot be followed: Invalid type: foo"):
-        engine.submit(EngineRequest(prompts[0], bad))
+    for bad, said in (('{"type": "foo"}', "Invalid type: foo"), ('{"$ref": "#"}', "grammar")):  # of itself alone
+        with pytest.raises(CallerError, match=rf"(?i)json_schema='.*' cannot be followed: .*{said}"):
+            engine.submit(EngineRequest(prompts[0], SamplingConfig(json_schema=bad)))
 
 
 def test_rows_that_give_way_for_want_of_pages_go_on_where_they_were(engine, whole, prompts):
     before = engine.metrics()
     sampling, rows = greedy(max_new_tokens=90, ignore_end_of_text=True), (0, 5, 6, 7)
     made = [handle.result()[0] for handle in [engine.submit(EngineRequest(prompts[row], sampling)) for row in rows]]
-    assert engine.metrics().preemptions > before.preemptions
+    after = engine.metrics()
+    assert after.preemptions > before.preemptions and after.queue_wait.count == before.queue_wait.count + len(rows)
     assert [list(one.token_ids) for one in made] == [whole.greedy(prompts[row], 90, None) for row in rows]
     assert is_idle(engine)
 

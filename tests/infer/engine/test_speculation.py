@@ -14,7 +14,7 @@ from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.request import EngineRequest
 
-from .models import FullPass, make_model
+from .models import CHOICES, EXPERTS, LAYERS, FullPass, make_model
 
 CONTEXT, TOKENS = 128, 4
 CONFIG = EngineConfig(slots=3, page_size=8, num_pages=48, prefill_chunk=32, deterministic=True, draft_tokens=TOKENS)
@@ -70,6 +70,35 @@ def test_greedy_tokens_are_those_drawn_one_by_one_and_the_same_in_any_company(en
         assert engine.submit(requests[index]).result()[0].token_ids == alone[index].token_ids
         assert all(handle.result()[0].finish_reason == "length" for handle in others)
     assert engine.metrics().pages_used == 0
+
+
+@pytest.fixture(scope="module")
+def short(model):
+    """An engine that looks proposals up and has fewer pages than its rows would fill; it forces experts."""
+    config = dataclasses.replace(CONFIG, num_pages=16, deterministic=False, replay=True)
+    return Engine(Decoder.of(model), byte_tokenizer(), config)
+
+
+def test_rows_short_of_pages_are_proposed_fewer_tokens_and_none_is_lost(short, model):
+    whole = FullPass(model)
+    asked = SamplingConfig(temperature=0.0, max_new_tokens=40, ignore_end_of_text=True)
+    for _ in range(2):
+        made = [handle.result()[0] for handle in [short.submit(EngineRequest(ids, asked)) for ids in PROMPTS]]
+        assert [one.error for one in made] == [None] * len(PROMPTS)
+        assert [list(one.token_ids) for one in made] == [whole.greedy(ids, 40, None) for ids in PROMPTS]
+    metrics = short.metrics()
+    assert metrics.preemptions > 0 and metrics.accepted_tokens > 0 and metrics.pages_used == 0
+
+
+def test_experts_are_forced_on_proposals_too(short):
+    ids = PROMPTS[0]
+    asked = SamplingConfig(temperature=0.0, max_new_tokens=40, ignore_end_of_text=True)
+    draw = np.random.default_rng(0).permuted(np.tile(np.arange(EXPERTS), (64, LAYERS, 1)), axis=-1)[..., :CHOICES]
+    before = short.metrics().accepted_tokens
+    (made,) = short.submit(EngineRequest(ids, asked, replay_ids_TLK=draw, with_expert_ids=True)).result()
+    taken = np.concatenate([made.prompt.expert_ids_TLK, made.expert_ids_TLK[1:]])
+    assert len(taken) == len(ids) + 39 and short.metrics().accepted_tokens > before
+    assert (np.sort(taken) == np.sort(draw[: len(taken)])).all()
 
 
 def test_what_counts_tokens_is_drawn_one_by_one(engine):
