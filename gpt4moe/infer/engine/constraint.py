@@ -72,7 +72,7 @@ class Constraints:
         if not problem.strip():
             begun = Constraint(matcher(self._guide, grammar, log_level=0), -(-self._vocab_size // MASK_BITS))
             begun.mask_W()
-            problem = begun.problem or ""
+            problem = f"nothing can begin as it says: {begun.problem}" if begun.problem else ""
         first = problem.strip().splitlines()[0] if problem.strip() else ""
         require(not first, "json_schema", schema[:40], f"cannot be followed: {first}")
         return begun
