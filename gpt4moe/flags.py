@@ -139,8 +139,6 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     lines = 'serve a file of lines such as {"prompt": "def f(", "temperature": 0}, a line of JSON out for each'
     what.add_argument("--requests", type=_folder, metavar="FILE", help=lines)
     parser.add_argument("--output", type=_folder, metavar="FILE", help="where the lines go (default: standard output)")
-    slots = "continuations of --requests that are decoded at once (default: %(default)s)"
-    parser.add_argument("--slots", type=_positive, default=EngineConfig().slots, metavar="N", help=slots)
     image = "image that the prompt shows, where it says <image> or before it; may be repeated"
     parser.add_argument("--image", action="append", default=[], type=_folder, metavar="FILE", help=image)
     parser.add_argument(
@@ -150,12 +148,15 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=defaults.top_p, help="keep this much probability (nucleus)")
     parser.add_argument("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="same seed, same text (default: %(default)s)")
+    _decode_flags(parser.add_argument_group("engine, for --requests"))
 
 
 def _serve_flags(parser: argparse.ArgumentParser) -> None:
     _trained_flags(parser)
     _listen_flags(parser.add_argument_group("server"))
-    _engine_flags(parser.add_argument_group("engine"))
+    engine = parser.add_argument_group("engine")
+    _decode_flags(engine)
+    _queue_flags(engine)
 
 
 def _listen_flags(group: argparse._ArgumentGroup) -> None:
@@ -181,12 +182,11 @@ def _listen_flags(group: argparse._ArgumentGroup) -> None:
     add("drain_seconds", "time that running requests have to end after SIGTERM", float, "S")
 
 
-def _engine_flags(group: argparse._ArgumentGroup) -> None:
+def _decode_flags(group: argparse._ArgumentGroup) -> None:
     """Named as the fields of `EngineConfig`."""
     defaults = EngineConfig()
     for name, what in (
         ("slots", f"continuations that are decoded at once (default: {defaults.slots})"),
-        ("max_queue", f"requests that may wait; one more gets 429 (default: {defaults.max_queue})"),
         ("max_length", "tokens of prompt and continuation together (default: the model's context)"),
         ("prefill_chunk", f"tokens of a prompt that are read between two steps (default: {defaults.prefill_chunk})"),
         ("cache_bytes", "memory for keys and values (default: enough for every slot at max_length)"),
@@ -194,11 +194,18 @@ def _engine_flags(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--{name}", type=_positive, metavar="N", help=what)
     drafts = "propose so many tokens a step, found in the row's own text, and judge them in one pass (default: none)"
     group.add_argument("--draft_tokens", type=_not_negative, metavar="N", help=drafts)
-    kept = "keep compiled programs here, where the next start finds them"
-    group.add_argument("--compile_cache", type=_folder, metavar="FOLDER", help=kept)
+    smaller = "the run of a smaller model with the same tokenizer that proposes them instead, 4 where it is not said"
+    group.add_argument("--draft_workdir", type=_folder, metavar="DIR", help=smaller)
     same = "float32 in one shape: a request gives the same text whatever else is served; slower"
     group.add_argument("--deterministic", action="store_true", help=same)
-    group.add_argument("--quantize", choices=("int8", "fp8"), help="weights of experts and attention in 8 bits")
+    group.add_argument("--quantize", choices=QUANTIZED, help="weights of experts and attention in 8 bits")
+
+
+def _queue_flags(group: argparse._ArgumentGroup) -> None:
+    waiting = f"requests that may wait; one more gets 429 (default: {EngineConfig().max_queue})"
+    group.add_argument("--max_queue", type=_positive, metavar="N", help=waiting)
+    kept = "keep compiled programs here, where the next start finds them"
+    group.add_argument("--compile_cache", type=_folder, metavar="FOLDER", help=kept)
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:

@@ -206,7 +206,7 @@ def _serve(args: argparse.Namespace) -> int:
     from gpt4moe.serve import command as serving
 
     mesh = _mesh(args)
-    return serving.run(args, mesh, lambda: load(args.workdir, step=args.step, mesh=mesh), _progress)
+    return serving.run(args, mesh, functools.partial(load, mesh=mesh), _progress)
 
 
 def _mesh(args: argparse.Namespace) -> MeshConfig:

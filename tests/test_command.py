@@ -166,6 +166,13 @@ def test_generate_serves_a_file_of_requests(workdir, tmp_path, capsys):
     assert main([*command, f"--output={output}", "--mesh=stage=2,expert=2,tensor=2"]) == 0
     of_mesh = [json.loads(line) for line in output.read_text().splitlines()]
     assert [one["continuations"][0]["text"] for one in of_mesh] == [one["continuations"][0]["text"] for one in made]
+    assert main([*command, f"--output={output}", f"--draft_workdir={workdir}", "--deterministic"]) == 0
+    assert [json.loads(line)["continuations"][0]["text"] for line in output.read_text().splitlines()] == [
+        one["continuations"][0]["text"] for one in made
+    ]
+    capsys.readouterr()
+    assert main([*command, "--quantize=int8", "--draft_tokens=2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
     requests.write_text('{"prompt": "a"}\n{"prompt": "a", "top_q": 1}\n')
     capsys.readouterr()
     assert f"{requests}:2: has no key 'top_q'; there are " in refusal_of(capsys, command)
@@ -412,19 +419,27 @@ def test_flags_of_a_server_are_its_settings_and_those_of_its_engine():
     served, engine = serve_command.configs(flags.parse(words))
     assert (served.model_name, served.port, served.max_choices) == ("one", 0, 5)
     assert (engine.slots, engine.draft_tokens, engine.max_queue) == (3, 2, EngineConfig().max_queue)
+    _, engine = serve_command.configs(flags.parse([*words[:4], "--draft_workdir=runs/small"]))
+    assert engine.draft_tokens == 4
 
 
 def test_a_model_without_a_tokenizer_is_not_served():
     args = flags.parse(["serve", "--workdir=none", "--port=0"])
     imported = Trained(model=None, tokenizer=None, config=None, step=0, workdir="none")
     with pytest.raises(CallerError, match="tokenizer=None is missing"):
-        serve_command.run(args, MeshConfig(), lambda: imported, progress=print)
+        serve_command.run(args, MeshConfig(), lambda workdir, step: imported, progress=print)
 
 
 def test_settings_of_a_server_that_cannot_be_are_refused_at_once(capsys, tmp_path):
-    for words in (["serve", "--port=0"], ["generate", "--requests=none.jsonl"]):
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"prompt": "a"}')
+    for words in (["serve", "--port=0"], ["generate", f"--requests={requests}"]):
         said = refusal_of(capsys, [*words, "--workdir=none", "--mesh=data=2"])
         assert "data=2 must be 1 where tokens are served" in said
+        said = refusal_of(capsys, [*words, "--workdir=none", "--mesh=tensor=2", "--draft_workdir=none"])
+        assert "--draft_workdir='none' does not go with --mesh" in said
+    for flag in ("--quantize=int8", "--slots=4", "--draft_workdir=none"):
+        assert f"{flag.partition('=')[0]}=" in refusal_of(capsys, ["generate", "--workdir=none", "--prompt=a", flag])
     assert "port=99999 must be at most 65535" in refusal_of(capsys, ["serve", "--workdir=none", "--port=99999"])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

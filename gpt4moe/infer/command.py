@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,10 @@ from gpt4moe.config.check import require
 from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.infer import requests, stages
+from gpt4moe.infer import requests, served
 from gpt4moe.infer.generate import generate
 from gpt4moe.infer.pictures import read_picture
+from gpt4moe.infer.served import given
 
 FLAGS = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
 
@@ -33,7 +35,9 @@ def answer(
 
 
 def _continue(args: argparse.Namespace, sampling: SamplingConfig, mesh: MeshConfig, load: Callable) -> tuple:
-    require(not args.output, "--output", args.output, "goes with --requests")
+    engine = given(args, EngineConfig) | {name: getattr(args, name) for name in ("quantize", "draft_workdir")}
+    for name, value in {"output": args.output, **engine}.items():
+        require(not value, f"--{name}", value, "goes with --requests")
     trained = load(args.workdir, step=args.step, mesh=mesh)
     prompts, pictures = args.prompt or [""], ()
     if args.image:
@@ -54,11 +58,10 @@ def _serve(
     progress: Callable[[str], None],
 ) -> tuple | None:
     require(not args.image, "--image", args.image, "goes with --prompt", "name images in the lines of --requests")
-    stages.check_axes(mesh)
-    trained = load(args.workdir, step=args.step, mesh=mesh)
-    engine = EngineConfig(slots=args.slots)
-    served = requests.serve_file(trained, args.requests, defaults, engine, mesh=mesh, progress=progress)
+    asked = requests.read_requests(args.requests, defaults)
+    ready = served.serve(functools.partial(load, mesh=mesh), args, served.engine_config(args), mesh)
+    made = requests.run_requests(ready.engine, asked, ready.images, progress)
     if args.json:
-        return {"step": trained.step, "requests": list(served)}, str
-    requests.write_lines(served, args.output)
+        return {"step": ready.step, "requests": list(made)}, str
+    requests.write_lines(made, args.output)
     return None

@@ -19,17 +19,12 @@ from typing import Any
 
 from gpt4moe.config.check import CallerError, near, require
 from gpt4moe.config.data import ImageConfig
-from gpt4moe.config.engine import EngineConfig
-from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.sampling import SamplingConfig
-from gpt4moe.infer import stages
-from gpt4moe.infer.codec import prompt_ids, required
-from gpt4moe.infer.decoder import Decoder
+from gpt4moe.infer.codec import prompt_ids
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.engine.handle import RequestHandle
 from gpt4moe.infer.engine.request import Continuation, EngineRequest, QueueFull
 from gpt4moe.infer.pictures import Picture, read_picture
-from gpt4moe.infer.trained import Trained
 
 FIELDS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 KEYS = ("prompt", "id", "images", "priority", *FIELDS)
@@ -58,26 +53,6 @@ def read_requests(path: str, defaults: SamplingConfig) -> list[FileRequest]:
             requests.append(_request(f"{path}:{number}", line, defaults))
     require(bool(requests), "--requests", path, "holds no request", 'write lines such as {"prompt": "..."}')
     return requests
-
-
-def serve_file(
-    trained: Trained,
-    path: str,
-    defaults: SamplingConfig,
-    config: EngineConfig,
-    *,
-    mesh: MeshConfig | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Iterator[dict]:
-    """What a trained model writes for each request of a file; the file is read, and refused, before this returns.
-
-    mesh: the devices that decode (None: one).
-    """
-    requests = read_requests(path, defaults)
-    tokenizer = required(trained.tokenizer)
-    decoders = stages.cut(Decoder.of(trained.model), mesh or MeshConfig())
-    engine = Engine(decoders, tokenizer, config)
-    return run_requests(engine, requests, trained.config.data.images, progress)
 
 
 def run_requests(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -13,11 +12,9 @@ from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.serve import ServeConfig
 from gpt4moe.data.tokenizer import Tokenizer
-from gpt4moe.infer import stages
-from gpt4moe.infer.codec import required
-from gpt4moe.infer.decoder import Decoder
-from gpt4moe.infer.engine.engine import Engine
+from gpt4moe.infer import served, stages
 from gpt4moe.infer.engine.programs import keep_programs
+from gpt4moe.infer.served import engine_config, given
 from gpt4moe.infer.trained import Trained
 from gpt4moe.serve import server
 from gpt4moe.serve.chat_template import find_template
@@ -28,31 +25,27 @@ KEY_VARIABLE = "GPT4MOE_API_KEY"
 
 
 def run(
-    args: argparse.Namespace, mesh: MeshConfig, load: Callable[[], Trained], progress: Callable[[str], None]
+    args: argparse.Namespace, mesh: MeshConfig, load: Callable[..., Trained], progress: Callable[[str], None]
 ) -> int:
     """Serves until it is told to end, and returns the exit code; says on standard output where, once it does.
 
-    mesh: the devices that `load` lays the model over, and this the decoder. Raises `CallerError` for settings that
-    cannot be, before anything slow where that is known by then.
+    load: the trained model of a work directory, laid over `mesh`, as this lays the decoder. Raises `CallerError` for
+    settings that cannot be, before anything slow where that is known by then.
     """
-    config, engine_config = configs(args)
-    stages.check_axes(mesh)
+    config, of_engine = configs(args)
+    stages.check_axes(mesh)  # before the address is taken
     with server.bind(config) as listening:
         if args.compile_cache:
             keep_programs(args.compile_cache)  # before the first program: JAX takes no other folder later
-        trained = load()
-        tokenizer, images, step = required(trained.tokenizer), trained.config.data.images, trained.step
+        ready = served.serve(load, args, of_engine, mesh)
+        engine, tokenizer = ready.engine, ready.tokenizer
         names = [_name_of(tokenizer, token) for token in (tokenizer.begin_of_text, tokenizer.end_of_text)]
         template = find_template(args.workdir, config.chat_template, *names)
-        dtype = "float32" if args.deterministic else None
-        decoders = stages.cut(Decoder.of(trained.model, dtype=dtype, quantize=args.quantize), mesh)
-        del trained  # parameters in float32, which nobody reads any more: pages need the room
-        engine = Engine(decoders, tokenizer, engine_config)
         progress("compiling what serving needs")
         engine.warm_up(progress)
         listening.listen()  # who reads the address may call at once
-        service = Service(engine, tokenizer, config, template, images)
-        _announce(args, service, server.address(listening), step)
+        service = Service(engine, tokenizer, config, template, ready.images)
+        _announce(args, service, server.address(listening), ready.step)
         server.serve(service, listening, progress)
     if engine.fault is not None:
         progress(f"the engine has stopped: {engine.fault}")
@@ -62,14 +55,9 @@ def run(
 
 def configs(args: argparse.Namespace) -> tuple[ServeConfig, EngineConfig]:
     """What is served, and the engine, each from the flags that bear the names of its fields."""
-
-    def given(kind: type) -> dict:
-        names = [field.name for field in dataclasses.fields(kind)]
-        return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-
     folder = os.path.basename(os.path.normpath(args.workdir))
     defaults = {"model_name": folder or ServeConfig.model_name, "api_key": os.environ.get(KEY_VARIABLE)}
-    return ServeConfig(**defaults | given(ServeConfig)), EngineConfig(**given(EngineConfig))
+    return ServeConfig(**defaults | given(args, ServeConfig)), engine_config(args)
 
 
 def _announce(args: argparse.Namespace, service: Service, url: str, step: int) -> None:

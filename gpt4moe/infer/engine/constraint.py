@@ -44,7 +44,7 @@ class Constraint:
     @property
     def problem(self) -> str | None:
         """What keeps the library from going on."""
-        return f"json_schema: {self._matcher.get_error()}" if self._matcher.is_error() else None
+        return f"json_schema: {self._matcher.get_error().splitlines()[0]}" if self._matcher.is_error() else None
 
     def copy(self) -> Constraint:
         """Another continuation that stands at the same place."""

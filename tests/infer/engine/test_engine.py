@@ -183,7 +183,10 @@ def test_a_json_schema_is_followed_by_greedy_and_by_wild_rows_beside_free_ones(e
             value = json.loads(made.text)
             assert set(value) == {"n", "words"} and 0 <= value["n"] <= 99 and set(value["words"]) <= {"ab", "c"}
     assert free.result()[0].token_ids == engine.submit(EngineRequest(prompts[0], greedy())).result()[0].token_ids
-    for bad, said in (('{"type": "foo"}', "Invalid type: foo"), ('{"$ref": "#"}', "nothing can begin")):  # of itself alone
+    for bad, said in (
+        ('{"type": "foo"}', "Invalid type: foo"),
+        ('{"$ref": "#"}', "nothing can begin"),
+    ):  # of itself alone
         with pytest.raises(CallerError, match=rf"(?i)json_schema='.*' cannot be followed: .*{said}"):
             engine.submit(EngineRequest(prompts[0], SamplingConfig(json_schema=bad)))
 
