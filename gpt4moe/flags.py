@@ -38,7 +38,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _parser()
     words = [word for word in argv if not word.startswith("--gin.")]
-    args = parser.parse_args(flags_plan.with_default_word(words))
+    args, unknown = parser.parse_known_args(flags_plan.with_default_word(words))
+    if unknown:
+        command = f"gpt4moe {args.command}"
+        parser.exit(CALLER_MISTAKE, f"{command}: has no {' '.join(unknown)}; see {command} --help\n")
     args.overrides = [word.removeprefix("--gin.") for word in argv if word.startswith("--gin.")]
     if args.overrides and not hasattr(args, "gin_file"):
         parser.error(f"--gin.{args.overrides[0]}: {args.command} takes its configuration from --workdir")

@@ -438,6 +438,8 @@ def test_settings_of_a_server_that_cannot_be_are_refused_at_once(capsys, tmp_pat
         assert "data=2 must be 1 where tokens are served" in said
         said = refusal_of(capsys, [*words, "--workdir=none", "--mesh=tensor=2", "--draft_workdir=none"])
         assert "--draft_workdir='none' does not go with --mesh" in said
+    said = refusal_of(capsys, [*words, "--workdir=none", f"--output={tmp_path}/none/out.jsonl"])
+    assert f"lies in {tmp_path}/none, which is no folder" in said
     for flag in ("--quantize=int8", "--slots=4", "--draft_workdir=none"):
         assert f"{flag.partition('=')[0]}=" in refusal_of(capsys, ["generate", "--workdir=none", "--prompt=a", flag])
     assert "port=99999 must be at most 65535" in refusal_of(capsys, ["serve", "--workdir=none", "--port=99999"])

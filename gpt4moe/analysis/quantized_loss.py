@@ -81,7 +81,7 @@ def quantized_losses(
 def format_losses(losses: dict[str, QuantizedLoss]) -> str:
     """A line a source, for reading."""
     return "\n".join(
-        f"{source}: {loss.loss:.4f} nats in {loss.quantize}, {loss.difference:+.4f} by quantising"
+        f"{source}: {loss.loss:.4f} nats in {loss.quantize}, {round(loss.difference, 4) + 0.0:+.4f} by quantising"
         for source, loss in losses.items()
     )
 

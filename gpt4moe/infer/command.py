@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,8 @@ def _serve(
     progress: Callable[[str], None],
 ) -> tuple | None:
     require(not args.image, "--image", args.image, "goes with --prompt", "name images in the lines of --requests")
+    folder = pathlib.Path(args.output or "").parent
+    require(folder.is_dir(), "--output", args.output, f"lies in {folder}, which is no folder", "make it first")
     asked = requests.read_requests(args.requests, defaults)
     ready = served.serve(functools.partial(load, mesh=mesh), args, served.engine_config(args), mesh)
     made = requests.run_requests(ready.engine, asked, ready.images, progress)

@@ -23,20 +23,20 @@ class Picture:
     valid: np.ndarray
 
 
-def read_picture(path: str, config: ImageConfig | None) -> Picture:
+def read_picture(path: str, config: ImageConfig | None, setting: str = "--image") -> Picture:
     """The image in a file; `CallerError` where it is missing, broken or larger than `config.max_pixels`.
 
-    config: how the run's images were fitted, None of a run without any.
+    config: how the run's images were fitted, None of a run without any. setting: where the file was named.
     """
     mend = "give the workdir of a run that had some"
-    require(config is not None, "--image", path, "but the run was trained without images (DataConfig.images)", mend)
+    require(config is not None, setting, path, "but the run was trained without images (DataConfig.images)", mend)
     file = pathlib.Path(path)
-    require(file.is_file(), "--image", path, "is not a file")
+    require(file.is_file(), setting, path, "is not a file")
     data = file.read_bytes()
     problem = image_problem(data, config.max_pixels)
     if problem:
         mend = "" if problem.endswith(SCALE_DOWN) else "; give a PNG, JPEG, WebP, GIF or BMP that opens"
-        raise CallerError(f"--image={path!r} {problem}{mend}")
+        raise CallerError(f"{setting}={path!r} {problem}{mend}")
     return fitted_picture(data, config)
 
 

@@ -127,7 +127,7 @@ def _token(key: str) -> int | str:
 
 def _checked(engine: Engine, request: FileRequest, images: ImageConfig | None, draw: int) -> EngineRequest:
     try:
-        pictures: list[Picture] = [read_picture(path, images) for path in request.images]
+        pictures: list[Picture] = [read_picture(path, images, "images") for path in request.images]
         ids = prompt_ids(engine.tokenizer, request.prompt, len(pictures))
         asked = EngineRequest(ids, request.sampling, pictures, priority=request.priority, draw=draw)
         engine.check(asked)

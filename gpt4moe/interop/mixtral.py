@@ -21,6 +21,7 @@ from gpt4moe.interop.tensor_files import StoredTensor, listed, read_tensor
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 LAYER = "model.layers.{}."
 RELEASED, NEWER = "block_sparse_moe", "mlp"
+MOST_MISSING = 100  # times the tensors that are there
 Turn = Callable[[np.ndarray], np.ndarray]
 Index = tuple[int, ...]
 
@@ -53,6 +54,14 @@ def naming_of(tensors: Mapping[str, StoredTensor]) -> Naming:
     """Returns the naming that these tensors follow."""
     block = NEWER if any(f".{NEWER}." in name for name in tensors) else RELEASED
     return Naming(block, any(name.endswith(".experts.gate_up_proj") for name in tensors))
+
+
+def require_enough(config: ModelConfig, naming: Naming, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises `CallerError` where config.json speaks of more layers and experts than anybody would list as missing."""
+    layers, experts = config.num_layers, config.moe.num_experts
+    fewest = layers if naming.fused else layers * experts
+    constraint = f"are too few for num_hidden_layers={layers} of num_local_experts={experts} in config.json"
+    require(fewest <= MOST_MISSING * len(tensors), "tensors", len(tensors), constraint)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

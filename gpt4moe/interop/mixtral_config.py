@@ -54,6 +54,7 @@ def macros(foreign: Mapping[str, Any]) -> dict[str, str]:
         require(value in allowed, f"config.json: {key}", value, f"must be {allowed[0]!r}", mend)
     for key in SIZES:
         require_count(f"config.json: {key}", foreign.get(key))
+    _check_end(foreign.get("eos_token_id"), foreign["vocab_size"])
     context, experts, chosen = _counts(foreign)
     kv_heads = foreign.get("num_key_value_heads", NUM_KV_HEADS)
     length = min(context, LONGEST_ROW)
@@ -71,6 +72,16 @@ def macros(foreign: Mapping[str, Any]) -> dict[str, str]:
     }
     router = "@routers.softmax_of_one" if chosen == 1 < experts else "None"
     return {name: repr(value) for name, value in values.items()} | {"ROUTER": router}
+
+
+def _check_end(ids: object, vocab_size: int) -> None:
+    """Raises for what is no id, or list of ids, of tokens that end a text; there may be none."""
+    if ids is None:
+        return
+    each = ids if isinstance(ids, list) else [ids]
+    known = all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < vocab_size for one in each)
+    constraint = f"must be a token id below vocab_size ({vocab_size}), a list of them, or null"
+    require(bool(each) and known, "config.json: eos_token_id", ids, constraint)
 
 
 def _counts(foreign: Mapping[str, Any]) -> tuple[int, int, int]:

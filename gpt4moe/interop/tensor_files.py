@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,7 +17,7 @@ from gpt4moe.config.check import CallerError, require
 WHOLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-{:05d}-of-{:05d}.safetensors"
 # What our parameters can be made of, as the format names it.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-SHOWN_NAMES = 4
+SHOWN_NAMES = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ def write_shards(
             save_file(arrays, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"could not write {folder / file}: {error}") from error
+        (folder / file).chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
         del arrays
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -86,6 +88,13 @@ def write_shards(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         names.append(INDEX)
     return names
+
+
+def _umask() -> int:
+    """What new files of this process may not have; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def listed(names: Sequence[str]) -> str:

@@ -31,6 +31,8 @@ from gpt4moe.serve.responses import (
 )
 from gpt4moe.serve.service import Service
 
+# Characters: the library takes seconds to prepare a schema of hundreds of thousands, and nothing else runs meanwhile.
+MAX_SCHEMA = 50_000
 ANY_OBJECT = '{"type": "object"}'
 
 
@@ -101,7 +103,11 @@ def _schema(body: ChatRequest) -> str | None:
         return None
     if isinstance(wanted, PlainFormat):
         return ANY_OBJECT if wanted.type == "json_object" else None
-    return json.dumps(wanted.json_schema.schema_)
+    schema = json.dumps(wanted.json_schema.schema_)
+    if len(schema) > MAX_SCHEMA:
+        said = f"response_format.json_schema.schema has {len(schema)} characters, at most {MAX_SCHEMA}; make it smaller"
+        raise ApiError(400, said, param="response_format")
+    return schema
 
 
 class _Reply:

@@ -27,6 +27,8 @@ PLAIN = """{{ bos_token }}{% for message in messages %}### {{ message.role | cap
 {% endif %}"""
 # With the plain template a model that was trained on text goes on with the next turn.
 PLAIN_STOPS = ("\n### ",)
+# What a model that was trained on pictures with their texts goes on from: pictures and words as they stand.
+READING = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
 IMAGE = "image"
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 # Where `gpt4moe import` keeps the small files of a checkpoint.
@@ -105,8 +107,10 @@ class Marks:
         return f"{self._begin}{self._specials.index(name)}{self._end}"
 
 
-def find_template(workdir: str | os.PathLike | None, given: str | None, begin: str, end: str) -> ChatTemplate:
-    """The template in the file `given`, else that of the work directory's tokenizer, else the plain one.
+def find_template(
+    workdir: str | os.PathLike | None, given: str | None, begin: str, end: str, *, reads_images: bool = False
+) -> ChatTemplate:
+    """The template in the file `given`, else that of the work directory's tokenizer, else a plain one.
 
     begin, end: the names of the tokens before and after a text, where the directory does not say others.
     """
@@ -124,7 +128,7 @@ def find_template(workdir: str | os.PathLike | None, given: str | None, begin: s
     source = _template_in(settings.get("chat_template"))
     if source is not None:
         return ChatTemplate(source, **names)
-    return ChatTemplate(PLAIN, begin, end, PLAIN_STOPS)
+    return ChatTemplate(READING, begin, end) if reads_images else ChatTemplate(PLAIN, begin, end, PLAIN_STOPS)
 
 
 def _tokenizer_config(folder: epath.Path) -> dict:

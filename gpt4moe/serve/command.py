@@ -40,7 +40,8 @@ def run(
         ready = served.serve(load, args, of_engine, mesh)
         engine, tokenizer = ready.engine, ready.tokenizer
         names = [_name_of(tokenizer, token) for token in (tokenizer.begin_of_text, tokenizer.end_of_text)]
-        template = find_template(args.workdir, config.chat_template, *names)
+        reads_images = ready.images is not None
+        template = find_template(args.workdir, config.chat_template, *names, reads_images=reads_images)
         progress("compiling what serving needs")
         engine.warm_up(progress)
         listening.listen()  # who reads the address may call at once

@@ -70,13 +70,20 @@ class _Reply:
 
     def _logprobs(self, index: int, scores: list[TokenScore]) -> CompletionLogprobs:
         service, offset = self._service, self._offsets.setdefault(index, _Offset())
-        top = [{service.token_name(token): logprob for token, logprob in score.top} or None for score in scores]
+        top = [self._likeliest(score) for score in scores]
         return CompletionLogprobs(
             tokens=[service.token_name(score.id) for score in scores],
             token_logprobs=[score.logprob for score in scores],
             top_logprobs=top if any(top) else None,
             text_offset=[offset.step(service.token_bytes(score.id) or b"") for score in scores],
         )
+
+    def _likeliest(self, score: TokenScore) -> dict[str, float] | None:
+        """Of one place: the token that stands there is told too, as by OpenAI, where it is not among them."""
+        if not score.top:
+            return None
+        told = {token: logprob for token, logprob in score.top} | {score.id: score.logprob}
+        return {self._service.token_name(token): logprob for token, logprob in told.items()}
 
 
 class _Offset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 import pydantic
@@ -21,6 +22,7 @@ INVALID, AUTHENTICATION, BUSY, FAULT = (
     "server_error",
 )
 DRAIN_RETRY_SECONDS = 5
+SETTING = re.compile(r"([\w ]+)=")
 MAX_MESSAGE = 500
 
 
@@ -57,7 +59,8 @@ def api_error(error: Exception) -> ApiError:
         case EngineClosed():
             return draining()
         case CallerError():
-            return ApiError(400, str(error), param=str(error).partition("=")[0] or None)
+            setting = SETTING.match(str(error))
+            return ApiError(400, str(error), param=setting and setting[1])
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
     return ApiError(500, "the server failed; its log says how", FAULT, code="internal_error")
@@ -75,13 +78,20 @@ async def respond(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(answer.body(), answer.status, answer.headers)
 
 
+def _nearness(found: Mapping) -> tuple:
+    """The further a form of a field was understood, the likelier it was meant."""
+    is_type = found["type"].endswith("_type")
+    return found["type"] == "extra_forbidden", not is_type or len(found["loc"]) == 1, len(found["loc"])
+
+
 def _invalid_fields(error: pydantic.ValidationError) -> ApiError:
     """One of all that is wrong; where a field may have several forms, what keeps it from the one it is closest to."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
-    found = max(errors, key=lambda found: (found["type"] == "extra_forbidden", len(found["loc"])))
+    found = max(errors, key=_nearness)
+    is_extra = found["type"] == "extra_forbidden"
     # Inside a union the path also names which of its members was tried.
-    path = [str(part) for part in found["loc"] if isinstance(part, int) or part in FIELDS]
-    if found["type"] == "extra_forbidden":
+    path = [str(part) for part in found["loc"][: -1 if is_extra else None] if isinstance(part, int) or part in FIELDS]
+    if is_extra:
         where = ".".join([*path, str(found["loc"][-1])])
         return ApiError(400, f"unknown or unsupported parameter: {where}", param=where, code="unsupported_parameter")
     where, said = ".".join(path) or None, found["msg"].removeprefix("Value error, ")

@@ -54,7 +54,7 @@ class Gate:
         if key is not None:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             # In constant time: how long a comparison takes must not tell how much of a key is right.
-            fits = secrets.compare_digest(given.strip().encode(), key.encode())
+            fits = secrets.compare_digest(given.strip().encode("latin-1"), key.encode())  # bytes as they were sent
             if not fits or scheme.lower() != "bearer":
                 wanted = {"WWW-Authenticate": "Bearer"}
                 said = "give the server's API key as Authorization: Bearer KEY"

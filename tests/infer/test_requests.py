@@ -75,7 +75,7 @@ BAD = [
     ({"prompt": "a" * 64}, "prompt tokens=65 must be shorter than the 64 tokens"),
     ({"prompt": "a", "json_schema": '{"type": "foo"}'}, 'json_schema=\'{"type": "foo"}\' cannot be followed'),
     ({"prompt": "a", "logprobs": 50}, "logprobs=50 must be at most 20"),
-    ({"prompt": "a", "images": ["cat.png"]}, "--image='cat.png' but the run was trained without images"),
+    ({"prompt": "a", "images": ["cat.png"]}, "images='cat.png' but the run was trained without images"),
 ]
 
 

@@ -111,6 +111,7 @@ def test_an_export_gives_every_bit_back_under_the_released_names(workdirs, tmp_p
     shards = ["--shard_megabytes=1"]
     document = document_of(capsys, "export", f"--workdir={workdirs / name}", f"--to={tmp_path / 'out'}", *shards)
     written, wanted = tensors_of(tmp_path / "out"), tensors_of(GOLDEN / name)
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     assert document["tensors"] == len(written)
     if name == "mqa_tied":
         for layer in range(2):
@@ -257,6 +258,9 @@ REFUSED_KEYS = [
     ({"quantization_config": {"bits": 4}}, "config.json: quantization_config="),
     ({"num_key_value_heads": 2}, "self_attn.k_proj.weight has shape (8, 16), config.json (16, 16)"),
     ({"vocab_size": 60}, "model.embed_tokens.weight has shape (61, 16), config.json (60, 16)"),
+    ({"eos_token_id": "x"}, "config.json: eos_token_id='x' must be a token id below vocab_size (61)"),
+    ({"eos_token_id": []}, "config.json: eos_token_id=[] must be a token id"),
+    ({"eos_token_id": [1, 61]}, "config.json: eos_token_id=[1, 61] must be a token id"),
     ({"tie_word_embeddings": False}, "missing are lm_head.weight"),
     ({"num_hidden_layers": 1}, "unknown are model.layers.1."),
     ({"num_hidden_layers": 3}, "missing are model.layers.2."),
@@ -268,6 +272,14 @@ def test_a_configuration_that_is_not_of_our_model_is_refused(source, tmp_path, c
     change(source, **keys)
     assert message in refusal_of(capsys, "import", f"--from={source}", f"--workdir={tmp_path / 'work'}")
     assert not (tmp_path / "work").exists()
+
+
+def test_more_experts_than_anybody_would_list_are_refused_at_once(tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "gqa", source)
+    change(source, num_local_experts=10**9)
+    said = refusal_of(capsys, "import", f"--from={source}", f"--workdir={tmp_path / 'work'}")
+    assert "are too few for num_hidden_layers=2 of num_local_experts=1000000000 in config.json" in said
 
 
 def test_tensors_that_are_not_the_models_are_listed(source, tmp_path, capsys):

@@ -83,6 +83,10 @@ def test_what_a_message_says_survives_its_marks():
 
 def test_where_a_template_is_found(tmp_path):
     assert find_template(tmp_path, None, END, END).stops == ("\n### ",)
+    reading = find_template(tmp_path, None, END, END, reads_images=True)
+    marks = Marks([END])
+    said = [{"role": "user", "content": f"{marks.image}what"}, {"role": "assistant", "content": "?"}]
+    assert reading.render(said, marks) == [Special(END), Special("image"), "what?"] and not reading.stops
     (tmp_path / "foreign").mkdir()
     settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": "{{ bos_token }}1"}
     (tmp_path / "foreign/tokenizer_config.json").write_text(json.dumps(settings))

@@ -57,6 +57,9 @@ def test_an_echo_scores_a_text_as_it_was_drawn(client, tokenizer):
     assert said.tokens[3:] == made.logprobs.tokens
     for top, logprob in zip(said.top_logprobs[3:], said.token_logprobs[3:], strict=True):
         assert len(top) == 2 and max(top.values()) == pytest.approx(logprob, abs=1e-5)  # it was drawn greedily
+    forced = complete(client, "ab", logprobs=1, logit_bias={"77": 100}, max_tokens=1).choices[0].logprobs
+    (top,) = forced.top_logprobs
+    assert len(top) == 2 and top[forced.tokens[0]] == forced.token_logprobs[0] == min(top.values())
     by_text = complete(client, "ab", echo=True, max_tokens=0, logprobs=0).choices[0]
     assert by_text.text == "ab" and by_text.logprobs.tokens == ["a", "b"] and by_text.logprobs.text_offset == [0, 1]
     np.testing.assert_allclose(by_text.logprobs.token_logprobs, said.token_logprobs[1:3], atol=1e-5)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import httpx2
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -70,6 +71,34 @@ def test_fields_of_wrong_types_and_values(post, field):
         assert field in f"{error['param']} {error['message']}" or error["param"] == "token id", (value, error)
 
 
+@pytest.mark.parametrize(
+    ("given", "param", "said"),
+    [
+        ({"store": True}, "store", "unsupported parameter: store"),
+        ({"metadata": {"a": "b"}}, "metadata", "unsupported parameter: metadata"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
+        ({"prompt": [-1]}, "prompt.0", "greater than or equal to 0"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"temperature": "1"}, "temperature", "a valid number"),
+    ],
+    ids=str,
+)
+def test_the_field_at_fault_is_told_once_and_why(post, given, param, said):
+    error = refused(post(COMPLETE, json.dumps(SMALL | given)), 400, said)
+    assert error["param"] == param
+
+
+def test_a_schema_that_is_large_or_cannot_be_followed(post):
+    def asked(schema):
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "response_format": wanted}
+        return refused(post(CHAT, json.dumps(body)), 400, "")
+
+    large = {"type": "object", "properties": {f"name{index}": {"type": "string"} for index in range(3000)}}
+    assert "characters, at most 50000" in asked(large)["message"]
+    assert "nothing can begin" in asked({"$ref": "#"})["message"]
+
+
 def test_other_ways_of_asking(url, post):
     refused(post(COMPLETE, json.dumps(SMALL), headers={"Content-Type": "text/plain"}), 415, "must be application/json")
     refused(post(COMPLETE, json.dumps(SMALL | {"model": "no"})), 404, "does not exist", "model_not_found")
@@ -109,6 +138,8 @@ def test_the_key_is_wanted_below_v1_alone(make_service, listening):
                 assert [caller.get(path).status_code for path in ("/", "/healthz", "/metrics")] == [200, 200, 200]
         with pytest.raises(openai.AuthenticationError):
             client.models.list()
+        sent = {"Authorization": "Bearer s€cret".encode()}
+        assert httpx2.get(f"{url}/v1/models", headers=sent).status_code == 200
     ascii_key = make_app(make_service(api_key="key"))
     with TestClient(ascii_key) as caller:
         assert caller.get("/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200

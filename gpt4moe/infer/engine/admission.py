@@ -19,6 +19,9 @@ def num_pages(decoder: Decoder, config: EngineConfig, max_length: int) -> int:
     model, of_a_row = decoder.config, -(-max_length // config.page_size)
     constraint = f"must be at most the model's context_length ({model.context_length})"
     require(max_length <= model.context_length, "max_length", max_length, constraint)
+    require(max_length > 1, "max_length", max_length, "must have room for a prompt and a token after it")
+    constraint = f"must be below max_length ({max_length})"
+    require(config.draft_tokens < max_length, "draft_tokens", config.draft_tokens, constraint)
     exact = not config.deterministic or decoder.dtype == jnp.float32
     mend = "load the decoder in float32 or leave deterministic out"
     require(exact, "deterministic", config.deterministic, f"needs float32, not {decoder.dtype.name}", mend)
@@ -80,6 +83,8 @@ def _check_replay(request: EngineRequest, model: ModelConfig, config: EngineConf
     replay = request.replay_ids_TLK
     if replay is None:
         return
+    is_ids = isinstance(replay, np.ndarray) and np.issubdtype(replay.dtype, np.integer)
+    require(is_ids, "replay_ids_TLK", type(replay).__name__, "must be a numpy array of integers")
     require(config.replay, "replay_ids_TLK", "given", "but the engine forces no experts", "set EngineConfig.replay")
     per_token = (model.num_moe_layers, model.moe.experts_per_token)
     fits = replay.ndim == 3 and replay.shape[1:] == per_token

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt4moe.config.check import one_line, require
 from gpt4moe.config.engine import EngineConfig
-from gpt4moe.infer.codec import Codec
+from gpt4moe.infer.codec import Codec, required
 from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine import admission
 from gpt4moe.infer.engine.batch import Batches, new_tokens, record_prompts
@@ -37,10 +37,11 @@ from gpt4moe.infer.engine.schedule import Schedule
 class Engine:
     """All methods may be called from any thread; `step` works for one caller at a time.
 
-    Raises `CallerError` where pages do not suffice for one row of `max_length`, or where `deterministic` is asked of a
-    decoder that is not in float32. `decoder` may be those of a pipeline's stages (`gpt4moe.infer.stages.cut`), and
-    `draft` is a smaller model with the same vocabulary that proposes tokens, where `config.draft_tokens` says so;
-    without one they are looked up in the row's own text. `clock` gives the seconds that deadlines and metrics are in.
+    Raises `CallerError` without a tokenizer, where pages do not suffice for one row of `max_length`, or where
+    `deterministic` is asked of a decoder that is not in float32. `decoder` may be those of a pipeline's stages
+    (`gpt4moe.infer.stages.cut`), and `draft` is a smaller model with the same vocabulary that proposes tokens, where
+    `config.draft_tokens` says so; without one they are looked up in the row's own text. `clock` gives the seconds that
+    deadlines and metrics are in.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ):
         stages = [decoder] if isinstance(decoder, Decoder) else list(decoder)
-        self.decoder, self.tokenizer, self.config = stages[-1], tokenizer, config or EngineConfig()
+        self.decoder, self.tokenizer, self.config = stages[-1], required(tokenizer), config or EngineConfig()
         model = self.decoder.config
         self.max_length = self.config.max_length or model.context_length
         self.num_pages = admission.num_pages(self.decoder, self.config, self.max_length)

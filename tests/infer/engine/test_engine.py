@@ -111,6 +111,8 @@ def test_replayed_experts_are_taken_and_change_the_text_and_their_own_change_not
     moved = (routed + 1) % EXPERTS
     (other,) = engine.submit(EngineRequest(ids, greedy(), replay_ids_TLK=moved, **given)).result()
     assert other.token_ids != made.token_ids
+    with pytest.raises(CallerError, match="replay_ids_TLK='list' must be a numpy array of integers"):
+        engine.submit(EngineRequest(ids, greedy(), replay_ids_TLK=moved.tolist()))
     taken = np.concatenate([other.prompt.expert_ids_TLK, other.expert_ids_TLK[1:]])
     assert (np.sort(taken) == np.sort(moved[: len(taken)])).all()
     (again,) = engine.submit(EngineRequest(ids, greedy())).result()  # and nobody finds the pages of the forced ones
@@ -136,6 +138,15 @@ def test_n_continuations_differ_and_are_those_of_their_draws(engine, prompts):
     single = SamplingConfig(temperature=1.5, max_new_tokens=8, seed=3)
     alone = [engine.submit(EngineRequest(prompts[0], single, draw=draw)).result()[0].token_ids for draw in range(3)]
     assert [one.token_ids for one in made] == alone
+
+
+def test_an_engine_needs_a_tokenizer_and_room_for_a_prompt_and_a_token(model, tokenizer):
+    decoder = Decoder.of(model)
+    with pytest.raises(CallerError, match="tokenizer=None is missing"):
+        Engine(decoder, None)
+    for given, said in (({"max_length": 1}, "max_length=1 must have room"), ({"draft_tokens": 256}, "must be below")):
+        with pytest.raises(CallerError, match=said):
+            Engine(decoder, tokenizer, EngineConfig(**given))
 
 
 def test_a_draw_beyond_what_a_key_counts_is_refused(prompts):
