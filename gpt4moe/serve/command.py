@@ -13,7 +13,7 @@ from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.serve import ServeConfig
 from gpt4moe.data.tokenizer import Tokenizer
 from gpt4moe.infer import served, stages
-from gpt4moe.infer.engine.programs import keep_programs
+from gpt4moe.infer.engine.compilation import keep_programs
 from gpt4moe.infer.served import engine_config, given
 from gpt4moe.infer.trained import Trained
 from gpt4moe.serve import server

@@ -14,8 +14,11 @@ from gpt4moe.infer.expert_rows import FEWEST_SORTED
 from gpt4moe.infer.pages import page_bytes
 
 
-def num_pages(decoder: Decoder, config: EngineConfig, max_length: int) -> int:
-    """How many pages the engine has; `CallerError` where they hold not even one row of `max_length`."""
+def num_pages(decoder: Decoder, config: EngineConfig, max_length: int, draft: Decoder | None = None) -> int:
+    """How many pages the engine has; `CallerError` where they hold not even one row of `max_length`.
+
+    draft: a model that proposes tokens, whose keys and values of a page take room beside the model's.
+    """
     model, of_a_row = decoder.config, -(-max_length // config.page_size)
     constraint = f"must be at most the model's context_length ({model.context_length})"
     require(max_length <= model.context_length, "max_length", max_length, constraint)
@@ -32,7 +35,8 @@ def num_pages(decoder: Decoder, config: EngineConfig, max_length: int) -> int:
     require(few, "slots", config.slots, constraint)
     number, setting = config.num_pages or config.slots * of_a_row, "num_pages"
     if config.cache_bytes is not None:
-        of_page = page_bytes(model, decoder.num_kv_heads, config.page_size, decoder.dtype)
+        models = [decoder] if draft is None else [decoder, draft]
+        of_page = sum(page_bytes(m.config, m.num_kv_heads, config.page_size, m.dtype) for m in models)
         number, setting = config.cache_bytes // of_page, "cache_bytes"
     constraint = f"gives {number} pages, fewer than a row of max_length={max_length} needs ({of_a_row})"
     require(number >= of_a_row, setting, getattr(config, setting), constraint, f"raise {setting} or lower max_length")

@@ -12,8 +12,8 @@ from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.infer.engine.draws import row_settings
 from gpt4moe.infer.engine.inputs import StepInputs, StepShape, blank_inputs, filler_settings
-from gpt4moe.infer.engine.programs import Scores, StepOut
 from gpt4moe.infer.engine.row import NewToken, Row, Top
+from gpt4moe.infer.engine.steps import Scores, StepOut
 
 
 class Batches:

@@ -7,7 +7,6 @@ log-probabilities where they were asked for. What no row of a batch asks for is 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +42,29 @@ class RowSettings:
     constrained_B: Bool[Array, " B"]
     wants_logprob_B: Bool[Array, " B"]
     wants_top_B: Bool[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a batch of rows asks for, where each is remembered, and which of them draw.
+
+    allowed_BW: a bit for every token that a constrained row may draw.
+    """
+
+    settings: RowSettings
+    slot_B: Int[Array, " B"]
+    drawing_B: Bool[Array, " B"]
+    allowed_BW: UInt32[Array, "B W"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposed:
+    """Tokens to be judged, as `gpt4moe.infer.speculative.judge` takes them."""
+
+    ids_BT: Int[Array, "B T"]
+    num_B: Int[Array, " B"]
+    logits_BTV: Float32[Array, "B T V"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -129,45 +151,27 @@ def row_settings(
 
 
 def draw_rows(
-    logits_BV: Float32[Array, "B V"],
-    settings: RowSettings,
-    memory: SlotMemory,
-    slot_B: Int[Array, " B"],
-    drawing_B: Bool[Array, " B"],
-    allowed_BW: UInt32[Array, "B W"],
-    num_top: int,
+    logits_BV: Float32[Array, "B V"], asked: Asked, memory: SlotMemory, num_top: int
 ) -> tuple[Drawn, SlotMemory]:
-    """Returns a token for each row and the memory (donate it) with the tokens of the rows that are `drawing_B` counted.
+    """Returns a token for each row and the memory (donate it) with the tokens of the rows that draw counted.
 
-    slot_B: where each row is remembered. allowed_BW: a bit for every token that a constrained row may draw. `num_top`
-    likeliest tokens are reported where a row wants them.
+    `num_top` likeliest tokens are reported where a row wants them.
     """
-    shaped_BV = shaped_logits(logits_BV, settings, memory, slot_B, allowed_BW)
-    ids_B = choose(shaped_BV, settings.params, place_keys(settings, 1)[:, 0])
-    ones_B = jnp.ones_like(ids_B)
-    return _drawn(logits_BV[:, None], ids_B[:, None], ones_B, settings, memory, slot_B, drawing_B, num_top)
+    shaped_BV = shaped_logits(logits_BV, asked, memory)
+    ids_B = choose(shaped_BV, asked.settings.params, place_keys(asked.settings, 1)[:, 0])
+    return _drawn(logits_BV[:, None], ids_B[:, None], jnp.ones_like(ids_B), asked, memory, num_top)
 
 
 def judge_rows(
-    logits_BTV: Float32[Array, "B T V"],
-    proposed_BT: Int[Array, "B T"],
-    num_proposed_B: Int[Array, " B"],
-    proposer_BTV: Float32[Array, "B T V"] | None,
-    settings: RowSettings,
-    memory: SlotMemory,
-    slot_B: Int[Array, " B"],
-    drawing_B: Bool[Array, " B"],
-    allowed_BW: UInt32[Array, "B W"],
-    num_top: int,
+    logits_BTV: Float32[Array, "B T V"], proposed: Proposed, asked: Asked, memory: SlotMemory, num_top: int
 ) -> tuple[Drawn, SlotMemory]:
-    """`draw_rows` where tokens were proposed, all as in `judge`; a row with penalties or a constraint has none."""
+    """`draw_rows` where tokens were proposed; a row with penalties or a constraint has none."""
     _, length, vocab_size = logits_BTV.shape
-    repeated = functools.partial(jnp.repeat, repeats=length, axis=0)
-    flat = jax.tree.map(repeated, settings)
-    shaped_UV = shaped_logits(logits_BTV.reshape(-1, vocab_size), flat, memory, repeated(slot_B), repeated(allowed_BW))
-    shaped_BTV, keys_BT = shaped_UV.reshape(logits_BTV.shape), place_keys(settings, length)
-    ids_BT, num_B = judge(shaped_BTV, proposed_BT, num_proposed_B, settings.params, keys_BT, proposer_BTV)
-    return _drawn(logits_BTV, ids_BT, num_B, settings, memory, slot_B, drawing_B, num_top)
+    flat = jax.tree.map(lambda leaf: jnp.repeat(leaf, length, axis=0), asked)
+    shaped_BTV = shaped_logits(logits_BTV.reshape(-1, vocab_size), flat, memory).reshape(logits_BTV.shape)
+    params, keys_BT = asked.settings.params, place_keys(asked.settings, length)
+    ids_BT, num_B = judge(shaped_BTV, proposed.ids_BT, proposed.num_B, params, keys_BT, proposed.logits_BTV)
+    return _drawn(logits_BTV, ids_BT, num_B, asked, memory, num_top)
 
 
 def place_keys(settings: RowSettings, length: int) -> Key[Array, "B T"]:
@@ -177,19 +181,13 @@ def place_keys(settings: RowSettings, length: int) -> Key[Array, "B T"]:
 
 
 def _drawn(
-    logits_BTV: Array,
-    ids_BT: Array,
-    num_B: Array,
-    settings: RowSettings,
-    memory: SlotMemory,
-    slot_B: Array,
-    drawing_B: Array,
-    num_top: int,
+    logits_BTV: Array, ids_BT: Array, num_B: Array, asked: Asked, memory: SlotMemory, num_top: int
 ) -> tuple[Drawn, SlotMemory]:
     """The tokens with what is reported of them, counted in the memory of the rows that draw."""
-    stands_BT = (jnp.arange(ids_BT.shape[1]) < num_B[:, None]) & drawing_B[:, None]
+    settings = asked.settings
+    stands_BT = (jnp.arange(ids_BT.shape[1]) < num_B[:, None]) & asked.drawing_B[:, None]
     # Past the last slot: the scatter leaves it out.
-    counted_BT = jnp.where(stands_BT, slot_B[:, None], len(memory.counts))
+    counted_BT = jnp.where(stands_BT, asked.slot_B[:, None], len(memory.counts))
     counts = memory.counts.at[counted_BT, ids_BT].add(1, mode="drop")
     wants_BT, wants_top_BT = (
         (stands_BT & of_row[:, None]).reshape(-1) for of_row in (settings.wants_logprob_B, settings.wants_top_B)
@@ -200,11 +198,9 @@ def _drawn(
     return Drawn(ids_BT, num_B, *reports), dataclasses.replace(memory, counts=counts)
 
 
-def shaped_logits(
-    logits_BV: Array, settings: RowSettings, memory: SlotMemory, slot_B: Array, allowed_BW: Array
-) -> Float32[Array, "B V"]:
+def shaped_logits(logits_BV: Array, asked: Asked, memory: SlotMemory) -> Float32[Array, "B V"]:
     """Returns the logits after bias and penalties, -inf where a constraint forbids a token."""
-    slot_B = jnp.minimum(slot_B, len(memory.counts) - 1)
+    settings, slot_B = asked.settings, jnp.minimum(asked.slot_B, len(memory.counts) - 1)
 
     def punished(logits_BV: Array) -> Array:
         counts_BV = memory.counts[slot_B]
@@ -218,7 +214,7 @@ def shaped_logits(
         return logits_BV + jnp.where(settings.biased_B[:, None], memory.bias[slot_B], 0.0)
 
     def constrained(logits_BV: Array) -> Array:
-        bits = (allowed_BW[..., None] >> jnp.arange(MASK_BITS, dtype=jnp.uint32)) & 1
+        bits = (asked.allowed_BW[..., None] >> jnp.arange(MASK_BITS, dtype=jnp.uint32)) & 1
         allowed_BV = bits.reshape(len(logits_BV), -1)[:, : logits_BV.shape[1]] > 0
         return jnp.where(allowed_BV | ~settings.constrained_B[:, None], logits_BV, -jnp.inf)
 

@@ -27,11 +27,12 @@ from gpt4moe.infer.engine.handle import RequestHandle
 from gpt4moe.infer.engine.inputs import StepInputs, StepShape, chunk_tokens, smallest
 from gpt4moe.infer.engine.metrics import Record
 from gpt4moe.infer.engine.pool import PagePool
-from gpt4moe.infer.engine.programs import Programs, StepOut
+from gpt4moe.infer.engine.programs import Programs
 from gpt4moe.infer.engine.proposals import Proposals
 from gpt4moe.infer.engine.request import Chunk, EngineClosed, EngineMetrics, EngineRequest, QueueFull
 from gpt4moe.infer.engine.row import NewToken, Row
 from gpt4moe.infer.engine.schedule import Schedule
+from gpt4moe.infer.engine.steps import StepOut
 
 
 class Engine:
@@ -57,7 +58,7 @@ class Engine:
         self.decoder, self.tokenizer, self.config = stages[-1], required(tokenizer), config or EngineConfig()
         model = self.decoder.config
         self.max_length = self.config.max_length or model.context_length
-        self.num_pages = admission.num_pages(self.decoder, self.config, self.max_length)
+        self.num_pages = admission.num_pages(self.decoder, self.config, self.max_length, draft)
         admission.check_draft(draft, model, self.config)
         admission.check_stages(len(stages), self.config, draft)
         self.programs = Programs(stages, self.config, self.num_pages, self.max_length, draft)

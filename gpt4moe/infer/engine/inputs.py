@@ -13,7 +13,7 @@ from gpt4moe.config.engine import MIN_CHUNK, EngineConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer.decoder import FREE
-from gpt4moe.infer.engine.draws import MASK_BITS, RowSettings, row_settings
+from gpt4moe.infer.engine.draws import MASK_BITS, Asked, RowSettings, row_settings
 from gpt4moe.types import Array
 
 MIN_VISIBLE = 128  # tokens; a program for fewer would be no faster
@@ -39,7 +39,7 @@ class StepInputs:
     """B rows of T tokens, as `Decoder.forward` takes them.
 
     slot_B: each row's slot, past the last for a row that fills up; last_B: the place in T of the token after which one
-    is drawn, where drawing_B. settings, allowed_BW: see `draw_rows`. next_BT: the token after each one of a prompt,
+    is drawn, where drawing_B. settings, allowed_BW: see `draws.Asked`. next_BT: the token after each one of a prompt,
     whose log-probability is wanted where scored_B. Of a step that verifies, num_proposed_B tokens of each row after the
     first are proposals. replay_ids_BTLK: experts to force, None where the engine forces none. image_index_BT,
     first_image_BT: the last and the first picture that each token sees, -1 for none; None for a text model.
@@ -60,6 +60,11 @@ class StepInputs:
     replay_ids_BTLK: Int[Array, "B T L K"] | None
     image_index_BT: Int[Array, "B T"] | None
     first_image_BT: Int[Array, "B T"] | None
+
+    @property
+    def asked(self) -> Asked:
+        """What the drawing of tokens needs to know."""
+        return Asked(self.settings, self.slot_B, self.drawing_B, self.allowed_BW)
 
 
 def chunk_tokens(config: EngineConfig, max_length: int) -> int:

@@ -10,9 +10,9 @@ from gpt4moe.infer.engine.batch import Batches, record_prompts
 from gpt4moe.infer.engine.draws import Drawn
 from gpt4moe.infer.engine.handle import RequestHandle
 from gpt4moe.infer.engine.inputs import StepShape
-from gpt4moe.infer.engine.programs import Scores, StepOut
 from gpt4moe.infer.engine.request import EngineRequest
 from gpt4moe.infer.engine.row import Row
+from gpt4moe.infer.engine.steps import Scores, StepOut
 from gpt4moe.model.moe import Choices
 
 from .models import make_config

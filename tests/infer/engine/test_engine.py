@@ -12,8 +12,8 @@ from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.data.tokenizer import byte_tokenizer
 from gpt4moe.infer.decoder import Decoder
+from gpt4moe.infer.engine.compilation import forbid_compilation
 from gpt4moe.infer.engine.engine import Engine
-from gpt4moe.infer.engine.programs import forbid_compilation
 from gpt4moe.infer.engine.request import EngineClosed, EngineRequest, QueueFull
 
 from .models import CHOICES, EXPERTS, LAYERS, FullPass, make_model

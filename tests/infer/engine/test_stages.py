@@ -19,8 +19,8 @@ from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.data.tokenizer import byte_tokenizer
 from gpt4moe.infer import stages
 from gpt4moe.infer.decoder import Decoder
+from gpt4moe.infer.engine.compilation import forbid_compilation
 from gpt4moe.infer.engine.engine import Engine
-from gpt4moe.infer.engine.programs import forbid_compilation
 from gpt4moe.infer.engine.request import EngineRequest
 
 from .models import sharpened
