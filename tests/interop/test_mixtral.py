@@ -246,6 +246,18 @@ def test_begin_and_end_of_text_are_those_of_the_original(tmp_path):
         TokenizerConfig(end_of_text="</s>")
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [({}, "8"), ({"num_key_value_heads": 4}, "4"), ({"num_key_value_heads": None}, "16")],
+    ids=["not there", "a number", "null"],
+)
+def test_key_value_heads_are_the_originals_default_or_as_many_as_heads(source, given, read):
+    """null is what MixtralConfig takes for one key/value head a query head; 8 is what it has where nothing is said."""
+    keys = json.loads((source / "config.json").read_text()) | {"num_attention_heads": 16}
+    del keys["num_key_value_heads"]
+    assert mixtral_config.macros(keys | given)["NUM_KV_HEADS"] == read
+
+
 REFUSED_KEYS = [
     ({"model_type": "mistral"}, "model_type='mistral' must be 'mixtral'"),
     ({"sliding_window": 16}, "config.json: sliding_window=16 must be None; our model has none"),

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import httpx2
+import jax
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -208,6 +209,34 @@ def test_a_fault_of_the_server_is_told_counted_and_logged(make_service, monkeypa
     assert told["error"]["code"] == "internal_error"
     answered = ("gpt4moe_http_responses_total", COMPLETE, "500")
     assert after[answered] - before.get(answered, 0) == (1 if stream.status_code == 200 else 2)
+
+
+def test_a_stream_that_fails_on_its_way_tells_the_error_and_ends(make_service, stepper, caplog):
+    body = json.dumps(SMALL | {"max_tokens": 50, "ignore_eos": True, "stream": True}).encode()
+    caller = Caller(make_app(make_service()), COMPLETE, [{"body": body}])
+    with stepper.still() as engine:
+        asyncio.run(_fail_on_its_way(engine, caller))
+    start, *parts = caller.sent
+    *events, nothing = b"".join(part["body"] for part in parts).decode().split("\n\n")
+    assert start["status"] == 200 and nothing == "" and parts[-1].get("more_body", False) is False
+    *told, error, end = [event.removeprefix("data: ") for event in events]
+    assert len(told) >= 2 and all("choices" in json.loads(event) for event in told) and end == "[DONE]"
+    error = json.loads(error)["error"]
+    assert (error["type"], error["code"]) == ("server_error", "model_error") and "deleted" in error["message"]
+    assert "a stream failed" in caplog.text
+
+
+async def _fail_on_its_way(engine, caller):
+    call = asyncio.create_task(caller.call())
+    while not engine.metrics().queued:
+        await asyncio.sleep(0.001)
+    while len(caller.sent) < 3:  # the start of the answer and two of its events
+        engine.step()
+        await asyncio.sleep(0)
+    for leaf in jax.tree.leaves(engine.programs.held):
+        leaf.delete()
+    engine.step()
+    await asyncio.wait_for(call, 60)
 
 
 def _samples(caller):

@@ -38,9 +38,9 @@ from gpt4moe.infer.shards import EVERYWHERE, PAGES
 class Programs:
     """`step` runs a program on what is `held`, which it replaces; `num_late` were compiled after the warm-up.
 
-    stages: the decoders of the pipeline's stages, mostly one; the slots are decoded in as many groups of
-    `slots_together`. draft: a model with the same vocabulary that proposes tokens. It reads what the model reads, into
-    pages of its own that stand where the model's do.
+    stages: the decoders of the pipeline's stages, mostly one; those before the last are `relays`, and the slots are
+    decoded in as many groups of `slots_together`. draft: a model with the same vocabulary that proposes tokens. It
+    reads what the model reads, into pages of its own that stand where the model's do.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Programs:
         self.decode_shapes = [] if self._always_verifies() else decode_shapes(config, max_length, self.slots_together)
         self.verify_shapes = verify_shapes(config, max_length, self.slots_together)
         self.prefill_shapes = prefill_shapes(config, max_length)
-        self._relays = [Relay(stage, num_pages, config.page_size) for stage in before]
+        self.relays = [Relay(stage, num_pages, config.page_size) for stage in before]
         self.seconds: dict[StepShape, float] = {}
         self.num_late, self._warm = 0, False
         self._compiled: dict[StepShape, Callable] = {}
@@ -84,7 +84,7 @@ class Programs:
         memory = made(lambda: draws.init_memory(slots, decoder.config.vocab_size))
         media = made(lambda: init_media(decoder, self.config))
         self.held = Held(made(lambda: decoder.init_pages(*sizes), PAGES), draft_pages, memory, media)
-        for relay in self._relays:
+        for relay in self.relays:
             relay.reset()
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> dict[StepShape, float]:
@@ -112,7 +112,7 @@ class Programs:
             self.num_late += self._warm
             self._compile(shape)
         x_BTD, reports = None, []
-        for relay in self._relays:
+        for relay in self.relays:
             x_BTD, report = relay(shape, inputs, x_BTD)
             reports.append(report)
         out, self.held = self._compiled[shape](self._leaves, self.held, inputs, self.decoder.shards.put(x_BTD))
@@ -141,7 +141,7 @@ class Programs:
         started = time.perf_counter()
         model = self.decoder.config
         inputs = blank_inputs(self.config, model, shape, filler_settings(shape.rows, model.vocab_size))
-        for relay in self._relays:
+        for relay in self.relays:
             relay.compile(shape, inputs)
         given = self.decoder.shards.abstract((self._leaves, self.held, inputs))
         x_BTD = self.decoder.abstract_residual(shape.rows, shape.length)

@@ -16,7 +16,7 @@ from gpt4moe.types import Array
 
 
 class Relay:
-    """The programs of a stage, by shape, and the pages of its layers."""
+    """The programs of a stage, by shape, and the `pages` of its layers, which every call replaces."""
 
     def __init__(self, decoder: Decoder, num_pages: int, page_size: int):
         self._decoder, self._sizes = decoder, (num_pages, page_size)
@@ -30,12 +30,12 @@ class Relay:
 
     def reset(self) -> None:
         """Empties the pages."""
-        self._pages = None  # so that there is room: the next are as large
-        self._pages = self._decoder.shards.made(lambda: self._decoder.init_pages(*self._sizes), PAGES)
+        self.pages = None  # so that there is room: the next are as large
+        self.pages = self._decoder.shards.made(lambda: self._decoder.init_pages(*self._sizes), PAGES)
 
     def compile(self, shape: StepShape, inputs: StepInputs) -> None:
         """Compiles the program of a shape, which has such inputs."""
-        given = self._decoder.shards.abstract((self._leaves, self._pages, _tokens(inputs)))
+        given = self._decoder.shards.abstract((self._leaves, self.pages, _tokens(inputs)))
         x_BTD = self._decoder.abstract_residual(shape.rows, shape.length)
         self._compiled[shape] = self._step.lower(*given, x_BTD).compile()
 
@@ -43,8 +43,8 @@ class Relay:
         self, shape: StepShape, inputs: StepInputs, x_BTD: Float[Array, "B T D"] | None
     ) -> tuple[Float[Array, "B T D"], DecodeReport]:
         """Reads tokens into the pages; returns the residual stream for the next stage and where tokens went."""
-        given = self._leaves, self._pages, _tokens(inputs), self._decoder.shards.put(x_BTD)
-        x_BTD, self._pages, report = self._compiled[shape](*given)
+        given = self._leaves, self.pages, _tokens(inputs), self._decoder.shards.put(x_BTD)
+        x_BTD, self.pages, report = self._compiled[shape](*given)
         return x_BTD, report
 
     def _read(self, leaves: list[Array], pages: Pages, tokens: tuple, x_BTD: Array | None) -> tuple:

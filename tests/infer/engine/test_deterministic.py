@@ -40,9 +40,13 @@ def decoder():
     return make_decoder(byte_tokenizer().vocab_size, CONTEXT)
 
 
-def test_the_same_request_gives_the_same_tokens_whatever_else_is_in_the_batch(decoder):
+@pytest.fixture(scope="module")
+def engine(decoder):
     config = EngineConfig(slots=4, page_size=8, num_pages=40, prefill_chunk=32, deterministic=True)
-    engine = Engine(decoder, byte_tokenizer(), config)
+    return Engine(decoder, byte_tokenizer(), config)
+
+
+def test_the_same_request_gives_the_same_tokens_whatever_else_is_in_the_batch(engine):
     assert [str(shape) for shape in engine.warm_up()] == [
         "decode, rows=4 tokens=1 pages=16",
         "prefill, rows=1 tokens=32 pages=16",
@@ -65,6 +69,17 @@ def test_the_same_request_gives_the_same_tokens_whatever_else_is_in_the_batch(de
             assert made.logprobs == before.logprobs
     metrics = engine.metrics()
     assert metrics.cached_prompt_tokens > 0 and metrics.preemptions == 0
+
+
+def test_tokens_that_were_drawn_are_read_again_by_a_row_that_has_them_in_its_prompt(engine):
+    """They were read one by one; a row of its own reads them in chunks, and rounded otherwise."""
+    ids, asked = (
+        np.random.default_rng(3).integers(16, 272, 70),
+        SamplingConfig(max_new_tokens=30, ignore_end_of_text=True),
+    )
+    (made,) = engine.submit(EngineRequest(ids, asked)).result()
+    (again,) = engine.submit(EngineRequest([*ids, *made.token_ids], asked)).result()
+    assert (made.prompt.num_cached, again.prompt.num_cached) == (0, 64)
 
 
 def test_it_is_refused_where_rounding_would_break_it(decoder):

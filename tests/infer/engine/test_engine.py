@@ -212,6 +212,30 @@ def test_rows_that_give_way_for_want_of_pages_go_on_where_they_were(engine, whol
     assert is_idle(engine)
 
 
+def test_drawn_rows_that_give_way_go_on_with_their_draws_and_with_what_penalties_remember(engine, prompts):
+    asked = {"max_new_tokens": 90, "ignore_end_of_text": True, "temperature": 0.8}
+    penalties = {"presence_penalty": 1.0, "frequency_penalty": 0.5}
+    requests = [
+        EngineRequest(prompts[row], SamplingConfig(seed=row, **asked, **(penalties if row % 2 else {})))
+        for row in (0, 5, 6, 7)
+    ]
+    alone = [engine.submit(request).result()[0].token_ids for request in requests]
+    before = engine.metrics().preemptions
+    for order in (requests, requests[::-1]):  # the last of them gives way
+        handles = {request: engine.submit(request) for request in order}
+        assert [handles[request].result()[0].token_ids for request in requests] == alone
+    assert engine.metrics().preemptions >= before + 2
+    assert is_idle(engine)
+
+
+def test_a_continuation_goes_to_the_last_place_of_the_context(engine, whole, tokenizer):
+    ids = [tokenizer.end_of_text, *tokenizer.encode("ab, " * 64)]
+    for length in (CONTEXT - 1, CONTEXT - 3):
+        (made,) = engine.submit(EngineRequest(ids[:length], greedy(ignore_end_of_text=True))).result()
+        assert made.finish_reason == "length" and len(made.token_ids) == CONTEXT - length
+        assert list(made.token_ids) == whole.greedy(ids[:length], CONTEXT - length, None)
+
+
 def test_nothing_is_compiled_while_serving_once_it_is_warm(engine, prompts):
     told = []
     seconds = engine.warm_up(told.append)
@@ -304,6 +328,31 @@ def test_deadlines_count_from_submission_and_priorities_come_first(engine, now, 
         order += [p for p, handles in waiting.items() if all(h.done for h in handles) and p not in order]
     assert {handle.result()[0].finish_reason for handle in late} == {"deadline"}
     assert order == [1, 0]
+
+
+def test_a_request_that_waits_is_counted_by_how_long_and_ended_where_it_waits(engine, now, prompts):
+    endless = greedy(max_new_tokens=60, ignore_end_of_text=True)
+    running = [engine.submit(EngineRequest(prompts[5], endless)) for _ in range(4)]
+    engine.step()
+    late = engine.submit(EngineRequest(prompts[0], greedy(), deadline_seconds=5.0))
+    patient = engine.submit(EngineRequest(prompts[0], greedy(max_new_tokens=2)))
+    now[0] += 4.0
+    engine.step()
+    assert not late.done and engine.metrics().queued == 2
+    now[0] += 2.0
+    engine.step()
+    assert late.done and (engine.metrics().queued, engine.metrics().running) == (1, 4)
+    (made,) = late.result()
+    assert (made.finish_reason, made.token_ids, made.text) == ("deadline", (), "")
+    before = engine.metrics().queue_wait
+    running[0].cancel()
+    assert len(patient.result()[0].token_ids) == 2
+    after = engine.metrics().queue_wait
+    assert (after.count, after.total_seconds) == (before.count + 1, pytest.approx(before.total_seconds + 6))
+    for handle in running:
+        handle.cancel()
+    engine.step()
+    assert is_idle(engine)
 
 
 def test_a_full_queue_refuses_with_a_time_and_a_draining_engine_takes_none(engine, prompts):

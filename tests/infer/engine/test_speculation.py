@@ -1,5 +1,6 @@
 """Speculation inside continuous batching: greedy rows are those of whole passes, and no row feels its company."""
 
+import collections
 import dataclasses
 
 import jax
@@ -70,6 +71,37 @@ def test_greedy_tokens_are_those_drawn_one_by_one_and_the_same_in_any_company(en
         assert engine.submit(requests[index]).result()[0].token_ids == alone[index].token_ids
         assert all(handle.result()[0].finish_reason == "length" for handle in others)
     assert engine.metrics().pages_used == 0
+
+
+@pytest.mark.parametrize("engine", ["model"], indirect=True)
+def test_what_a_model_proposes_changes_no_chance_of_a_token(engine, model):
+    """Of the first token and of the first two, eight to choose from each, as many are drawn as the model says."""
+    whole, temperature, num_kept, draws = FullPass(model), 0.7, 8, 900
+    asked = SamplingConfig(
+        temperature=temperature, top_k=num_kept, max_new_tokens=3, ignore_end_of_text=True, n=draws // 4
+    )
+    before, made = engine.metrics().accepted_tokens, []
+    for draw in range(0, draws, asked.n):  # as many as may wait
+        made += engine.submit(EngineRequest(PROMPTS[1], asked, draw=draw)).result()
+    assert engine.metrics().accepted_tokens - before > draws / 4
+    chances = {(): 1.0}
+    for length, limit in ((1, 24.3), (2, 103.4)):  # the 0.1 % points of chi-square with 7 and 63 degrees of freedom
+        chances = {
+            (*ids, token): chance * share
+            for ids, chance in chances.items()
+            for token, share in likeliest(whole([*PROMPTS[1], *ids])[0][-1] / temperature, num_kept)
+        }
+        counts = collections.Counter(one.token_ids[:length] for one in made)
+        assert set(counts) <= set(chances) and len(chances) == num_kept**length
+        expected = {ids: draws * chance for ids, chance in chances.items()}
+        assert sum((counts[ids] - number) ** 2 / number for ids, number in expected.items()) < limit
+
+
+def likeliest(logits_V, number):
+    """The tokens that top-k leaves, and the chance of each."""
+    ids = np.argsort(-logits_V)[:number]
+    weights = np.exp(logits_V[ids] - logits_V[ids[0]])
+    return zip(ids.tolist(), (weights / weights.sum()).tolist(), strict=True)
 
 
 @pytest.fixture(scope="module")

@@ -100,13 +100,32 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "form", "draft_tokens", "axes", "stage_layers"), CASES.values(), ids=CASES)
-def test_every_mesh_decodes_what_one_device_does(name, form, draft_tokens, axes, stage_layers):
-    made = served(engine_of(over(decoder_of(name, **form), axes, stage_layers), draft_tokens))
-    for one, other in zip(made, alone(name, draft_tokens, **form), strict=True):
+@functools.cache
+def engine_over(case):
+    name, form, draft_tokens, axes, stage_layers = CASES[case]
+    return engine_of(over(decoder_of(name, **form), axes, stage_layers), draft_tokens)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_mesh_decodes_what_one_device_does(case):
+    name, form, draft_tokens, *_ = CASES[case]
+    for one, other in zip(served(engine_over(case)), alone(name, draft_tokens, **form), strict=True):
         assert one.token_ids == other.token_ids
         np.testing.assert_array_equal(one.expert_ids_TLK, other.expert_ids_TLK)
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_a_fault_of_a_stage_ends_what_runs_and_the_next_is_served():
+    engine = engine_over("proposals judged by the last of uneven stages")
+    request = requests(PLAIN)[0]
+    (before,) = engine.submit(request).result()
+    (relay,) = engine.programs.relays
+    for leaf in jax.tree.leaves(relay.pages):
+        leaf.delete()
+    (ended,) = engine.submit(request).result()
+    assert ended.finish_reason == "error" and "deleted" in ended.error
+    (after,) = engine.submit(request).result()
+    assert after.error is None and after.token_ids == before.token_ids
 
 
 def test_each_device_holds_its_part_and_a_stage_no_layer_of_another():
