@@ -73,7 +73,12 @@ def places(
 
 
 def write(layer: Stored, new_BTMH: Float[Array, "B T M H"], at: Places) -> Stored:
-    """Returns one layer's keys or values with those of the tokens written, the rest as it was."""
+    """Returns one layer's keys or values with those of the tokens written, the rest as it was.
+
+    What is not finite is written as 0: its own row is lost, but the next one on the page, which gives weight 0 to what
+    it has not yet written over, is not.
+    """
+    new_BTMH = jnp.where(jnp.isfinite(new_BTMH), new_BTMH, 0)
     page_BT, place_BT = at.page_BT, at.place_BT
     if page_BT.size == 1:  # XLA would make a slice update of it, for which it copies the pages: a second one, dropped
         page_BT = jnp.concatenate([page_BT, jnp.full_like(page_BT, len(layer))], axis=1)
