@@ -83,7 +83,9 @@ class Tokenizer:
         pieces = self.token_bytes or []
         id_of = {piece[0]: index for index, piece in reversed(list(enumerate(pieces))) if piece and len(piece) == 1}
         whole = len(id_of) == 256
-        require(whole, "spelled", True, f"needs a token for each byte: this tokenizer has {len(id_of)} of 256", "unset it")
+        require(
+            whole, "spelled", True, f"needs a token for each byte: this tokenizer has {len(id_of)} of 256", "unset it"
+        )
         return np.asarray([id_of[byte] for byte in range(256)], np.uint32)
 
     def _encode_stretch(self, text: str) -> np.ndarray:

@@ -218,7 +218,9 @@ def test_a_spelled_source_has_its_markers_and_no_merged_token_and_goes_on_from_a
     assert read == [text.removeprefix("<image>") for text in texts]
     longest = max(len(tokenizer.token_bytes[token]) for token in store.stream("words", "train"))
     assert longest > 1, "the other source is merged as ever"
-    assert store.stream("pictures", "train").size > open_store(plain, tmp_path / "plain").stream("pictures", "train").size
+    assert (
+        store.stream("pictures", "train").size > open_store(plain, tmp_path / "plain").stream("pictures", "train").size
+    )
     rows = TrainRows(store, spelled, microbatch_rows=2)
     before = next(rows), json.dumps(rows.get_state())
     after = TrainRows(store, spelled, microbatch_rows=2)

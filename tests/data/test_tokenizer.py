@@ -90,7 +90,9 @@ def test_what_is_spelled_has_no_merges_and_decodes_to_the_same_text(tokenizer):
     rng = random.Random(3)
     for text in ("", "the cat <|image|>", *TEXTS, *(random_text(rng) for _ in range(50))):
         ids = tokenizer.spell_array(text)
-        assert ids.tolist() == [letters[byte] for byte in text.encode()] and ids.dtype == tokenizer.encode_array("").dtype
+        assert (
+            ids.tolist() == [letters[byte] for byte in text.encode()] and ids.dtype == tokenizer.encode_array("").dtype
+        )
         assert tokenizer.decode(ids) == text
     assert len(tokenizer.spell_array(TEXTS[0])) > len(tokenizer.encode(TEXTS[0])), "there are merges to be left out"
 
