@@ -25,6 +25,7 @@ class ParameterCount:
     vision_encoder: int = 0
     resampler: int = 0
     cross_attention: int = 0
+    spelling: int = 0
 
     @functools.cached_property
     def total(self) -> int:
@@ -49,16 +50,17 @@ def count(model: ModelConfig | Shape) -> ParameterCount:
         vision_encoder=vision.encoder_parameters(seeing.encoder) if seeing else 0,
         resampler=vision.resampler_parameters(seeing.resampler, seeing.encoder.dim) if seeing else 0,
         cross_attention=vision.cross_attention_parameters(model) if seeing else 0,
+        spelling=vision.spelling_parameters(seeing) if seeing else 0,
     )
 
 
 def count_active(model: ModelConfig | Shape) -> int:
     """Returns the parameters that one token of text touches: as `count`, with K experts a layer instead of E.
 
-    Encoder and resampler, which images pass through, are left out.
+    Encoder, resampler and what spells, which images pass through, are left out.
     """
     everything = count(model)
-    of_images = everything.vision_encoder + everything.resampler
+    of_images = everything.vision_encoder + everything.resampler + everything.spelling
     return everything.total - everything.experts - of_images + experts_active(model)
 
 

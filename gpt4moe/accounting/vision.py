@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpt4moe.config.model import ModelConfig
-from gpt4moe.config.vision import EncoderConfig, ResamplerConfig
+from gpt4moe.config.vision import EncoderConfig, ResamplerConfig, VisionConfig
 
 
 def encoder_parameters(config: EncoderConfig) -> int:
@@ -27,6 +27,11 @@ def resampler_parameters(config: ResamplerConfig | None, dim: int) -> int:
     matrices = 4 * dim * config.num_heads * head_dim + 2 * dim * config.hidden_dim
     layer = 6 * dim + matrices + (4 * head_dim if config.qk_norm else 0)
     return tables + 2 * dim + config.num_layers * layer
+
+
+def spelling_parameters(config: VisionConfig) -> int:
+    """Returns the parameters by which features spell in training; 0 without them."""
+    return (config.encoder.dim + 1) * (config.spelling.num_ids + 1) if config.spelling else 0
 
 
 def cross_attention_parameters(config: ModelConfig) -> int:

@@ -35,7 +35,9 @@ class SourceConfig:
     other sources); 0: the source is never trained on and all of it is held out, to see how well a model does on a
     kind of text that it has not met. `max_epochs` caps how often the source is seen, after which it leaves the
     mixture (None: no cap). `unique_tokens` keeps only so many of its training tokens (whole rows, drawn by the
-    data's seed; fewer are among more), to study repetition.
+    data's seed; fewer are among more), to study repetition. `spelled` keeps its text as bytes, a token each, without
+    merges (BPE-dropout of rate 1, Provilkov et al. 2020), which decodes to the same text: what is to be read off an
+    image is learned far sooner by its letters than by thousands of pieces that are seen seldom.
     """
 
     name: str
@@ -46,6 +48,7 @@ class SourceConfig:
     weight: float = 1.0
     max_epochs: float | None = None
     unique_tokens: int | None = None
+    spelled: bool = False
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str), "name", self.name, "must be a plain word")
@@ -68,6 +71,7 @@ class SourceConfig:
             require(self.is_trained, "max_epochs", self.max_epochs, never, "set max_epochs to None")
         if self.unique_tokens is not None:
             require_count("unique_tokens", self.unique_tokens)
+        require_flag("spelled", self.spelled)
 
     @property
     def is_trained(self) -> bool:

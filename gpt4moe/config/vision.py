@@ -201,17 +201,41 @@ class CrossAttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpellingConfig:
+    """A second objective in training: the features of an image spell its transcript, each of them a letter or nothing.
+
+    For text in one line, its features in reading order, of a source that is `spelled`; see `gpt4moe.train.spelling`.
+    `num_ids` are the ids that may be spelled, from 0: of the tokenizers made here those of special tokens and bytes.
+    `weight` is that of its nats, per target of the batch, beside those of the decoder.
+    """
+
+    weight: float = 1.0
+    num_ids: int = 272
+
+    def __post_init__(self) -> None:
+        require_positive("SpellingConfig.weight", self.weight)
+        require_count("SpellingConfig.num_ids", self.num_ids)
+
+
+@dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Encoder, resampler (None: the decoder reads the encoder's features themselves) and cross-attention."""
+    """Encoder, resampler (None: the decoder reads the encoder's features themselves) and cross-attention.
+
+    `spelling`: what helps the encoder to tell letters apart in training (None: nothing but the decoder's loss).
+    """
 
     encoder: EncoderConfig
     cross_attention: CrossAttentionConfig
     resampler: ResamplerConfig | None = None
+    spelling: SpellingConfig | None = None
 
     def __post_init__(self) -> None:
         require_instance("encoder", self.encoder, EncoderConfig)
         require_instance("cross_attention", self.cross_attention, CrossAttentionConfig)
         require_instance("resampler", self.resampler, ResamplerConfig, optional=True)
+        require_instance("spelling", self.spelling, SpellingConfig, optional=True)
+        both = self.resampler is not None and self.spelling is not None
+        require(not both, "spelling", self.spelling, "spells the encoder's features, not a resampler's", "drop one")
 
     def features_per_image(self, frames: int = 1) -> int:
         """How many features of one image (or clip, or tiled page, of `frames`) cross-attention reads."""

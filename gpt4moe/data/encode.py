@@ -32,7 +32,7 @@ class Unit:
     """Files that are tokenised together; `folder` is where the tokens go, which exists once it is complete.
 
     `held_out_fraction` of their documents is held out. `image_field` is that of the source; `max_pixels` what an image
-    may unfold to (None: documents with images are refused).
+    may unfold to (None: documents with images are refused). `spelled`: text becomes bytes, without merges.
     """
 
     source: str
@@ -43,6 +43,7 @@ class Unit:
     held_out_fraction: float
     image_field: str | None = None
     max_pixels: int | None = None
+    spelled: bool = False
 
     @property
     def size(self) -> int:
@@ -78,7 +79,7 @@ def encode_unit(unit: Unit, tokenizer: Tokenizer, stop_at_bad: bool) -> UnitCoun
     scratch = unit.folder.with_name(f"{unit.folder.name}.writing-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    writers = {split: _SplitWriter(scratch, split, tokenizer) for split in SPLITS}
+    writers = {split: _SplitWriter(scratch, split, tokenizer, unit.spelled) for split in SPLITS}
     bad: list[str] = []
     empty = 0
     for record in _records(unit):
@@ -131,7 +132,8 @@ def _problem(record: Document | BadRecord, unit: Unit, tokenizer: Tokenizer) -> 
 class _SplitWriter:
     """Appends documents of one split to a token file; lengths and bytes are kept and written at the end."""
 
-    def __init__(self, folder: pathlib.Path, split: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: pathlib.Path, split: str, tokenizer: Tokenizer, spelled: bool) -> None:
+        self._encode = tokenizer.spell_array if spelled else tokenizer.encode_array
         self._folder, self._split, self._tokenizer = folder, split, tokenizer
         self._file = (folder / f"{split}.tokens").open("wb")
         self._lengths, self._bytes = array.array("q"), array.array("q")
@@ -141,7 +143,7 @@ class _SplitWriter:
 
     def add(self, document: Document) -> None:
         texts = texts_between(document)
-        parts = [self._tokenizer.encode_array(text) for text in texts]
+        parts = [self._encode(text) for text in texts]
         length = 1 + len(parts[0])
         for image, part in zip(document.images, parts[1:], strict=True):
             self._images.add(image, self._position + length)

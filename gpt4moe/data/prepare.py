@@ -126,6 +126,8 @@ def store_hash(config: DataConfig) -> str:
 def _read_of(config: DataConfig, source: SourceConfig) -> dict:
     """What the documents of a source depend on beside itself. That a function will give images is not known yet."""
     split = {} if source.is_trained else {"held_out": "all"}
+    if source.spelled:
+        split["spelled"] = True
     of_images = {"readers": READERS_VERSION, "max_pixels": _max_pixels(config, source)} if source.image_field else {}
     return split | of_images
 
@@ -199,7 +201,8 @@ def _units(config: DataConfig, source: SourceConfig, building: pathlib.Path, pro
     for index, group in enumerate(groups):
         folder = building / "parts" / f"{source.name}-{index:06d}"
         fraction, limit = config.held_out_fraction_of(source), config.images and config.images.max_pixels
-        yield Unit(source.name, folder, tuple(group), text_field, group_field, fraction, image_field, limit)
+        fields = (text_field, group_field, fraction, image_field, limit, source.spelled)
+        yield Unit(source.name, folder, tuple(group), *fields)
 
 
 def _tokenizer(config: DataConfig, units: list[Unit], building: pathlib.Path, progress: Progress) -> Tokenizer:

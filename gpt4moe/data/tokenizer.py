@@ -74,6 +74,20 @@ class Tokenizer:
         parts = [self._encode_stretch(stretch) for stretch in _stretches(text)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint32), *parts])
 
+    def spell_array(self, text: str) -> np.ndarray:
+        """Token ids of `text` without merges, [T] uint32, one a byte; ValueError where some byte has no token."""
+        return self._id_of_byte[np.frombuffer(text.encode(), np.uint8)]
+
+    @functools.cached_property
+    def _id_of_byte(self) -> np.ndarray:
+        pieces = self.token_bytes or []
+        id_of = {piece[0]: index for index, piece in reversed(list(enumerate(pieces))) if piece and len(piece) == 1}
+        whole = len(id_of) == 256
+        require(
+            whole, "spelled", True, f"needs a token for each byte: this tokenizer has {len(id_of)} of 256", "unset it"
+        )
+        return np.asarray([id_of[byte] for byte in range(256)], np.uint32)
+
     def _encode_stretch(self, text: str) -> np.ndarray:
         if self._fast is not None:
             return self._fast.encode_to_numpy(text, disallowed_special=())

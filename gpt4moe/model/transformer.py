@@ -16,7 +16,7 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.attention import Attention
 from gpt4moe.model.cache import KVCache, init_cache
 from gpt4moe.model.cross_attention import GatedCrossAttention, Media, look
-from gpt4moe.model.layers import FeedForward, RMSNorm, Slots, depth_scale, normal_parameter, rematerialised
+from gpt4moe.model.layers import FeedForward, Linear, RMSNorm, Slots, depth_scale, normal_parameter, rematerialised
 from gpt4moe.model.layout import ONE_DEVICE, Layout, is_unrolled, scan_layers
 from gpt4moe.model.moe import Moe, MoeOut, RoutedTokens
 from gpt4moe.model.resampler import Resampler
@@ -214,6 +214,8 @@ class Transformer(nnx.Module):
         dim = vision.encoder.dim
         self.resampler = Resampler(vision.resampler, dim, **given) if vision.resampler else None
         self.cross_attention = GatedCrossAttention(grouped_placement(slots, each), config, rngs)
+        classes = vision.spelling.num_ids + 1 if vision.spelling else 0
+        self.spelling = Linear(None, (dim, classes), ("vision_embed", "position"), rngs) if classes else None
 
     def _stack(self, mode: Mode, media: Media | None, with_weights: bool) -> tuple[Callable, tuple]:
         """The function of one step of the scan over layers, and the parameters of every step, to be scanned over."""

@@ -18,7 +18,7 @@ from gpt4moe.config.model import ModelConfig
 from gpt4moe.model.layout import Layout
 from gpt4moe.types import Array
 
-PARTS = ("vision_encoder", "resampler", "cross_attention")
+PARTS = ("vision_encoder", "resampler", "cross_attention", "spelling")
 # What an encoder of single images lacks when it goes on with clips or with pages in tiles.
 GROWN = ("vision_encoder.frames",)
 

@@ -17,6 +17,7 @@ from gpt4moe.model.cross_attention import Media
 from gpt4moe.model.moe import MoeOut
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.train import balance
+from gpt4moe.train.spelling import spelling_nats
 from gpt4moe.types import Array, Batch
 
 
@@ -40,7 +41,7 @@ class LossOut:
 
     cross_entropy: weighted nats; source_cross_entropy, source_weight: [num_sources] weighted nats and weights;
     load_balance: [L], the batch's loss by layer as `train.balance` has it, no sum but a share; moe: sums per layer.
-    idle_slots: as in `TransformerOut`.
+    idle_slots: as in `TransformerOut`. spelling: nats of `train.spelling`; None where nothing is spelled.
     """
 
     cross_entropy: Float[Array, ""]
@@ -49,6 +50,7 @@ class LossOut:
     load_balance: Float[Array, " L"]
     moe: MoeOut
     idle_slots: Int[Array, 2] | None = None
+    spelling: Float[Array, ""] | None = None
 
 
 def normalizers(batch: Batch) -> LossNormalizers:
@@ -83,13 +85,14 @@ def batch_loss(
     objective = weighted cross-entropy in nats per unit of target weight
               + load_balance_weight * sum over layers of E sum_e f_e P_e, taken over what `load_balance_scope` says
               + router_z_weight * sum over layers of the mean over tokens of the squared log-partition.
+              + spelling's weight * nats of what the features of images spell, per unit of target weight.
     `key` is for routers that draw at random; `load_so_far_LE` has the assignments of the batch's earlier microbatches;
     `with_choices` reports those of every token in `moe`.
     """
     keys_B2 = None if key is None else jax.random.key_data(jax.random.split(key, len(batch.tokens)))
     given = {"keys_B2": keys_B2, "replay_ids_BTLK": batch.replay_ids, "with_choices": with_choices}
-    given |= {"media": look(model, batch)}
-    x_BTD, out = model(batch.tokens, batch.positions, batch.segment_ids, **given)
+    media = look(model, batch)
+    x_BTD, out = model(batch.tokens, batch.positions, batch.segment_ids, media=media, **given)
     nll_BT = model.layout.cross_entropy(x_BTD, model.unembedding(), batch.targets)
     weighted_BT = nll_BT * batch.loss_weights
     total = jnp.sum(weighted_BT)
@@ -100,6 +103,9 @@ def batch_loss(
         + moe.load_balance_weight * jnp.sum(balance_L)
         + moe.router_z_weight * jnp.sum(out.moe.router_z) / jnp.maximum(weights.tokens, 1.0)
     )
+    spelled = _spelling(model, media, batch)
+    if spelled is not None:
+        objective += model.config.vision.spelling.weight * spelled / jnp.maximum(weights.target_weight, 1.0)
     by_source = functools.partial(jax.ops.segment_sum, segment_ids=batch.source_ids.ravel(), num_segments=num_sources)
     sums = LossOut(
         cross_entropy=total,
@@ -108,5 +114,14 @@ def batch_loss(
         load_balance=balance_L,
         moe=out.moe,
         idle_slots=out.idle_slots,
+        spelling=spelled,
     )
     return objective, jax.lax.stop_gradient(sums)
+
+
+def _spelling(model: Transformer, media: Media | None, batch: Batch) -> Float32[Array, ""] | None:
+    if model.config.vision is None or model.config.vision.spelling is None:
+        return None
+    if media is None:
+        return jnp.float32(0)
+    return spelling_nats(model.spelling(media.features_BIRD), media.valid_BIR, batch)

@@ -129,6 +129,8 @@ def step_row(metrics: StepMetrics, facts: StepFacts, source_names: Sequence[str]
     row |= {f"loss/{name}": float(total / weight) for name, total, weight in weights if weight > 0}
     if sums.idle_slots is not None:
         row["pipeline/idle_fraction"] = float(sums.idle_slots[0] / sums.idle_slots[1])
+    if sums.spelling is not None:
+        row["spelling_loss"] = float(sums.spelling / max(counts.target_weight, 1))
     row["load_balance_loss"] = float(np.mean(sums.load_balance))
     row["router_z_loss"] = float(np.mean(sums.moe.router_z) / max(counts.tokens, 1))
     row["grad_norm"] = float(metrics.grad_norm)

@@ -51,7 +51,9 @@ def test_the_bytes_fed_are_those_of_the_batch(frames):
     assert fed.nbytes == 2 * 5 * vision.input_bytes_per_image(ENCODER, frames)
 
 
-@pytest.mark.parametrize("name", ["before every second", "leading and dense", "resampler", "layer norms, vector gates"])
+@pytest.mark.parametrize(
+    "name", ["before every second", "leading and dense", "resampler", "layer norms, vector gates", "spelling"]
+)
 def test_what_a_token_meets_of_the_blocks_that_read(name):
     """All of cross-attention is active, none of encoder and resampler; its matrices of tokens are multiplied."""
     config = VARIANTS[name]

@@ -43,6 +43,7 @@ REFUSED = [
     (SOURCE, {"paths": ()}, "give either paths or documents"),
     (SOURCE, {"documents": print}, "give either paths or documents"),
     (SOURCE, {"weight": -1}, "weight=-1 must be a number of at least 0"),
+    (SOURCE, {"spelled": 1}, "spelled=1 must be True or False"),
     (DATA, {"sources": ()}, "sources=()"),
     (DATA, {"sources": (SOURCE, SOURCE)}, "must have different names"),
     (DATA, {"exhaust_together": True}, "needs max_epochs on every source"),

@@ -6,7 +6,14 @@ import pytest
 
 from gpt4moe.config.check import CallerError
 from gpt4moe.config.data import DataConfig, ImageConfig, SourceConfig
-from gpt4moe.config.vision import MOST_FEATURES, CrossAttentionConfig, EncoderConfig, VisionConfig
+from gpt4moe.config.vision import (
+    MOST_FEATURES,
+    CrossAttentionConfig,
+    EncoderConfig,
+    ResamplerConfig,
+    SpellingConfig,
+    VisionConfig,
+)
 from gpt4moe.configure import build_model
 
 ENCODER = EncoderConfig(height=8, width=8, patch_size=4, dim=8, num_layers=1, num_heads=2, hidden_dim=16)
@@ -32,6 +39,11 @@ REFUSED = [
      "(8 x 8 pixels); raise it, or lower height and width"),
     (VisionConfig(ENCODER, CROSS), {"encoder": EncoderConfig}, "write @vision.EncoderConfig()"),
     (VisionConfig(ENCODER, CROSS), {"encoder": 3}, "encoder=3 must be an EncoderConfig"),
+    (SpellingConfig(), {"weight": 0}, "SpellingConfig.weight=0 must be a number above 0"),
+    (SpellingConfig(), {"num_ids": 0}, "SpellingConfig.num_ids=0 must be an integer of at least 1"),
+    (VisionConfig(ENCODER, CROSS), {"spelling": True}, "spelling=True must be a SpellingConfig or None"),
+    (VisionConfig(ENCODER, CROSS, ResamplerConfig(2, 1, 1, 8)), {"spelling": SpellingConfig()},
+     "spells the encoder's features, not a resampler's; drop one"),
     (DATA, {"images": ImageConfig}, "images=@ImageConfig is a class, not one of its objects; write"),
     (DATA, {"images": 4}, "images=4 must be an ImageConfig or None"),
     (DATA, {"sources": (SourceConfig,)}, "write @data.SourceConfig()"),

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import pathlib
 import threading
@@ -13,6 +14,7 @@ import pytest
 
 from gpt4moe.config.check import RunError
 from gpt4moe.config.data import SourceConfig
+from gpt4moe.config.tokenizer import TokenizerConfig
 from gpt4moe.data.documents import Document
 from gpt4moe.data.image_rows import IMAGES_A_JOB, ImageDecoder
 from gpt4moe.data.packing import ImageLimit, make_plan
@@ -195,6 +197,35 @@ def test_batches_are_the_same_however_decoded_with_any_number_of_hosts_and_from_
         rows.set_state(json.loads(states[index]))
         assert same(next(rows), whole[index])
         assert json.dumps(rows.get_state()) == states[index + 1]
+
+
+def test_a_spelled_source_has_its_markers_and_no_merged_token_and_goes_on_from_any_state(tmp_path):
+    texts = [f"<image>the cat sat on mat {index}" for index in range(40)]
+    documents = [Document(text, images=(picture(1 + index),)) for index, text in enumerate(texts)]
+    merging = TokenizerConfig(vocab_size=300)
+    plain = config_of(documents, length=64, tokenizer=merging)
+    spelled = config_of(documents, length=64, tokenizer=merging)
+    source = dataclasses.replace(plain.sources[0], spelled=True)
+    words = SourceConfig("words", documents=lambda: ["the cat sat on the mat"] * 20, max_epochs=1)
+    spelled = dataclasses.replace(spelled, sources=(source, words))
+    store = open_store(spelled, tmp_path)
+    tokenizer = store.tokenizer
+    stream, offsets = store.stream("pictures", "train"), store.offsets("pictures", "train")
+    for start, end in itertools.pairwise(offsets):
+        assert stream[start : start + 2].tolist() == [tokenizer.end_of_text, tokenizer.image]
+        assert all(len(tokenizer.token_bytes[token]) == 1 for token in stream[start + 2 : end])
+    read = [tokenizer.decode(stream[start:end]) for start, end in itertools.pairwise(offsets)]
+    assert read == [text.removeprefix("<image>") for text in texts]
+    longest = max(len(tokenizer.token_bytes[token]) for token in store.stream("words", "train"))
+    assert longest > 1, "the other source is merged as ever"
+    assert (
+        store.stream("pictures", "train").size > open_store(plain, tmp_path / "plain").stream("pictures", "train").size
+    )
+    rows = TrainRows(store, spelled, microbatch_rows=2)
+    before = next(rows), json.dumps(rows.get_state())
+    after = TrainRows(store, spelled, microbatch_rows=2)
+    after.set_state(json.loads(before[1]))
+    assert same(next(rows), next(after))
 
 
 def test_another_limit_of_images_is_another_plan_and_order(tmp_path):

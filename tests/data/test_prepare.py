@@ -226,8 +226,10 @@ def test_a_ready_store_is_reused_until_what_it_depends_on_changes(tmp_path, corp
     for same in (config, heavier, dataclasses.replace(config, sequence_length=99, seed=5)):
         assert prepare(same, tmp_path / "store", progress=lines.append) == first and len(lines) == count
     hashes = {store_hash(config), store_hash(dataclasses.replace(config, held_out_fraction=0.3))}
+    spelled = dataclasses.replace(config.sources[0], spelled=True)
+    hashes.add(store_hash(dataclasses.replace(config, sources=(spelled, config.sources[1]))))
     write_documents(corpus / "few.jsonl", 31)
-    assert len(hashes | {store_hash(config)}) == 3
+    assert len(hashes | {store_hash(config)}) == 4
     os.utime(corpus / "few.jsonl", (0, 0))
     again = prepare(config, tmp_path / "store")
     assert again.directory != first.directory

@@ -85,6 +85,18 @@ def test_text_comes_back_and_bytes_are_counted(tokenizer):
             assert not {one.end_of_text, *one.specials.values()} & set(ids), "a document never holds a special id"
 
 
+def test_what_is_spelled_has_no_merges_and_decodes_to_the_same_text(tokenizer):
+    letters = {byte: tokenizer.token_bytes.index(bytes([byte])) for byte in range(256)}
+    rng = random.Random(3)
+    for text in ("", "the cat <|image|>", *TEXTS, *(random_text(rng) for _ in range(50))):
+        ids = tokenizer.spell_array(text)
+        assert (
+            ids.tolist() == [letters[byte] for byte in text.encode()] and ids.dtype == tokenizer.encode_array("").dtype
+        )
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer.spell_array(TEXTS[0])) > len(tokenizer.encode(TEXTS[0])), "there are merges to be left out"
+
+
 def test_special_ids_come_first_whatever_the_merges(tokenizer):
     for one in (tokenizer, byte_tokenizer()):
         assert list(one.specials.items()) == [(name, index) for index, name in enumerate(SPECIAL_TOKENS)]
@@ -144,6 +156,8 @@ def test_a_users_tokenizer_of_words_is_accepted():
     assert ours.decode([2, 3]) == "cat sat"
     assert 0 not in ours.encode("cat <eos> sat"), "its text in a document is plain text"
     assert ours.byte_lengths is None
+    with pytest.raises(ValueError, match=r"^spelled=True needs a token for each byte: [^\n]* 0 of 256; [^\n]*$"):
+        ours.spell_array("cat")
 
 
 @pytest.mark.parametrize("text", ["{}", "not json", Reference(models.WordLevel({"a": 0}, unk_token="a")).to_str()])

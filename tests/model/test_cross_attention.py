@@ -13,7 +13,7 @@ from gpt4moe.accounting import parameters, vision
 from gpt4moe.config.attention import AttentionConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.moe import MoeConfig
-from gpt4moe.config.vision import CrossAttentionConfig, EncoderConfig, ResamplerConfig, VisionConfig
+from gpt4moe.config.vision import CrossAttentionConfig, EncoderConfig, ResamplerConfig, SpellingConfig, VisionConfig
 from gpt4moe.model.cross_attention import Media
 from gpt4moe.model.transformer import Transformer
 from tests.model.slow import relative_difference
@@ -51,6 +51,7 @@ VARIANTS = {
         TINY, vision=VisionConfig(ENCODER, dataclasses.replace(CROSS, num_heads=4, num_kv_heads=2))
     ),
     "frames": dataclasses.replace(TINY, vision=VisionConfig(dataclasses.replace(ENCODER, max_frames=3), CROSS)),
+    "spelling": dataclasses.replace(TINY, vision=VisionConfig(ENCODER, CROSS, spelling=SpellingConfig(num_ids=11))),
     "recomputed": dataclasses.replace(TINY, remat="full"),
     "layer norms, vector gates": dataclasses.replace(
         TINY,
@@ -265,7 +266,7 @@ def test_every_parameter_is_counted(config):
     for path, leaf in shapes:
         sizes[path[0]] = sizes.get(path[0], 0) + leaf.get_value().size
     assert sum(sizes.values()) == counted.total
-    for part in ("vision_encoder", "resampler", "cross_attention"):
+    for part in ("vision_encoder", "resampler", "cross_attention", "spelling"):
         assert sizes.get(part, 0) == getattr(counted, part)
 
 

@@ -1,5 +1,6 @@
 """The files a run writes about itself."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -64,7 +65,10 @@ def test_a_row_by_hand():
     sums = LossOut(np.float32(30), np.array([30.0, 0.0]), np.array([10.0, 0.0]), np.array([2.0, 1.0]), moe)
     counts = LossNormalizers(np.float32(10), np.float32(12), np.float32(5))
     values = StepMetrics(sums, counts, np.float32(0.5), np.eye(2), np.float32(0.25), np.int32(1), np.int32(0))
-    row = step_row(values, StepFacts(7, 700, 100, {"code": 0.5, "text": 0.0}), ["code", "text"])
+    facts, names = StepFacts(7, 700, 100, {"code": 0.5, "text": 0.0}), ["code", "text"]
+    spelled = dataclasses.replace(values, sums=dataclasses.replace(sums, spelling=np.float32(25)))
+    row = step_row(values, facts, names)
+    assert step_row(spelled, facts, names) == row | {"spelling_loss": 2.5}
     assert row == {
         "step": 7,
         "tokens": 700,
