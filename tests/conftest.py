@@ -6,16 +6,19 @@ import os
 import shutil
 import tempfile
 
-OLDER = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
-# Before the first JAX import: eight devices on one CPU, no GPU or TPU probing. Unoptimised programs, in one piece and from
-# the older code generator where jaxlib still has these, compile many times faster: compiling is what tests of tiny models
-# wait for.
+# Before the first JAX import: eight devices on one CPU, no GPU or TPU probing. Unoptimised programs, in one piece and
+# from the older code generator where jaxlib still has these, compile many times faster: compiling is what tests of tiny
+# models wait for.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        *(OLDER if importlib.metadata.version("jaxlib") < "0.11" else ()),
+        *(
+            ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+            if importlib.metadata.version("jaxlib") < "0.11"
+            else []
+        ),
     )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
