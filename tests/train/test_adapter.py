@@ -97,7 +97,7 @@ def test_the_decoder_stays_bit_for_bit_and_the_adapter_learns(corpus, text, tmp_
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
     assert names_of_state(at.opt_state) == after.keys() - before.keys()
-    assert {name.partition(".")[0] for name in names_of_state(at.opt_state)} == set(adapter.PARTS)
+    assert {name.partition(".")[0] for name in names_of_state(at.opt_state)} == set(adapter.PARTS) - {"spelling"}
     assert all((after[name] != fresh[name]).any() for name in GATES)
     assert int(metrics.skipped_steps) == 0 and metrics.grad_norm > 0 and not metrics.expert_grad_norm_LE.any()
     assert evaluate.evaluate(start.run, start.store, jax.device_put(at.params)).sets == held_out.sets
