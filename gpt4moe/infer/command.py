@@ -62,7 +62,7 @@ def _serve(
     folder = pathlib.Path(args.output or "").parent
     require(folder.is_dir(), "--output", args.output, f"lies in {folder}, which is no folder", "make it first")
     asked = requests.read_requests(args.requests, defaults)
-    ready = served.serve(functools.partial(load, mesh=mesh), args, served.engine_config(args), mesh)
+    ready = served.prepare(functools.partial(load, mesh=mesh), args, served.engine_config(args), mesh)
     made = requests.run_requests(ready.engine, asked, ready.images, progress)
     if args.json:
         return {"step": ready.step, "requests": list(made)}, str

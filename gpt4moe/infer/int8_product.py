@@ -38,7 +38,7 @@ def is_available() -> bool:
 
     Warns where the compiler fails.
     """
-    if jax.default_backend() != "cpu" or "avx512_vnni" not in _processor().split() or _compiler() is None:
+    if jax.default_backend() != "cpu" or "avx512_vnni" not in _processor().split() or compiler() is None:
         return False
     try:
         register()
@@ -62,10 +62,15 @@ def register() -> None:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             fresh = pathlib.Path(folder) / library.name
-            words = [_compiler() or "c++", *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(fresh)]
+            words = [compiler() or "c++", *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(fresh)]
             subprocess.run(words, check=True, capture_output=True, text=True)
             fresh.replace(library)  # others may be doing the same
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(ctypes.CDLL(str(library)).Int8Product), platform="cpu")
+
+
+def compiler() -> str | None:
+    """The C++ compiler of this machine, $CXX or c++; None where there is none."""
+    return shutil.which(os.environ.get("CXX", "c++"))
 
 
 def packed(values_JI: Int8[Array, "J I"]) -> UInt8[Array, "P Q 64"]:
@@ -90,10 +95,6 @@ def multiply(
     """Returns rows, rounded as `gpt4moe.infer.matrix.quantized_rows` rounds, times a packed matrix and its scales."""
     result = jax.ShapeDtypeStruct((len(x_UI), len(scale_J)), jnp.float32)
     return jax.ffi.ffi_call(TARGET, result)(x_UI.astype(jnp.float32), panels_PQB, scale_J)
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "c++"))
 
 
 @functools.cache

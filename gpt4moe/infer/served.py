@@ -18,7 +18,7 @@ from gpt4moe.infer.decoder import Decoder
 from gpt4moe.infer.engine.engine import Engine
 from gpt4moe.infer.trained import Trained
 
-# Leviathan et al. 2023 gain most with 3 to 7 where two thirds to nine tenths of the proposals stand.
+# As many as the reference is said to propose.
 DRAFT_TOKENS = 4
 
 
@@ -46,7 +46,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**fields)
 
 
-def serve(load: Callable[..., Trained], args: argparse.Namespace, config: EngineConfig, mesh: MeshConfig) -> Served:
+def prepare(load: Callable[..., Trained], args: argparse.Namespace, config: EngineConfig, mesh: MeshConfig) -> Served:
     """The run of `args.workdir`, ready to serve, and nothing kept of its parameters in float32.
 
     load: the trained model of a work directory at a step, laid over the mesh. Raises `CallerError` for what does not go

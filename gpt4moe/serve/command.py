@@ -12,7 +12,7 @@ from gpt4moe.config.engine import EngineConfig
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.serve import ServeConfig
 from gpt4moe.data.tokenizer import Tokenizer
-from gpt4moe.infer import served, stages
+from gpt4moe.infer import served
 from gpt4moe.infer.engine.compilation import keep_programs
 from gpt4moe.infer.served import engine_config, given
 from gpt4moe.infer.trained import Trained
@@ -33,11 +33,10 @@ def run(
     settings that cannot be, before anything slow where that is known by then.
     """
     config, of_engine = configs(args)
-    stages.check_axes(mesh)  # before the address is taken
     with server.bind(config) as listening:
         if args.compile_cache:
             keep_programs(args.compile_cache)  # before the first program: JAX takes no other folder later
-        ready = served.serve(load, args, of_engine, mesh)
+        ready = served.prepare(load, args, of_engine, mesh)
         engine, tokenizer = ready.engine, ready.tokenizer
         names = [_name_of(tokenizer, token) for token in (tokenizer.begin_of_text, tokenizer.end_of_text)]
         reads_images = ready.images is not None

@@ -15,7 +15,7 @@ from .engine.models import make_model
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    if int8_product._compiler() is None:
+    if int8_product.compiler() is None:
         pytest.skip("needs a C++ compiler")
     int8_product.register()
 
