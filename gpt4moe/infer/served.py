@@ -64,7 +64,7 @@ def prepare(load: Callable[..., Trained], args: argparse.Namespace, config: Engi
     if args.draft_workdir is not None:
         smaller = load(args.draft_workdir)
         same = smaller.tokenizer is not None and smaller.tokenizer.serialized == tokenizer.serialized
-        mend = f"train it with --gin.TokenizerConfig.path={args.workdir}/{TOKENIZER_FILE}"
+        mend = f"train it with --gin.TokenizerConfig.path=\"'{args.workdir}/{TOKENIZER_FILE}'\""
         require(same, "--draft_workdir", args.draft_workdir, "must have the tokenizer of --workdir", mend)
         draft = Decoder.of(smaller.model, **as_decoded)
     return Served(Engine(decoders, tokenizer, config, draft=draft), tokenizer, images, step)
