@@ -20,7 +20,9 @@ from gpt4moe.config.check import (
 from gpt4moe.config.tokenizer import TokenizerConfig
 
 BAD_RECORD_ACTIONS = ("count", "stop")
-FITS = ("squash", "pad", "crop", "tile")
+FITS = ("squash", "pad", "crop", "tile", "lines")
+# Fits that make several pieces of one image.
+PIECES = ("tile", "lines")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +86,12 @@ class ImageConfig:
     """How images come into a batch: size, how many a row, how they are fitted, what is refused.
 
     Every image of a row is `height` by `width` pixels after `fit`: "squash" to the size, "pad" to it with the scale
-    kept, "crop" the centre at the size's shorter side, or "tile" a page into up to `frames` pieces of the size.
-    `frames` above 1 are the frames of a clip or the tiles of a page, one image to the model. `per_row` bounds the
-    images of a packed row. `max_pixels` bounds what a file may unfold to. Images stay compressed in the store and are
-    decoded by `workers` threads, or by `processes` processes where there are any: threads share one interpreter, which
-    hands out a few thousand images a second on any number of cores, enough for a CPU's steps, not for a GPU's.
+    kept, "crop" the centre at the size's shorter side, "tile" a page into up to `frames` pieces of the size, or give
+    each of its "lines" of text a piece, laid straight (`gpt4moe.data.page_lines`; tiles where there are more than
+    `frames`). `frames` above 1 are those of a clip or the pieces of a page, one image to the model. `per_row` bounds
+    the images of a packed row. `max_pixels` bounds what a file may unfold to. Images stay compressed in the store and
+    are decoded by `workers` threads, or by `processes` processes where there are any: threads share one interpreter,
+    which hands out a few thousand images a second on any number of cores, enough for a CPU's steps, not for a GPU's.
     """
 
     height: int
@@ -106,8 +109,8 @@ class ImageConfig:
         for name in ("workers", "processes"):
             require_count(f"ImageConfig.{name}", getattr(self, name), least=0)
         require(self.fit in FITS, "ImageConfig.fit", self.fit, f"must be in {FITS}")
-        tiled = self.fit != "tile" or self.frames > 1
-        require(tiled, "ImageConfig.frames", self.frames, "must be above 1 where fit is 'tile'")
+        pieces = self.fit not in PIECES or self.frames > 1
+        require(pieces, "ImageConfig.frames", self.frames, f"must be above 1 where fit is {self.fit!r}")
         constraint = f"must hold what the model sees, height x width ({self.height} x {self.width} pixels)"
         fits = self.height * self.width <= self.max_pixels
         require(fits, "ImageConfig.max_pixels", self.max_pixels, constraint, "raise it, or lower height and width")

@@ -10,8 +10,9 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from gpt4moe.config.data import ImageConfig
+from gpt4moe.config.data import PIECES, ImageConfig
 from gpt4moe.data.documents import EncodedImage
+from gpt4moe.data.page_lines import line_tiles
 
 # Formats that Pillow decodes itself: others may start a program (EPS) or are not what a browser shows.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -75,8 +76,8 @@ def decode_into(image: EncodedImage, config: ImageConfig, out: np.ndarray, valid
     A clip of more frames than `config.frames` gives that many, evenly spread from its first to its last.
     """
     encoded = frames_of(image)
-    if config.fit == "tile" and len(encoded) == 1:
-        fitted = _tiles(rgb_image(encoded[0]), config)
+    if config.fit in PIECES and len(encoded) == 1:
+        fitted = _pieces(rgb_image(encoded[0]), config)
     else:
         chosen = np.linspace(0, len(encoded) - 1, min(len(encoded), config.frames)).round().astype(int)
         fitted = [_fitted(encoded[index], config) for index in chosen]
@@ -141,7 +142,7 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 
 
 def _fitted(data: bytes, config: ImageConfig) -> np.ndarray:
-    """One frame, [height, width, 3] uint8. A clip is never cut into tiles: its frames are padded instead."""
+    """One frame, [height, width, 3] uint8. A clip is never cut into pieces: its frames are padded instead."""
     size = (config.width, config.height)
     image = rgb_image(data, size)
     if image.size != size:
@@ -152,6 +153,14 @@ def _fitted(data: bytes, config: ImageConfig) -> np.ndarray:
         else:
             image = ImageOps.pad(image, size, Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def _pieces(image: Image.Image, config: ImageConfig) -> list[np.ndarray]:
+    if config.fit == "lines":
+        lines = line_tiles(image, config.height, config.width)
+        if len(lines) <= config.frames:
+            return lines
+    return _tiles(image, config)
 
 
 def _tiles(image: Image.Image, config: ImageConfig) -> list[np.ndarray]:
