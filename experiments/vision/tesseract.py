@@ -3,8 +3,8 @@
     python experiments/vision/tesseract.py runs/lines [--limit 256]
 
 The same images, references and counting as the table that `gpt4moe train` ends with. Needs the program `tesseract`
-(apt-get install tesseract-ocr). A source whose name has "pages" in it is read as a page, "strips" as one block, any
-other as one line.
+(apt-get install tesseract-ocr). Images up to 64 pixels high are read as a line, others as a page and as a block, of
+which the better one counts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import subprocess
 
 from gpt4moe import checkpoint
 from gpt4moe.configure import saved_run
-from gpt4moe.data.images import frames_of
+from gpt4moe.data.images import frames_of, rgb_image
 from gpt4moe.data.tokenizer import load_tokenizer
 from gpt4moe.infer.transcribe import edit_distance, held_out_images, normalised
 from gpt4moe.train.evaluate import trained_store
 
-MODES = {"pages": "3", "strips": "6"}  # Tesseract's page segmentation: automatic, one block; else "7", one line
+# Tesseract's page segmentation: one line; automatic, one block.
+LINE, PAGE = ("7",), ("3", "6")
+LINE_HEIGHT = 64
 
 
 def main() -> None:
@@ -34,17 +36,23 @@ def main() -> None:
     tokenizer = load_tokenizer(f"{arguments.workdir}/tokenizer.json")
     for source in store.source_names:
         _, references, images = held_out_images(store, source, arguments.limit)
-        mode = next((mode for name, mode in MODES.items() if name in source), "7")
-        edits, length, exact = 0, 0, 0
-        for ids, image in zip(references, images, strict=True):
-            text = normalised(tokenizer.decode(ids))
-            command = ["tesseract", "stdin", "stdout", "--psm", mode]
-            done = subprocess.run(command, input=frames_of(image)[0], capture_output=True, check=True)
-            made = edit_distance(text, normalised(done.stdout.decode()))
-            edits, length, exact = edits + made, length + len(text), exact + (made == 0)
-        if images:
-            wrong, right = edits / length, exact / len(images)
-            print(f"{source:16} {wrong:7.1%} of characters wrong, {right:6.1%} exact, {len(images)} images", flush=True)
+        if not images:
+            continue
+        texts = [normalised(tokenizer.decode(ids)) for ids in references]
+        files = [frames_of(image)[0] for image in images]
+        is_line = max(rgb_image(file).height for file in files) <= LINE_HEIGHT
+        edits = min((edits_of(files, texts, mode) for mode in (LINE if is_line else PAGE)), key=sum)
+        wrong, right = sum(edits) / sum(map(len, texts)), edits.count(0) / len(edits)
+        print(f"{source:16} {wrong:7.1%} of characters wrong, {right:6.1%} exact, {len(images)} images", flush=True)
+
+
+def edits_of(files: list[bytes], texts: list[str], mode: str) -> list[int]:
+    """What Tesseract has wrong of each image."""
+    command, edits = ["tesseract", "stdin", "stdout", "--psm", mode], []
+    for file, text in zip(files, texts, strict=True):
+        done = subprocess.run(command, input=file, capture_output=True, check=True)
+        edits.append(edit_distance(text, normalised(done.stdout.decode())))
+    return edits
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from gpt4moe.types import Array
 CPU_BLOCK = 128
 # Every block is laid out in the program: this bounds its size.
 MOST_CPU_BLOCKS = 16
+# So few are a token or what is proposed behind it, in decoding: then the keys and values of a row are what takes time.
+FEW_QUERIES = 4
 # A finite stand-in for minus infinity: a query that sees nothing (padding) gets an average, not NaN.
 MASKED = -1e30
 
@@ -80,14 +82,53 @@ def attend_part(
     return _folded(q_BTNH, k_BSMH, v_BSMH, query_segments_BT, key_segments_BS, first, query_chunk)
 
 
+def attend_across(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSMH: Float[Array, "B S M H"],
+    v_BSMH: Float[Array, "B S M H"],
+    numbers_BT2: Int[Array, "B T 2"],
+    number_BS: Int[Array, "B S"],
+    query_chunk: int,
+    backend: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns y_BTNH: each query sees the keys whose number is from the first to the second of its own two.
+
+    One that sees none gets an average of no meaning. `backend` as in `attend`.
+    """
+    is_cpu = (backend or jax.default_backend()) == "cpu"
+    if is_cpu and q_BTNH.shape[1] <= FEW_QUERIES:
+        return jax.lax.map(lambda row: _attend_few(*row), (q_BTNH, k_BSMH, v_BSMH, numbers_BT2, number_BS))
+    block = cpu_block(q_BTNH.shape[1], query_chunk) if is_cpu else query_chunk
+    behind_all = jnp.int32(k_BSMH.shape[1])  # nothing is later than a query
+    return _folded(q_BTNH, k_BSMH, v_BSMH, numbers_BT2, number_BS, behind_all, block)
+
+
 def _folded(q_BTNH: Array, k_BSMH: Array, v_BSMH: Array, of_queries_BT: Array, of_keys_BS: Array, first, chunk: int):
     kv_heads = k_BSMH.shape[2]
     q_BMTGH = _split_heads(q_BTNH, kv_heads)
     k_BMSH, v_BMSH = k_BSMH.swapaxes(1, 2), v_BSMH.swapaxes(1, 2)
     segments = [
-        jnp.broadcast_to(ids[:, None], (len(ids), kv_heads, ids.shape[1])) for ids in (of_queries_BT, of_keys_BS)
+        jnp.broadcast_to(ids[:, None], (len(ids), kv_heads, *ids.shape[1:])) for ids in (of_queries_BT, of_keys_BS)
     ]
     return _join_heads(_attend_folded(q_BMTGH, k_BMSH, v_BMSH, *segments, first, chunk))
+
+
+def _attend_few(q_TNH: Array, k_SMH: Array, v_SMH: Array, numbers_T2: Array, number_S: Array) -> Array:
+    """`attend_across` of one row, keys and values as they lie: to bring heads forward would cost more than the rest.
+
+    All heads are one product, in which a query is nought beside the keys of heads that are not its own.
+    """
+    (length, heads, head_dim), (keys, kv_heads) = q_TNH.shape, k_SMH.shape[:2]
+    own_M1M1 = jnp.eye(kv_heads, dtype=q_TNH.dtype)[:, None, :, None]
+    q_TMG1H = q_TNH.reshape(length, kv_heads, -1, 1, head_dim)
+    apart_QF = (q_TMG1H * own_M1M1).reshape(length * heads, -1)
+    scores_SQ = product(k_SMH.reshape(keys, -1), apart_QF.T) * head_dim**-0.5
+    visible_TS = _within(numbers_T2[:, None], number_S)
+    scores_QS = jnp.where(jnp.repeat(visible_TS, heads, axis=0), scores_SQ.T, MASKED)
+    weights_QS = jax.nn.softmax(scores_QS, axis=-1).astype(q_TNH.dtype)
+    mixed_QF = product(weights_QS, v_SMH.reshape(keys, -1))
+    y_TMGMH = mixed_QF.reshape(length, kv_heads, -1, kv_heads, head_dim) * own_M1M1
+    return jnp.sum(y_TMGMH, axis=3).reshape(q_TNH.shape).astype(q_TNH.dtype)
 
 
 def attend_cached(
@@ -192,9 +233,18 @@ def _blocks(queries: int, keys: int, first: Array | None, block: int) -> list[tu
 
 
 def _visible(of_queries_Q: Array, of_keys_S: Array, start: int, first: Array | None) -> Array:
-    """Which keys 0..S each of the block's queries sees, [Q, S] bool; its first is number `first` + `start`."""
+    """Which keys 0..S each of the block's queries sees, [Q, S] bool; its first is number `first` + `start`.
+
+    Those that say the same, or something from the first to the second of what a query says.
+    """
     place_Q = jnp.arange(len(of_queries_Q)) + start + (0 if first is None else first)
-    return (jnp.arange(len(of_keys_S)) <= place_Q[:, None]) & (of_queries_Q[:, None] == of_keys_S)
+    says_Q1 = of_queries_Q[:, None]
+    meant_QS = says_Q1 == of_keys_S if of_queries_Q.ndim == 1 else _within(says_Q1, of_keys_S)
+    return (jnp.arange(len(of_keys_S)) <= place_Q[:, None]) & meant_QS
+
+
+def _within(numbers_Q12: Array, number_S: Array) -> Array:
+    return (numbers_Q12[..., 0] <= number_S) & (number_S <= numbers_Q12[..., 1])
 
 
 def _masked_scores(q_QGH: Array, k_SH: Array, visible_QS: Array) -> Array:

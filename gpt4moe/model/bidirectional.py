@@ -1,4 +1,4 @@
-"""Attention without a causal mask: every query sees every valid key, or those that a mask says."""
+"""Attention without a causal mask, where every query sees every valid key, and its weights where a mask says which."""
 
 from __future__ import annotations
 
@@ -29,48 +29,15 @@ def attend_all(
     return _attend_in_xla(q_BTNH, k_BSNH, v_BSNH, valid_BS)
 
 
-def attend_across(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSMH: Float[Array, "B S M H"],
-    v_BSMH: Float[Array, "B S M H"],
-    visible_BTS: Bool[Array, "B T S"],
-    query_chunk: int,
-) -> Float[Array, "B T N H"]:
-    """Returns softmax(q k^T / sqrt(H)) v over what each query sees, float32 softmax; N must be a multiple of M.
-
-    Apart from `attend_all`: heads that share keys want products of another form, which moves the gradients of the plain
-    one by 2e-5. Scores are kept for `query_chunk` queries at a time and computed again in the backward pass. A query
-    that sees nothing gets an average of no meaning.
-    """
-    rows, length, heads, head_dim = q_BTNH.shape
-    kv_heads = k_BSMH.shape[2]
-    k_BSMH, v_BSMH = k_BSMH.astype(q_BTNH.dtype), v_BSMH.astype(q_BTNH.dtype)
-    q_BTMGH = q_BTNH.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
-
-    @jax.checkpoint
-    def chunk(q_BQMGH: Array, visible_BQS: Array) -> Array:
-        weights = _weights(q_BQMGH, k_BSMH, visible_BQS).astype(q_BQMGH.dtype)
-        y_BQMGH = jnp.einsum("BMGQS,BSMH->BQMGH", weights, v_BSMH, preferred_element_type=jnp.float32)
-        return y_BQMGH.astype(q_BQMGH.dtype)
-
-    starts = range(0, length, query_chunk)
-    parts = [chunk(q_BTMGH[:, at : at + query_chunk], visible_BTS[:, at : at + query_chunk]) for at in starts]
-    return jnp.concatenate(parts, axis=1).reshape(q_BTNH.shape)
-
-
 def weights_across(
     q_BTNH: Float[Array, "B T N H"], k_BSMH: Float[Array, "B S M H"], visible_BTS: Bool[Array, "B T S"]
 ) -> Float32[Array, "B T N S"]:
     """Returns the weights by which `attend_across` averages, of all queries at once: to be looked at."""
     q_BTMGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSMH.shape[2], -1, q_BTNH.shape[-1])
-    weights_BMGTS = _weights(q_BTMGH, k_BSMH.astype(q_BTNH.dtype), visible_BTS)
-    return jnp.moveaxis(weights_BMGTS, 3, 1).reshape(*q_BTNH.shape[:3], -1)
-
-
-def _weights(q_BTMGH: Array, k_BSMH: Array, visible_BTS: Array) -> Array:
-    scores = jnp.einsum("BQMGH,BSMH->BMGQS", q_BTMGH, k_BSMH, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible_BTS[:, None, None], scores * q_BTMGH.shape[-1] ** -0.5, MASKED)
-    return jax.nn.softmax(scores, axis=-1)
+    k_BSMH = k_BSMH.astype(q_BTNH.dtype)
+    scores_BMGTS = jnp.einsum("BTMGH,BSMH->BMGTS", q_BTMGH, k_BSMH, preferred_element_type=jnp.float32)
+    scores_BMGTS = jnp.where(visible_BTS[:, None, None], scores_BMGTS * q_BTNH.shape[-1] ** -0.5, MASKED)
+    return jnp.moveaxis(jax.nn.softmax(scores_BMGTS, axis=-1), 3, 1).reshape(*q_BTNH.shape[:3], -1)
 
 
 @jax.checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.vision import CrossAttentionConfig
-from gpt4moe.model.bidirectional import attend_across, weights_across
+from gpt4moe.model.attention_kernel import attend_across
+from gpt4moe.model.bidirectional import weights_across
 from gpt4moe.model.layers import (
     FeedForward,
     LayerNorm,
@@ -49,12 +51,25 @@ class Media:
     keys: Float[Array, "L B S M H"] | None = None
     values: Float[Array, "L B S M H"] | None = None
 
+    def seen(self) -> tuple[Int[Array, "B T 2"], Int[Array, "B S"]]:
+        """Returns the first and the last image that each token sees, and whose each feature is, -2 of one not there."""
+        images, features = self.valid_BIR.shape[1:]
+        images_BT2 = jnp.stack([self.first_image_BT, self.image_index_BT], axis=-1)
+        image_IR = jnp.broadcast_to(jnp.arange(images)[:, None], (images, features))
+        return images_BT2, jnp.where(self.valid_BIR, image_IR, -2).reshape(len(self.valid_BIR), -1)
+
+    def sees_any_BT(self) -> Bool[Array, "B T"]:
+        """Returns which tokens see a feature."""
+        there_BI = jnp.any(self.valid_BIR, axis=-1)
+        image_I = jnp.arange(there_BI.shape[1])
+        until, since = self.image_index_BT[..., None], self.first_image_BT[..., None]
+        return jnp.any((since <= image_I) & (image_I <= until) & there_BI[:, None], axis=-1)
+
     def visible_BTS(self) -> Bool[Array, "B T S"]:
         """Returns which features each token sees."""
-        images, features = self.valid_BIR.shape[1:]
-        image_S = jnp.repeat(jnp.arange(images), features)
-        until, since = self.image_index_BT[..., None], self.first_image_BT[..., None]
-        return (image_S <= until) & (image_S >= since) & self.valid_BIR.reshape(len(self.valid_BIR), 1, -1)
+        images_BT2, image_BS = self.seen()
+        since, until = images_BT2[..., :1], images_BT2[..., 1:]
+        return (since <= image_BS[:, None]) & (image_BS[:, None] <= until)
 
 
 def look(
@@ -88,7 +103,9 @@ class GatedCrossAttention(nnx.Module):
     The gates are scalars, or vectors [D].
     """
 
-    def __init__(self, layers: Slots | None, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, layers: Slots | None, config: ModelConfig, rngs: nnx.Rngs, attend_across: Callable = attend_across
+    ):
         cross, dim, features = config.vision.cross_attention, config.model_dim, config.vision.encoder.dim
         heads, kv_heads, head_dim = cross.num_heads, cross.kv_heads, cross.head_dim
         out_scale = depth_scale(config.num_layers)
@@ -112,6 +129,7 @@ class GatedCrossAttention(nnx.Module):
         given = {"activation": function, "stack": STACK}
         self.dense = FeedForward(layers, dim, cross.hidden_dim, function is None, out_scale, rngs, **given)
         self.attention_gate, self.feed_forward_gate = (_gate(layers, dim, cross) for _ in range(2))
+        self.attend = attend_across
         self.without_image, self.query_chunk = cross.feed_forward_without_image, config.attention.query_chunk
 
     def __call__(
@@ -122,9 +140,11 @@ class GatedCrossAttention(nnx.Module):
         `keys_values` are this layer's ([B, S, M, H] each) where they are kept.
         """
         keys, values = self.keys_values(media.features_BIRD) if keys_values is None else keys_values
-        q_BTNH, visible_BTS = self._queries(x_BTD), media.visible_BTS()
-        read_BTNH = attend_across(q_BTNH, keys, values, visible_BTS, self.query_chunk)
-        sees_BT1 = jnp.any(visible_BTS, axis=-1, keepdims=True)
+        images_BT2, image_BS = media.seen()
+        q_BTNH = self._queries(x_BTD)
+        keys, values = keys.astype(q_BTNH.dtype), values.astype(q_BTNH.dtype)
+        read_BTNH = self.attend(q_BTNH, keys, values, images_BT2, image_BS, self.query_chunk)
+        sees_BT1 = media.sees_any_BT()[..., None]
         read_BTD = _gated(self.attention_gate, matmul(read_BTNH, self.output[...], 2))
         x_BTD = x_BTD + jnp.where(sees_BT1, read_BTD, 0)
         made_BTD = _gated(self.feed_forward_gate, self.dense(self.feed_forward_norm(x_BTD)))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 
-from gpt4moe.model.attention_kernel import attend
+from gpt4moe.model.attention_kernel import attend, attend_across
 from gpt4moe.model.cache import attend_through
 from gpt4moe.model.experts import apply_experts
 from gpt4moe.model.vocabulary import cross_entropy
@@ -58,6 +58,7 @@ class Layout:
     """
 
     attend: Callable = attend
+    attend_across: Callable = attend_across
     attend_through: Callable = attend_through
     apply_experts: Callable = apply_experts
     cross_entropy: Callable = cross_entropy

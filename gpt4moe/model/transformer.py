@@ -213,7 +213,9 @@ class Transformer(nnx.Module):
         self.vision_encoder = VisionEncoder(vision.encoder, remat=config.remat, **given)
         dim = vision.encoder.dim
         self.resampler = Resampler(vision.resampler, dim, **given) if vision.resampler else None
-        self.cross_attention = GatedCrossAttention(grouped_placement(slots, each), config, rngs)
+        self.cross_attention = GatedCrossAttention(
+            grouped_placement(slots, each), config, rngs, self.layout.attend_across
+        )
         classes = vision.spelling.num_ids + 1 if vision.spelling else 0
         self.spelling = Linear(None, (dim, classes), ("vision_embed", "position"), rngs) if classes else None
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from gpt4moe.config.check import require
-from gpt4moe.model.attention_kernel import attend, attend_cached, attend_part
+from gpt4moe.model.attention_kernel import attend, attend_across, attend_cached, attend_part
 from gpt4moe.model.cache import KVCache, write
 from gpt4moe.parallel.island import Axes, Spread, island
 from gpt4moe.types import Array
@@ -49,6 +49,33 @@ def _apply(
     return island(shard, spread.mesh, (query, key_value, key_value, tokens), query)(
         q_BTNH, k_BTMH, v_BTMH, segment_ids_BT
     )
+
+
+def sharded_attend_across(spread: Spread, backend: str) -> Callable:
+    """Returns `attend_across` for a mesh: keys of all of a row's images are on the devices that hold the row."""
+    return functools.partial(_apply_across, spread, backend)
+
+
+def _apply_across(
+    spread: Spread,
+    backend: str,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSMH: Float[Array, "B S M H"],
+    v_BSMH: Float[Array, "B S M H"],
+    numbers_BT2: Int[Array, "B T 2"],
+    number_BS: Int[Array, "B S"],
+    query_chunk: int,
+) -> Float[Array, "B T N H"]:
+    heads, kv_heads = spread.axes_of("heads"), spread.axes_of("kv_heads")
+    rows, tokens = PartitionSpec(spread.rows), PartitionSpec(spread.rows, spread.context)
+    query, key_value = PartitionSpec(*tokens, heads), PartitionSpec(spread.rows, None, kv_heads)
+
+    def shard(q: Array, k: Array, v: Array, numbers_BT2: Array, number_BS: Array) -> Array:
+        k, v = (_of_my_queries(x, heads if not kv_heads else ()) for x in (k, v))
+        return attend_across(q, k, v, numbers_BT2, number_BS, query_chunk, backend)
+
+    apply = island(shard, spread.mesh, (query, key_value, key_value, tokens, rows), query)
+    return apply(q_BTNH, k_BSMH, v_BSMH, numbers_BT2, number_BS)
 
 
 def sharded_attend_through(spread: Spread) -> Callable:

@@ -12,10 +12,10 @@ from gpt4moe.config.check import require
 from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.model import ModelConfig
 from gpt4moe.config.rules import ShardingRules
-from gpt4moe.model.attention_kernel import attend
+from gpt4moe.model.attention_kernel import attend, attend_across
 from gpt4moe.model.experts import apply_experts
 from gpt4moe.model.layout import ONE_DEVICE, Layout
-from gpt4moe.parallel.attention import sharded_attend, sharded_attend_through
+from gpt4moe.parallel.attention import sharded_attend, sharded_attend_across, sharded_attend_through
 from gpt4moe.parallel.expert import sharded_experts
 from gpt4moe.parallel.island import Spread, laid_out, spread
 from gpt4moe.parallel.pipeline import Schedule, pipelined_layers
@@ -37,6 +37,7 @@ def make_layout(model: ModelConfig, config: MeshConfig, rules: ShardingRules, me
     plain = {} if mesh.shape["stage"] == 1 else _pipeline(over, model, config)
     return Layout(
         attend=sharded_attend(over, platform),
+        attend_across=sharded_attend_across(over, platform),
         attend_through=sharded_attend_through(over),
         apply_experts=sharded_experts(over, config.expert_bucket_factor, _exchange(config, over, platform), platform),
         cross_entropy=sharded_cross_entropy(over),
@@ -53,6 +54,7 @@ def _one_device(platform: str) -> Layout:
         return ONE_DEVICE
     return Layout(
         attend=functools.partial(attend, backend=platform),
+        attend_across=functools.partial(attend_across, backend=platform),
         apply_experts=functools.partial(apply_experts, platform=platform),
     )
 
