@@ -204,7 +204,8 @@ class CrossAttentionConfig:
 class SpellingConfig:
     """A second objective in training: the features of an image spell its transcript, each of them a letter or nothing.
 
-    For text in one line, its features in reading order, of a source that is `spelled`; see `gpt4moe.train.spelling`.
+    For a source that is `spelled`, where features in reading order are text in reading order: of a line, or of a page
+    cut into its lines (`ImageConfig.fit`); see `gpt4moe.train.spelling`.
     `num_ids` are the ids that may be spelled, from 0: of the tokenizers made here those of special tokens and bytes.
     `weight` is that of its nats, per target of the batch, beside those of the decoder.
     """

@@ -48,7 +48,7 @@ class VisionEncoder(nnx.Module):
         patches = config.grid[0] * config.grid[1]
         self.positions = learned_table(patches, dim, rngs) if config.positions == "learned" else None
         self.leading = learned_table(config.num_leading, dim, rngs, dim**-0.5) if config.num_leading else None
-        self.frames = learned_table(config.max_frames, dim, rngs) if config.max_frames > 1 else None
+        self.frames = _frame_table(config) if config.max_frames > 1 else None
         self.norm_before = LayerNorm(None, dim, epsilon) if config.norm_before else None
         self.blocks = EncoderBlock(tuple(range(config.num_layers)), config, rngs)
         self.norm_after = LayerNorm(None, dim, epsilon) if config.norm_after else None
@@ -159,6 +159,17 @@ def resampled_positions(
 def learned_table(rows: int, dim: int, rngs: nnx.Rngs, std: float = 1.0) -> nnx.Param:
     """Returns fresh vectors [rows, dim], as wide as the encoder, that are the same for every image."""
     return normal_parameter(rngs, None, (rows, dim), ("position", "vision_embed"), std)
+
+
+def _frame_table(config: EncoderConfig) -> nnx.Param:
+    """Vectors of frames to begin from: sines and cosines, of deviation 1, as the features to which they are added.
+
+    So that from any frame to the next is one turn, which is learned once and not for each of them: of the lines of a
+    page the twentieth is found as the third was.
+    """
+    turn = rotation(jnp.arange(config.max_frames)[None], config.dim, config.rope_theta)
+    waves_FD = jnp.concatenate([turn.cos[0], turn.sin[0]], axis=-1)[:, : config.dim] * 2**0.5
+    return nnx.Param(waves_FD, logical_axes=("position", "vision_embed"))
 
 
 def _normalised(images_I: Array, config: EncoderConfig) -> Array:

@@ -47,6 +47,43 @@ def test_equals_a_loop(heads, kv_heads, chunk, dtype, tolerance):
     assert slow.relative_difference(gradients, wanted) < tolerance
 
 
+# What the five or so queries of two rows may read, first and last number; keys of seven numbers, -2 of none.
+RANGES = [[[0, 0], [0, 1], [1, 1], [2, 2], [0, 2], [3, 3]], [[0, 2], [1, 1], [-1, -1], [0, 0], [2, 2], [0, 1]]]
+NUMBERS = [[0, 0, 1, -2, 1, 2, 2], [0, 1, 1, 1, -2, -2, 2]]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("queries", [1, 4, 6])  # with their keys as they lie, and head by head
+def test_attention_across_equals_softmax_over_what_is_seen(queries, heads, kv_heads, dtype, tolerance):
+    keys = jax.random.split(jax.random.key(0), 4)
+    ranges, numbers = jnp.array(RANGES)[:, :queries], jnp.array(NUMBERS)
+    q, dy = (jax.random.normal(key, (2, queries, heads, HEAD_DIM)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, 7, kv_heads, HEAD_DIM)) for key in keys[2:])
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    visible = (ranges[..., :1] <= numbers[:, None]) & (numbers[:, None] <= ranges[..., 1:])
+    sees = visible.any(-1)[..., None, None]
+    assert queries < 6 or not sees.all()
+
+    def ours(q, k, v):
+        y = attention_kernel.attend_across(q, k, v, ranges, numbers, 4)
+        return jnp.sum(jnp.where(sees, y.astype(jnp.float32), 0.0) * dy), y
+
+    def reference(q, k, v):
+        k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / HEAD_DIM**0.5
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -1e30), axis=-1)
+        y = jnp.einsum("bnts,bsnh->btnh", weights, v)
+        return jnp.sum(jnp.where(sees, y, 0.0) * dy), y
+
+    (_, got), gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2), has_aux=True))(q, k, v)
+    full = [x.astype(jnp.float32) for x in (q, k, v)]
+    (_, want), wanted = jax.value_and_grad(reference, (0, 1, 2), has_aux=True)(*full)
+    assert got.dtype == q.dtype and jnp.isfinite(got.astype(jnp.float32)).all()
+    assert slow.relative_difference(jnp.where(sees, got, 0.0), jnp.where(sees, want, 0.0)) < tolerance
+    assert slow.relative_difference(gradients, wanted) < tolerance
+
+
 @pytest.mark.parametrize("chunk", [2, 100])
 def test_the_cache_gives_the_same(chunk):
     (q, k, v), _ = _operands(4, 2)

@@ -78,6 +78,16 @@ def test_patches_that_do_not_divide_are_refused():
         dataclasses.replace(LEARNED, patch_size=8, patch_width=8)
 
 
+def test_fresh_frames_are_told_apart_by_their_distance_alone():
+    config = dataclasses.replace(LEARNED, max_frames=24)
+    table = np.asarray(VisionEncoder(config, "float32", "none", nnx.Rngs(0)).frames[...])
+    assert table.shape == (24, config.dim) and np.mean(table**2) == pytest.approx(1.0, abs=1e-5)
+    alike = table @ table.T / config.dim
+    for distance in range(24):
+        assert np.ptp(np.diagonal(alike, distance)) < 1e-5
+    assert alike[0, 0] == pytest.approx(1.0, abs=1e-5) and np.all(np.diagonal(alike, 1) < 0.95)
+
+
 def test_more_frames_than_embeddings_are_refused():
     encoder = VisionEncoder(dataclasses.replace(LEARNED, max_frames=2), "float32", "none", nnx.Rngs(0))
     one, two = _features(encoder, np.stack([_bytes(1), _bytes(1)], axis=1))[0]
