@@ -23,6 +23,8 @@ BAD_RECORD_ACTIONS = ("count", "stop")
 FITS = ("squash", "pad", "crop", "tile", "lines")
 # Fits that make several pieces of one image.
 PIECES = ("tile", "lines")
+# Pixels below which a piece cannot hold a line of text.
+LEAST_SIDE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,8 @@ class ImageConfig:
         require(self.fit in FITS, "ImageConfig.fit", self.fit, f"must be in {FITS}")
         pieces = self.fit not in PIECES or self.frames > 1
         require(pieces, "ImageConfig.frames", self.frames, f"must be above 1 where fit is {self.fit!r}")
+        wide = self.fit != "lines" or min(self.height, self.width) >= LEAST_SIDE
+        require(wide, "ImageConfig.height, width", (self.height, self.width), f"must be {LEAST_SIDE} or more for lines")
         constraint = f"must hold what the model sees, height x width ({self.height} x {self.width} pixels)"
         fits = self.height * self.width <= self.max_pixels
         require(fits, "ImageConfig.max_pixels", self.max_pixels, constraint, "raise it, or lower height and width")

@@ -157,9 +157,7 @@ def _fitted(data: bytes, config: ImageConfig) -> np.ndarray:
 
 def _pieces(image: Image.Image, config: ImageConfig) -> list[np.ndarray]:
     if config.fit == "lines":
-        lines = line_tiles(image, config.height, config.width)
-        if len(lines) <= config.frames:
-            return lines
+        return line_tiles(image, config.height, config.width, config.frames) or _tiles(image, config)
     return _tiles(image, config)
 
 

@@ -39,6 +39,8 @@ MARGIN = 8
 # Of a page's rotation either way, times its distortion, and of what blur adds to a letter.
 DEGREES, BLURRED = 1.5, 2
 LINE_SPACING = 1.3
+# The share of lines that do, where they may.
+ENDS_EARLY = 0.2
 CLIP_WORDS = (
     "red",
     "left",
@@ -119,13 +121,17 @@ def pages(
     texts: DocumentFunction = stdlib_text,
     paths: tuple[str, ...] = (),
     text_field: str = "text",
+    min_lines: int | None = None,
 ) -> Iterator[Document]:
     """`count` pages of that text, one font and size a page, as a scanner sees them: askew, blurred, noisy, JPEG.
 
+    A page is full, or where `min_lines` is given has from as many lines on, of which every fifth or so ends early.
     `distortion` 1 is up to a degree and a half of rotation and 0.6 pixels of blur; 0 leaves pages as they were drawn.
     The margin is as wide as no letter leaves the page by.
     """
     require_not_negative("pages.distortion", distortion)
+    if min_lines is not None:
+        require_count("pages.min_lines", min_lines)
     margin = max(MARGIN, math.ceil(math.radians(DEGREES * distortion) * max(height, width) / 2 + BLURRED))
     constraint = f"and width={width} have no room for a line in a margin of {margin} pixels"
     require(min(height, width) - 2 * margin >= sizes[1] * LINE_SPACING, "pages.height", height, constraint)
@@ -139,10 +145,17 @@ def pages(
         paper = rng.randint(*PAPER)
         image = Image.new("L", (width, height), paper)
         draw, ink = ImageDraw.Draw(image), rng.randint(*INK)
-        rows = [words.line(type_, width - 2 * margin) for _ in range((height - 2 * margin) // step)]
+        most, room = (height - 2 * margin) // step, width - 2 * margin
+        lengths = [room] * most if min_lines is None else _ragged(min(min_lines, most), most, room, rng)
+        rows = [words.line(type_, length) for length in lengths]
         for row, text in enumerate(rows):
             draw.text((margin, margin + row * step), text, font=type_, fill=ink)
         yield _document("\n".join(rows), _scanned(image, paper, distortion, rng, noise))
+
+
+def _ragged(fewest: int, most: int, room: float, rng: random.Random) -> list[float]:
+    """How long each line of a page is that need not be full."""
+    return [room * (rng.random() if rng.random() < ENDS_EARLY else 1.0) for _ in range(rng.randint(fewest, most))]
 
 
 @in_chunks(500)

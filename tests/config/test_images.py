@@ -46,6 +46,14 @@ def test_a_page_in_tiles_needs_room_for_more_than_one():
     assert changed(IMAGES, fit="tile", frames=2).fit == "tile"
 
 
+def test_a_line_of_a_page_needs_some_pixels():
+    with pytest.raises(CallerError, match=r"^ImageConfig.height, width=\(7, 12\) must be 8 or more for lines$"):
+        changed(IMAGES, fit="lines", frames=2, height=7)
+    with pytest.raises(CallerError, match=r"frames=1 must be above 1 where fit is 'lines'$"):
+        changed(IMAGES, fit="lines")
+    assert changed(IMAGES, fit="lines", frames=2).height == 8
+
+
 @pytest.mark.parametrize("teller", ["encoder", "resampler"])
 def test_frames_that_are_told_apart_are_taken(teller):
     if teller == "encoder":

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from gpt4moe.config.data import ImageConfig
+from gpt4moe.config.data import LEAST_SIDE, ImageConfig
 from gpt4moe.data import rendered, sources
 from gpt4moe.data.fonts import font, font_files
 from gpt4moe.data.images import decode_into
-from gpt4moe.data.page_lines import ink_of, lean, line_boxes, line_tiles, text_rows
+from gpt4moe.data.page_lines import LEAN_PIXELS, MOST_ROWS, ink_of, lean, line_boxes, line_tiles, text_rows
 from tests.data.image_documents import encoded
 
 TALL, WIDE = 32, 448
@@ -67,13 +67,38 @@ def test_indents_stay():
     assert lefts[1] - lefts[0] == pytest.approx(40, abs=2) and lefts[2] - lefts[0] == pytest.approx(20, abs=2)
 
 
-def test_light_ink_on_dark_paper_and_the_colour_beside_it():
-    dark, light = (
+SNIPPETS = [
+    ["        deep indented", "    less", "none at all"],
+    ["This is a much longer line of text", "x", "y"],
+    ["int main(void)", "{", "    return 0;", "}"],
+    ["x = y", "_private_name_ = a_b", "==", "i, j: ...", "end"],
+]
+
+
+@pytest.mark.parametrize("step", [20, 21, 32])
+@pytest.mark.parametrize("lines", SNIPPETS, ids=lambda lines: lines[0].strip())
+def test_short_lines_among_long_ones_are_lines(lines, step):
+    boxes = line_boxes(ink_of(np.asarray(page_of(lines, step=step))), TALL, WIDE)
+    assert len(boxes) == len(lines)
+    for row, (line, ((_, top, _, bottom), _)) in enumerate(zip(lines, boxes, strict=True)):
+        _, above, _, below = TYPE.getbbox(line)
+        assert top == pytest.approx(10 + row * step + above, abs=2)
+        assert bottom == pytest.approx(10 + row * step + below, abs=2)
+
+
+def test_light_ink_on_dark_paper_comes_out_dark_on_light():
+    light, dark = (
         line_tiles(page_of(["of any", "colour"], ink=ink, paper=paper), TALL, WIDE)
-        for ink, paper in ((250, 30), (0, 240))
+        for ink, paper in ((225, 30), (30, 225))
     )
-    assert len(dark) == len(light) == 2
-    assert dark[0][0, -1].tolist() == [30] * 3 and light[0][0, -1].tolist() == [240] * 3
+    assert len(light) == len(dark) == 2 and dark[0][0, -1].tolist() == [225] * 3
+    assert all(np.abs(one.astype(int) - other).max() <= 1 for one, other in zip(light, dark, strict=True))
+
+
+def test_ink_as_bright_as_its_paper_is_ink():
+    page = Image.new("RGB", (WIDE, 60), (200, 80, 80))
+    ImageDraw.Draw(page).text((10, 10), "red on green", font=TYPE, fill=(80, 200, 80))
+    assert len(text_rows(ink_of(np.asarray(page)))) == 1
 
 
 @pytest.mark.parametrize("degrees", [-2.5, -0.75, 0.75, 2.5])
@@ -87,6 +112,17 @@ def test_what_leans_is_laid_straight(degrees):
     assert len(tiles) == 8 and all(np.flatnonzero(ink_of(tile).any(axis=1)).size <= 20 for tile in tiles)
 
 
+def test_no_ink_is_turned_out_of_the_page():
+    """Far from the middle of a strip, straight lines come to lie beside it."""
+    strip = Image.new("RGB", (240, 3000), (255,) * 3)
+    lines = page_of(["a line of a strip", "and one more", "below it"] * 2, width=240, height=150)
+    strip.paste(lines.rotate(2, Image.Resampling.BILINEAR, fillcolor=(255,) * 3), (0, 2850))
+    turned, straight = (np.stack(line_tiles(page, TALL, WIDE)) for page in (strip, lines))
+    assert turned.shape == straight.shape
+    ink, ink_straight = (float((255 - tiles.astype(int)).sum()) for tiles in (turned, straight))
+    assert ink == pytest.approx(ink_straight, rel=0.05)
+
+
 def test_a_page_without_lines_is_not_turned():
     assert lean(np.zeros((40, 40), bool)) == 0.0
     dots = np.zeros((40, 40), bool)
@@ -94,26 +130,48 @@ def test_a_page_without_lines_is_not_turned():
     assert lean(dots) == 0.0
 
 
-def test_a_line_longer_than_a_tile_goes_on_in_the_next_and_is_cut_between_letters():
+def test_a_line_longer_than_a_tile_goes_on_in_the_next_and_is_cut_between_words():
     text = "words of which there are too many for one tile"
     page = page_of([text, "short"], width=600)
     ink = ink_of(np.asarray(page))
-    boxes = line_boxes(ink, TALL, 150)
+    boxes = [box for box, scale in line_boxes(ink, TALL, 150) if scale == 1.0]
     long, last = boxes[:-1], boxes[-1]
-    assert len(long) >= 3 and last[2] - last[0] < 60 and last[1] > long[0][3] - 1
+    assert len(long) == 3 and last[2] - last[0] < 60 and last[1] > long[0][3] - 2
     assert [box[0] for box in long[1:]] == [box[2] for box in long[:-1]]  # nothing is left out
-    assert all(box[2] - box[0] <= 150 for box in long)
+    assert all(0 < box[2] - box[0] <= 150 for box in long)
+    spaces = [10 + TYPE.getlength(text[:at]) for at, letter in enumerate(text) if letter == " "]
     for box in long[:-1]:
-        assert not ink[box[1] : box[3], box[2] - 1].any() or not ink[box[1] : box[3], box[2]].any()
+        assert min(abs(space + TYPE.getlength(" ") / 2 - box[2]) for space in spaces) <= 2
     assert len(line_tiles(page, TALL, 150)) == len(boxes)
 
 
-def test_type_higher_than_a_tile_is_scaled_down():
-    large = page_of(["Large type", "on a page"]).resize((WIDE * 3, 600))
-    tiles = line_tiles(large, TALL, WIDE)
-    assert len(tiles) == 2
-    assert all(np.flatnonzero(ink_of(tile).any(axis=1)).size <= TALL for tile in tiles)
-    assert max(np.flatnonzero(ink_of(tile).any(axis=1)).size for tile in tiles) > TALL // 2
+def test_type_higher_than_a_tile_is_scaled_down_and_nothing_is_lost():
+    small = page_of(["Heading"], height=40).resize((WIDE * 4, 160))
+    page = Image.new("RGB", (WIDE * 4, 400), "white")
+    page.paste(small, (0, 0))
+    page.paste(page_of(["of a text", "in usual type"], height=80), (0, 200))
+    tiles = line_tiles(page, TALL, WIDE)
+    assert len(tiles) == 3
+    tall = [np.flatnonzero((tile < 128).any(axis=(1, 2))) for tile in tiles]
+    assert tall[0].size > 20 and tall[0][0] >= 1 and tall[0][-1] <= TALL - 2  # neither top nor bottom is cut off
+    assert np.array_equal(cropped(tiles[1]), cropped(line_tiles(page_of(["of a text"]), TALL, WIDE)[0]))
+
+
+def test_two_columns_that_run_into_one_another_keep_their_ink():
+    page = page_of(["left one", "left two", "left three"], width=560, height=90)
+    page.paste(page_of(["right one", "right two", "right three"], width=250, height=83), (300, 7))
+    tiles, ink = line_tiles(page, TALL, WIDE), ink_of(np.asarray(page))
+    boxes = [box for box, _ in line_boxes(ink, TALL, WIDE)]
+    covered = np.zeros_like(ink)
+    for left, top, right, bottom in boxes:
+        covered[top:bottom, left:right] = True
+    assert not (ink & ~covered).any() and len(tiles) == len(boxes)
+
+
+def test_a_box_has_the_soft_pixels_around_its_ink():
+    ink = np.zeros((40, 60), bool)
+    ink[12:20, 10:30] = ink[30:36, 14:40] = True
+    assert line_boxes(ink, TALL, WIDE) == [((9, 11, 31, 21), 1.0), ((9, 29, 41, 37), 1.0)]
 
 
 def test_one_line_of_letters_without_ascenders_is_one_line():
@@ -123,6 +181,33 @@ def test_one_line_of_letters_without_ascenders_is_one_line():
 def test_blank_paper_is_one_tile_of_it():
     (tile,) = line_tiles(Image.new("RGB", (50, 40), (200, 210, 220)), TALL, WIDE)
     assert tile.shape == (TALL, WIDE, 3) and (tile == (200, 210, 220)).all()
+
+
+def test_a_scan_of_many_pixels_has_the_lines_of_a_small_page():
+    small = page_of(["one line of the page", "and another one below", "a third"] * 2, width=240, height=150)
+    small = small.rotate(1.5, Image.Resampling.BILINEAR, fillcolor=(255,) * 3)
+    wide = small.resize((2400, 1500))
+    assert 3 * LEAN_PIXELS < 2400 * 1500
+    assert lean(ink_of(np.asarray(wide))) == pytest.approx(-1.5, abs=0.25)
+    assert len(line_tiles(wide, TALL, WIDE)) == 6
+    high = Image.new("RGB", (270, MOST_ROWS * 9 // 8), (255,) * 3)
+    high.paste(small, (0, MOST_ROWS // 2))
+    assert len(line_tiles(high, TALL, WIDE)) == 6
+
+
+def test_more_tiles_than_asked_for_are_not_made():
+    page = page_of(["one", "two", "three"])
+    assert len(line_tiles(page, TALL, WIDE, most=3)) == 3 and line_tiles(page, TALL, WIDE, most=2) == []
+
+
+def test_tiles_of_a_few_pixels_hold_what_they_can():
+    """Of noise and of a bar; a tile of fewer pixels is refused (`ImageConfig`)."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 1)).repeat(3, axis=2).astype(np.uint8)
+    bar = np.full((40, 60, 3), 255, np.uint8)
+    bar[5:15, 5:50] = 0
+    for pixels in (noise, bar, noise[:1], noise[:, :1], noise[:1, :1]):
+        tiles = line_tiles(Image.fromarray(pixels), LEAST_SIDE, LEAST_SIDE)
+        assert tiles and all(tile.shape == (LEAST_SIDE, LEAST_SIDE, 3) for tile in tiles)
 
 
 def test_pages_of_a_batch_and_more_lines_than_frames():

@@ -133,6 +133,21 @@ def test_without_image_is_what_the_model_writes_where_it_is_given_none(model, tm
     assert result.character_error_rate_without_image != result.character_error_rate
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "edits"),
+    [
+        ("abcd", "bd", 2),
+        ("bd", "abcd", 2),
+        ("flaw", "lawn", 2),
+        ("kitten", "sitting", 3),
+        ("abc", "", 3),
+        ("", "ab", 2),
+    ],
+)
+def test_edits_by_hand(one, other, edits):
+    assert edit_distance(one, other) == edits
+
+
 def test_a_transcription_counted_by_hand():
     trained = types.SimpleNamespace(tokenizer=TOKENIZER)
     # 3 + 4 + 1 characters; seen: none, one of the accents written apart, two too many; blind: 3, 4 and 0 edits.
