@@ -32,7 +32,7 @@ TOP_LEVEL = {
     "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".ci", ".git", ".gitignore",
 }  # fmt: skip
 SAYS_NOTHING = {"util", "utils", "helper", "helpers", "common", "manager", "misc"}
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 400, 60, 43_700
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 400, 60, 43_900
 
 
 def _folder(path: pathlib.Path) -> str:

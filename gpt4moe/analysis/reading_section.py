@@ -25,6 +25,8 @@ HEAT = tuple(int(PALETTE[4][at : at + 2], 16) for at in (1, 3, 5))
 MOST_OPAQUE = 0.8
 # Pixels of the page that a picture takes at least and at most.
 LEAST_WIDE, MOST_WIDE = 180, 480
+# Frames so many times as wide as high are lines, one below the other, not beside it.
+LINE = 4
 
 
 def reading_section(readings: Sequence[Reading]) -> str:
@@ -46,7 +48,7 @@ def _note(readings: Sequence[Reading]) -> str:
     patches = [int(reading.picture.valid.sum()) * math.prod(maps.shape[2:]) for reading in readings]
     fewest, most = min(patches), max(patches)
     counts = f"{most} patches gets, which an even spread gives {1 / most:.1%}"
-    if fewest < most:
+    if f"{1 / most:.1%}" != f"{1 / fewest:.1%}":
         counts = f"{fewest} to {most} patches gets, which an even spread gives {1 / most:.1%} to {1 / fewest:.1%}"
     return (
         "Red: what cross-attention looked at as each of the first tokens was written, the mean over heads and blocks. "
@@ -55,13 +57,16 @@ def _note(readings: Sequence[Reading]) -> str:
 
 
 def _reading(reading: Reading) -> str:
-    pixels = np.concatenate(reading.picture.pixels[reading.picture.valid], axis=1)
+    frames = reading.picture.pixels[reading.picture.valid]
+    below = frames.shape[2] >= LINE * frames.shape[1]
+    pixels = np.concatenate(frames, axis=0 if below else 1)
     height, width = pixels.shape[:2]
     shown, picture = int(np.clip(width, LEAST_WIDE, MOST_WIDE)), _data_url(pixels)
     texts = f"there <b>{html.escape(reading.text)}</b><br>read <b>{html.escape(reading.read)}</b>"
     figures = [_figure("seen", picture, shown, texts)]
     if reading.maps is not None:
-        maps_UYX = np.concatenate(np.moveaxis(reading.maps[:, reading.picture.valid], 1, 0), axis=-1)
+        of_frames_FUYX = np.moveaxis(reading.maps[:, reading.picture.valid], 1, 0)
+        maps_UYX = np.concatenate(of_frames_FUYX, axis=1 if below else 2)
         for token, map_YX in zip(reading.tokens, maps_UYX, strict=True):
             text = f"<b>{html.escape(token.replace(' ', '␣').replace(chr(10), '↵'))}</b> {map_YX.max():.1%}"
             figures.append(_figure("seen map", _data_url(_heat(map_YX)), shown, text, f"{width} / {height}"))

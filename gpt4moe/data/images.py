@@ -57,6 +57,17 @@ def image_problem(image: EncodedImage, max_pixels: int) -> str | None:
     return None
 
 
+def lines_problem(data: bytes, config: ImageConfig) -> str | None:
+    """What keeps a sound image from being read by its lines, None where nothing does or `fit` is another.
+
+    In training a page of too many lines is cut into tiles, of which a reader of lines makes nothing.
+    """
+    if config.fit != "lines" or line_tiles(rgb_image(data), config.height, config.width, config.frames):
+        return None
+    frames = f"the {config.frames} that the model was trained on (ImageConfig.frames)"
+    return f"has more lines of text, or parts of long ones, than {frames}; give a part of it"
+
+
 def rgb_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     """The picture of a compressed file as people see it: upright (EXIF), in RGB, transparent pixels white.
 

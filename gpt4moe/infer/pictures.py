@@ -11,7 +11,7 @@ import numpy as np
 from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.data import ImageConfig
 from gpt4moe.data.documents import IMAGE_MARKER, Document, EncodedImage, marker_mismatch, texts_between
-from gpt4moe.data.images import SCALE_DOWN, decode_into, image_problem
+from gpt4moe.data.images import SCALE_DOWN, decode_into, image_problem, lines_problem
 from gpt4moe.infer.decode_loop import Pictures
 
 
@@ -37,6 +37,8 @@ def read_picture(path: str, config: ImageConfig | None, setting: str = "--image"
     if problem:
         mend = "" if problem.endswith(SCALE_DOWN) else "; give a PNG, JPEG, WebP, GIF or BMP that opens"
         raise CallerError(f"{setting}={path!r} {problem}{mend}")
+    lines = lines_problem(data, config)
+    require(lines is None, setting, path, str(lines))
     return fitted_picture(data, config)
 
 

@@ -129,6 +129,15 @@ def test_the_section_shows_pictures_texts_and_maps_frames_side_by_side():
     assert "reddest of 6 to 12 patches gets, which an even spread gives 8.3% to 16.7%" in both
 
 
+def test_lines_stand_below_one_another():
+    lines = Picture(np.random.default_rng(0).integers(0, 256, (3, 2, 8, 3), dtype=np.uint8), np.array([True] * 3))
+    maps = np.zeros((1, 3, 1, 4), np.float32)
+    maps[0, 2, 0, 1] = 1.0
+    whole, heat = images_of(reading_section([Reading("pages", lines, "a", "a", ("a",), maps)]))
+    np.testing.assert_array_equal(whole, lines.pixels.reshape(6, 8, 3))
+    assert heat.shape == (3, 4, 4) and np.unravel_index(heat[..., 3].argmax(), (3, 4)) == (2, 1)
+
+
 def test_with_a_resampler_the_section_says_why_there_are_no_maps():
     section = reading_section([Reading("digits", picture(), "12", "13", ("13",), None)])
     assert len(images_of(section)) == 1 and "over its latents" in section and "13" in section

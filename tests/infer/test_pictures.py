@@ -11,6 +11,8 @@ from PIL import Image
 
 import gpt4moe
 from gpt4moe.analysis.reading import read_held_out
+from gpt4moe.config.check import CallerError
+from gpt4moe.config.data import ImageConfig
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer.generate import generate, generate_ids
 from gpt4moe.infer.pictures import fitted_picture, read_picture, split_at_images, stack_pictures
@@ -196,6 +198,21 @@ def test_images_that_cannot_be_taken_are_one_line(name, workdir, tmp_path, capsy
     assert len(said) == 1 and str(path) in said[0], said
     mend = "; scale it down, or raise ImageConfig.max_pixels" if name == "huge" else "; give a PNG, JPEG, WebP, GIF or"
     assert mend in said[0] and said[0].count(";") == 1
+
+
+def test_a_page_of_more_lines_than_frames_is_one_line(tmp_path):
+    page, file = Image.new("L", (120, 100), 255), tmp_path / "page.png"
+    for row in range(3):
+        page.paste(0, (10, 10 + row * 30, 100, 22 + row * 30))
+    page.save(file)
+    config = ImageConfig(height=16, width=128, per_row=1, frames=2, fit="lines")
+    constraint = (
+        r"has more lines of text, or parts of long ones, than the 2 that .* \(ImageConfig.frames\); give a part of it$"
+    )
+    with pytest.raises(CallerError, match=rf"^--image='{file}' {constraint}"):
+        read_picture(str(file), config)
+    assert read_picture(str(file), dataclasses.replace(config, frames=3)).valid.all()
+    assert read_picture(str(file), dataclasses.replace(config, fit="tile")).valid.any()
 
 
 def test_a_missing_image_and_one_for_many_prompts_are_one_line(workdir, tmp_path, capsys):
