@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from gpt4moe.config.check import CallerError
 from gpt4moe.config.data import DataConfig, ImageConfig, SourceConfig
 from gpt4moe.config.tokenizer import TokenizerConfig
 from gpt4moe.data import rendered, rendered_formulas, rendered_web
@@ -39,6 +40,20 @@ SOURCES = {
 
 def opened(data):
     return Image.open(io.BytesIO(data))
+
+
+def test_pages_have_as_few_lines_as_they_may_and_some_end_early():
+    draw = functools.partial(rendered.pages, count=60, texts=PROSE.copy, height=128, width=448, sizes=(14, 14))
+    full = [document.text.removeprefix("<image>").split("\n") for document in draw()]
+    ragged = [document.text.removeprefix("<image>").split("\n") for document in draw(min_lines=2)]
+    (most,) = {len(lines) for lines in full}
+    assert {len(lines) for lines in ragged} == set(range(2, most + 1))
+    short = [sum(len(line) < 25 for lines in pages for line in lines) for pages in (full, ragged)]
+    share = short[1] / sum(map(len, ragged))
+    assert short[0] == 0 and 0.02 < share < 0.3
+    assert {len(document.text.split("\n")) for document in draw(min_lines=100)} == {most}
+    with pytest.raises(CallerError, match=r"pages.min_lines=0 must be"):
+        list(draw(min_lines=0))
 
 
 @pytest.mark.parametrize("name", SOURCES)
