@@ -144,6 +144,8 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=_folder, metavar="FILE", help="where the lines go (default: standard output)")
     image = "image that the prompt shows, where it says <image> or before it; may be repeated"
     parser.add_argument("--image", action="append", default=[], type=_folder, metavar="FILE", help=image)
+    spelled = "write what the image encoder spells by itself (a run with SPELLING): it never loses its place on a page"
+    parser.add_argument("--spell", action="store_true", help=spelled)
     parser.add_argument(
         "--temperature", type=float, default=defaults.temperature, help="0 is greedy (default: %(default)s)"
     )

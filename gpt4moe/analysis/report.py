@@ -35,6 +35,7 @@ OF_IMAGES = (
     ("read exactly", "read.exact_match", ".1%"),
     ("wrongly without images", "read.character_error_rate_without_image", ".1%"),
     ("exactly without images", "read.exact_match_without_image", ".1%"),
+    ("wrongly by the encoder alone", "read.character_error_rate_spelled", ".1%"),
 )
 
 

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt4moe.config.check import require
@@ -20,6 +20,8 @@ from gpt4moe.infer import requests, served
 from gpt4moe.infer.generate import generate
 from gpt4moe.infer.pictures import read_picture
 from gpt4moe.infer.served import given
+from gpt4moe.infer.spelled import spell
+from gpt4moe.infer.trained import Trained
 
 FLAGS = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
 
@@ -45,10 +47,19 @@ def _continue(args: argparse.Namespace, sampling: SamplingConfig, mesh: MeshConf
         alone, mend = len(prompts) == 1, "give the command once for each"
         require(alone, "--image", args.image, f"goes with one prompt, not {len(prompts)}", mend)
         pictures = [[read_picture(path, trained.config.data.images) for path in args.image]]
+    if args.spell:
+        return _spell(trained, prompts, pictures)
     generations, timing = generate(trained.model, trained.tokenizer, prompts, sampling, pictures)
     samples = [dataclasses.asdict(item) for item in generations]
     document = {"step": trained.step, "samples": samples, "timing": dataclasses.asdict(timing)}
     return document, lambda _: "\n\n".join(item.prompt + item.text for item in generations)
+
+
+def _spell(trained: Trained, prompts: list[str], pictures: Sequence) -> tuple:
+    require(bool(pictures), "--spell", True, "goes with --image")
+    require(prompts == [""], "--prompt", prompts[0], "has no meaning with --spell, which writes what it sees")
+    texts = [trained.tokenizer.decode(ids) for ids in spell(trained.model, pictures[0])]
+    return {"step": trained.step, "spelled": texts}, lambda _: "\n\n".join(texts)
 
 
 def _serve(
@@ -59,6 +70,7 @@ def _serve(
     progress: Callable[[str], None],
 ) -> tuple | None:
     require(not args.image, "--image", args.image, "goes with --prompt", "name images in the lines of --requests")
+    require(not args.spell, "--spell", args.spell, "goes with --image, not with --requests")
     folder = pathlib.Path(args.output or "").parent
     require(folder.is_dir(), "--output", args.output, f"lies in {folder}, which is no folder", "make it first")
     asked = requests.read_requests(args.requests, defaults)

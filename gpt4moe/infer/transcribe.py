@@ -14,6 +14,7 @@ from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.data.store import TokenStore
 from gpt4moe.infer.generate import generate_ids
 from gpt4moe.infer.pictures import Picture, fitted_picture
+from gpt4moe.infer.spelled import spell
 from gpt4moe.infer.trained import Trained
 
 ROWS = 64
@@ -25,7 +26,8 @@ class Transcription:
 
     character_error_rate: edits a character of the references, blanks run together, Unicode NFC; exact_match: share
     without any. *_without_image: the same of what the model writes when it may not look: what it knows of the language.
-    examples: the first references with what was read.
+    examples: the first references with what was read. *_spelled: of what the encoder spells by itself, None of one that
+    has not learned it.
     """
 
     documents: int
@@ -34,6 +36,8 @@ class Transcription:
     character_error_rate_without_image: float
     exact_match_without_image: float
     examples: tuple[tuple[str, str], ...]
+    character_error_rate_spelled: float | None = None
+    exact_match_spelled: float | None = None
 
 
 def transcribe(
@@ -54,7 +58,9 @@ def transcribe(
                 read(trained, prompts, references, each, functools.partial(_tell, say, what))
                 for each, what in ((pictures, source), (blank, f"{source} without its images"))
             )
-            results[source] = _scored(trained, references, seen, blind)
+            vision = trained.config.model.vision
+            spelled = spell(trained.model, pictures) if vision is not None and vision.spelling else None
+            results[source] = _scored(trained, references, seen, blind, spelled)
     return results
 
 
@@ -67,11 +73,14 @@ def format_transcriptions(results: dict[str, Transcription]) -> str:
     if not results:
         return ""
     width = max(len("read"), *map(len, results))
-    lines = [f"{'read':{width}}  character errors  exact  without image   exact  documents"]
+    spells = any(result.character_error_rate_spelled is not None for result in results.values())
+    also = "  by the encoder   exact" if spells else ""
+    lines = [f"{'read':{width}}  character errors  exact  without image   exact{also}  documents"]
     for source, result in results.items():
         seeing = f"{result.character_error_rate:16.1%} {result.exact_match:6.1%}"
         blind = f"{result.character_error_rate_without_image:14.1%} {result.exact_match_without_image:7.1%}"
-        lines.append(f"{source:{width}}  {seeing} {blind} {result.documents:10,d}")
+        alone = f"{result.character_error_rate_spelled:16.1%} {result.exact_match_spelled:7.1%}" if spells else ""
+        lines.append(f"{source:{width}}  {seeing} {blind}{alone} {result.documents:10,d}")
     return "\n".join(lines)
 
 
@@ -126,11 +135,15 @@ def read(
     return made[: len(prompts)]
 
 
-def _scored(trained: Trained, references: list, read: list, blind: list) -> Transcription:
-    texts, seen, unseen = (
-        [normalised(trained.tokenizer.decode(ids)) for ids in each] for each in (references, read, blind)
+def _scored(trained: Trained, references: list, read: list, blind: list, spelled: list | None = None) -> Transcription:
+    texts, seen, unseen, alone = (
+        [normalised(trained.tokenizer.decode(ids)) for ids in each or []] for each in (references, read, blind, spelled)
     )
     length = max(sum(map(len, texts)), 1)
+    of_encoder = {}
+    if spelled is not None:
+        wrong, right = sum(map(edit_distance, texts, alone)) / length, _exact(texts, alone)
+        of_encoder = {"character_error_rate_spelled": wrong, "exact_match_spelled": right}
     return Transcription(
         documents=len(texts),
         character_error_rate=sum(map(edit_distance, texts, seen)) / length,
@@ -138,6 +151,7 @@ def _scored(trained: Trained, references: list, read: list, blind: list) -> Tran
         character_error_rate_without_image=sum(map(edit_distance, texts, unseen)) / length,
         exact_match_without_image=_exact(texts, unseen),
         examples=tuple(zip(texts[:5], seen[:5], strict=True)),
+        **of_encoder,
     )
 
 
