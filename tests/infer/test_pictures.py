@@ -16,6 +16,7 @@ from gpt4moe.config.data import ImageConfig
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer.generate import generate, generate_ids
 from gpt4moe.infer.pictures import fitted_picture, read_picture, split_at_images, stack_pictures
+from gpt4moe.infer.spelled import spell
 from gpt4moe.infer.transcribe import Transcription, edit_distance, transcribe
 from gpt4moe.launch import main
 from gpt4moe.train.evaluate import trained_store
@@ -29,7 +30,7 @@ SMALL = {
     "VOCAB_SIZE": "300", "model.ModelConfig.model_dim": "32", "attention.AttentionConfig.num_heads": "2",
     "ENCODER_DIM": "16", "ENCODER_LAYERS": "1", "model.ModelConfig.compute_dtype": "'float32'", "NUM_EXPERTS": "2",
     "data.DataConfig.sources": "[@digits/data.SourceConfig()]", "EVALUATE_EVERY": "None", "CHECKPOINT_EVERY": "2",
-    "data.DataConfig.held_out_fraction": "0.3",
+    "data.DataConfig.held_out_fraction": "0.3", "SPELLING": "@vision.SpellingConfig()",
 }  # fmt: skip
 
 
@@ -108,6 +109,21 @@ def test_transcription_counts_the_edits_of_what_generation_writes(workdir, train
     assert " ".join(trained.tokenizer.decode(ids).split()) == read
     edits = sum(edit_distance(a, b) for a, b in result.examples)
     assert result.character_error_rate == pytest.approx(edits / sum(len(a) for a, _ in result.examples))
+
+
+def test_the_command_writes_what_the_encoder_spells(workdir, trained, tmp_path, capsys):
+    file = tmp_path / "noise.png"
+    file.write_bytes(_noise(1))
+    (ids,) = spell(trained.model, [fitted_picture(file.read_bytes(), trained.config.data.images)])
+    assert main(["generate", f"--workdir={workdir}", f"--image={file}", "--spell", "--json"]) == 0
+    spelled = json.loads(capsys.readouterr().out)["spelled"]
+    assert spelled == [trained.tokenizer.decode(ids)] and ids
+    for flags, line in (
+        (["--spell"], "--spell=True goes with --image"),
+        (["--spell", f"--image={file}", "--prompt=a"], "--prompt='a' has no meaning with --spell"),
+    ):
+        assert main(["generate", f"--workdir={workdir}", *flags]) == 2
+        assert line in capsys.readouterr().err
 
 
 def test_the_report_shows_what_was_read_and_where_the_model_looked(workdir, trained):

@@ -166,6 +166,12 @@ def test_a_transcription_counted_by_hand():
     )
     line = format_transcriptions({"signs": result}).splitlines()[1]
     assert line.split() == ["signs", "25.0%", "66.7%", "87.5%", "33.3%", "3"]
+    alone = transcribe._scored(trained, references, seen, blind, [*references[:2], []])
+    added = {"character_error_rate_spelled": 1 / 8, "exact_match_spelled": 2 / 3}
+    assert alone == dataclasses.replace(result, **added)
+    head, line = format_transcriptions({"signs": alone}).splitlines()
+    assert line.split() == ["signs", "25.0%", "66.7%", "87.5%", "33.3%", "12.5%", "66.7%", "3"]
+    assert "by the encoder" in head and len(head) == len(line)
 
 
 def test_errors_are_of_all_characters_and_not_a_mean_over_documents():
