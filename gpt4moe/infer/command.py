@@ -18,7 +18,7 @@ from gpt4moe.config.mesh import MeshConfig
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.infer import requests, served
 from gpt4moe.infer.generate import generate
-from gpt4moe.infer.pictures import read_picture
+from gpt4moe.infer.pictures import read_picture, require_file
 from gpt4moe.infer.served import given
 from gpt4moe.infer.spelled import spell
 from gpt4moe.infer.trained import Trained
@@ -41,6 +41,8 @@ def _continue(args: argparse.Namespace, sampling: SamplingConfig, mesh: MeshConf
     engine = given(args, EngineConfig) | {name: getattr(args, name) for name in ("quantize", "draft_workdir")}
     for name, value in {"output": args.output, **engine}.items():
         require(not value, f"--{name}", value, "goes with --requests")
+    for path in args.image:  # before a model is loaded, which takes a while
+        require_file(path)
     trained = load(args.workdir, step=args.step, mesh=mesh)
     prompts, pictures = args.prompt or [""], ()
     if args.image:

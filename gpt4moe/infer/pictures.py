@@ -23,6 +23,11 @@ class Picture:
     valid: np.ndarray
 
 
+def require_file(path: str, setting: str = "--image") -> None:
+    """Raises `CallerError` where there is no file."""
+    require(pathlib.Path(path).is_file(), setting, path, "is not a file")
+
+
 def read_picture(path: str, config: ImageConfig | None, setting: str = "--image") -> Picture:
     """The image in a file; `CallerError` where it is missing, broken or larger than `config.max_pixels`.
 
@@ -30,9 +35,8 @@ def read_picture(path: str, config: ImageConfig | None, setting: str = "--image"
     """
     mend = "give the workdir of a run that had some"
     require(config is not None, setting, path, "but the run was trained without images (DataConfig.images)", mend)
-    file = pathlib.Path(path)
-    require(file.is_file(), setting, path, "is not a file")
-    data = file.read_bytes()
+    require_file(path, setting)
+    data = pathlib.Path(path).read_bytes()
     problem = image_problem(data, config.max_pixels)
     if problem:
         mend = "" if problem.endswith(SCALE_DOWN) else "; give a PNG, JPEG, WebP, GIF or BMP that opens"

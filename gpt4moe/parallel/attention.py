@@ -1,6 +1,6 @@
 """Attention over a mesh: each device attends with its own heads and its own part of the sequence.
 
-Behind the contract of `gpt4moe.model.attention_kernel.attend`. Heads lie over `tensor`. A device that holds part of
+Behind the contracts of `gpt4moe.model.attention_kernel`. Heads lie over `tensor`. A device that holds part of
 the queries of a row (`context`) gathers all its keys and values, which are few where heads share them (Llama 3, 3.3.2).
 """
 
@@ -71,7 +71,8 @@ def _apply_across(
     query, key_value = PartitionSpec(*tokens, heads), PartitionSpec(spread.rows, None, kv_heads)
 
     def shard(q: Array, k: Array, v: Array, numbers_BT2: Array, number_BS: Array) -> Array:
-        k, v = (_of_my_queries(x, heads if not kv_heads else ()) for x in (k, v))
+        mine = heads if not kv_heads else ()
+        k, v = (_of_my_queries(x, mine, "CrossAttentionConfig.num_kv_heads") for x in (k, v))
         return attend_across(q, k, v, numbers_BT2, number_BS, query_chunk, backend)
 
     apply = island(shard, spread.mesh, (query, key_value, key_value, tokens, rows), query)
@@ -108,14 +109,14 @@ def _apply_through(
     return apply(cache, q_BTNH, k_BTMH, v_BTMH, positions_BT, valid_BT)
 
 
-def _of_my_queries(k_BTMH: Array, axes: Axes) -> Array:
+def _of_my_queries(k_BTMH: Array, axes: Axes, setting: str = "num_kv_heads") -> Array:
     """The key or value heads that this device's query heads share, where it holds those of all."""
     kv_heads = k_BTMH.shape[2]
     if not axes or kv_heads == 1:
         return k_BTMH
     span = jax.lax.axis_size(axes)
     fits = kv_heads % span == 0 or span % kv_heads == 0
-    require(fits, "num_kv_heads", kv_heads, f"must divide or be divisible by the {'*'.join(axes)} axis ({span})")
+    require(fits, setting, kv_heads, f"must divide or be divisible by the {'*'.join(axes)} axis ({span})")
     held = max(kv_heads // span, 1)
     first = jax.lax.axis_index(axes) * kv_heads // span
     return jax.lax.dynamic_slice_in_dim(k_BTMH, first, held, axis=2)
