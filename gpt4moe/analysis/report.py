@@ -35,8 +35,8 @@ OF_IMAGES = (
     ("read exactly", "read.exact_match", ".1%"),
     ("wrongly without images", "read.character_error_rate_without_image", ".1%"),
     ("exactly without images", "read.exact_match_without_image", ".1%"),
-    ("wrongly by the encoder alone", "read.character_error_rate_spelled", ".1%"),
 )
+BY_ENCODER = (("wrongly by the encoder alone", "read.character_error_rate_spelled", ".1%"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,8 @@ def _evaluation(evaluation: dict | None) -> str:
         return ""
     sets = evaluation["sets"]
     columns = HELD_OUT + (OF_IMAGES if any("read" in result for result in sets.values()) else ())
+    spells = any(_field(result, BY_ENCODER[0][1]) is not None for result in sets.values())
+    columns += BY_ENCODER if spells else ()
     rows = [
         [html.escape(source), *(_number(_field(result, key), form) or "" for _, key, form in columns)]
         for source, result in sets.items()

@@ -58,7 +58,7 @@ def transcribe(
                 read(trained, prompts, references, each, functools.partial(_tell, say, what))
                 for each, what in ((pictures, source), (blank, f"{source} without its images"))
             )
-            vision = trained.config.model.vision
+            vision = trained.model.config.vision
             spelled = spell(trained.model, pictures) if vision is not None and vision.spelling else None
             results[source] = _scored(trained, references, seen, blind, spelled)
     return results

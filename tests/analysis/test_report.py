@@ -128,6 +128,10 @@ def test_report_shows_how_images_are_read_where_they_are(workdir):
     code, text = ([cell for cell in re.findall("<td>(.*?)</td>", row)] for row in table.split("<tr>")[2:])
     assert table.count("<th>") == len(code) == len(text) == 11
     assert text[6:] == ["7.063", "3.1%", "91.2%", "854.0%", "0.0%"] and code[6:] == [""] * 5
+    rates["character_error_rate_spelled"] = 0.021
+    (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    page = write_report(workdir).read_text()
+    assert "by the encoder alone" in page and page.count("<td>2.1%</td>") == 1
 
 
 def test_report_of_a_run_without_its_last_files(workdir):
