@@ -57,15 +57,8 @@ def image_problem(image: EncodedImage, max_pixels: int) -> str | None:
     return None
 
 
-def lines_problem(data: bytes, config: ImageConfig) -> str | None:
-    """What keeps a sound image from being read by its lines, None where nothing does or `fit` is another.
-
-    In training a page of too many lines is cut into tiles, of which a reader of lines makes nothing.
-    """
-    if config.fit != "lines" or line_tiles(rgb_image(data), config.height, config.width, config.frames):
-        return None
-    frames = f"the {config.frames} that the model was trained on (ImageConfig.frames)"
-    return f"has more lines of text, or parts of long ones, than {frames}; give a part of it"
+class TooManyLines(ValueError):
+    """Of a page that has more lines than frames: what is wrong with it, in a line."""
 
 
 def rgb_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
@@ -81,14 +74,18 @@ def rgb_image(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     return _in_rgb(_upright(image))
 
 
-def decode_into(image: EncodedImage, config: ImageConfig, out: np.ndarray, valid: np.ndarray) -> None:
+def decode_into(
+    image: EncodedImage, config: ImageConfig, out: np.ndarray, valid: np.ndarray, *, by_lines: bool = False
+) -> None:
     """Writes the fitted frames of `image` into zeroed `out` [frames, height, width, 3], which are there into `valid`.
 
-    A clip of more frames than `config.frames` gives that many, evenly spread from its first to its last.
+    A clip of more frames than `config.frames` gives that many, evenly spread from its first to its last. So that a run
+    goes on, a page of more lines is cut into tiles, of which a reader of lines makes nothing; `by_lines` raises
+    `TooManyLines` instead.
     """
     encoded = frames_of(image)
     if config.fit in PIECES and len(encoded) == 1:
-        fitted = _pieces(rgb_image(encoded[0]), config)
+        fitted = _pieces(rgb_image(encoded[0]), config, by_lines)
     else:
         chosen = np.linspace(0, len(encoded) - 1, min(len(encoded), config.frames)).round().astype(int)
         fitted = [_fitted(encoded[index], config) for index in chosen]
@@ -166,10 +163,14 @@ def _fitted(data: bytes, config: ImageConfig) -> np.ndarray:
     return np.asarray(image)
 
 
-def _pieces(image: Image.Image, config: ImageConfig) -> list[np.ndarray]:
-    if config.fit == "lines":
-        return line_tiles(image, config.height, config.width, config.frames) or _tiles(image, config)
-    return _tiles(image, config)
+def _pieces(image: Image.Image, config: ImageConfig, by_lines: bool) -> list[np.ndarray]:
+    if config.fit != "lines":
+        return _tiles(image, config)
+    lines = line_tiles(image, config.height, config.width, config.frames)
+    if by_lines and not lines:
+        frames = f"the {config.frames} that the model was trained on (ImageConfig.frames)"
+        raise TooManyLines(f"has more lines of text, or parts of long ones, than {frames}; give a part of it")
+    return lines or _tiles(image, config)
 
 
 def _tiles(image: Image.Image, config: ImageConfig) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from gpt4moe.config.check import require
@@ -21,7 +21,6 @@ from gpt4moe.infer.generate import generate
 from gpt4moe.infer.pictures import read_picture, require_file
 from gpt4moe.infer.served import given
 from gpt4moe.infer.spelled import spell
-from gpt4moe.infer.trained import Trained
 
 FLAGS = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
 
@@ -41,27 +40,28 @@ def _continue(args: argparse.Namespace, sampling: SamplingConfig, mesh: MeshConf
     engine = given(args, EngineConfig) | {name: getattr(args, name) for name in ("quantize", "draft_workdir")}
     for name, value in {"output": args.output, **engine}.items():
         require(not value, f"--{name}", value, "goes with --requests")
-    for path in args.image:  # before a model is loaded, which takes a while
-        require_file(path)
-    trained = load(args.workdir, step=args.step, mesh=mesh)
     prompts, pictures = args.prompt or [""], ()
+    _check_images(args, prompts)  # before a model is loaded, which takes a while
+    trained = load(args.workdir, step=args.step, mesh=mesh)
     if args.image:
-        alone, mend = len(prompts) == 1, "give the command once for each"
-        require(alone, "--image", args.image, f"goes with one prompt, not {len(prompts)}", mend)
         pictures = [[read_picture(path, trained.config.data.images) for path in args.image]]
     if args.spell:
-        return _spell(trained, prompts, pictures)
+        texts = [trained.tokenizer.decode(ids) for ids in spell(trained.model, pictures[0])]
+        return {"step": trained.step, "spelled": texts}, lambda _: "\n\n".join(texts)
     generations, timing = generate(trained.model, trained.tokenizer, prompts, sampling, pictures)
     samples = [dataclasses.asdict(item) for item in generations]
     document = {"step": trained.step, "samples": samples, "timing": dataclasses.asdict(timing)}
     return document, lambda _: "\n\n".join(item.prompt + item.text for item in generations)
 
 
-def _spell(trained: Trained, prompts: list[str], pictures: Sequence) -> tuple:
-    require(bool(pictures), "--spell", True, "goes with --image")
-    require(prompts == [""], "--prompt", prompts[0], "has no meaning with --spell, which writes what it sees")
-    texts = [trained.tokenizer.decode(ids) for ids in spell(trained.model, pictures[0])]
-    return {"step": trained.step, "spelled": texts}, lambda _: "\n\n".join(texts)
+def _check_images(args: argparse.Namespace, prompts: list[str]) -> None:
+    alone, mend = not args.image or len(prompts) == 1, "give the command once for each"
+    require(alone, "--image", args.image, f"goes with one prompt, not {len(prompts)}", mend)
+    for path in args.image:
+        require_file(path)
+    if args.spell:
+        require(bool(args.image), "--spell", True, "goes with --image")
+        require(prompts == [""], "--prompt", prompts[0], "has no meaning with --spell, which writes what it sees")
 
 
 def _serve(

@@ -11,7 +11,7 @@ import numpy as np
 from gpt4moe.config.check import CallerError, require
 from gpt4moe.config.data import ImageConfig
 from gpt4moe.data.documents import IMAGE_MARKER, Document, EncodedImage, marker_mismatch, texts_between
-from gpt4moe.data.images import SCALE_DOWN, decode_into, image_problem, lines_problem
+from gpt4moe.data.images import SCALE_DOWN, TooManyLines, decode_into, image_problem
 from gpt4moe.infer.decode_loop import Pictures
 
 
@@ -41,16 +41,17 @@ def read_picture(path: str, config: ImageConfig | None, setting: str = "--image"
     if problem:
         mend = "" if problem.endswith(SCALE_DOWN) else "; give a PNG, JPEG, WebP, GIF or BMP that opens"
         raise CallerError(f"{setting}={path!r} {problem}{mend}")
-    lines = lines_problem(data, config)
-    require(lines is None, setting, path, str(lines))
-    return fitted_picture(data, config)
+    try:
+        return fitted_picture(data, config, by_lines=True)
+    except TooManyLines as error:
+        raise CallerError(f"{setting}={path!r} {error}") from None
 
 
-def fitted_picture(image: EncodedImage, config: ImageConfig) -> Picture:
-    """A compressed image that is known to be sound, as the model takes it."""
+def fitted_picture(image: EncodedImage, config: ImageConfig, *, by_lines: bool = False) -> Picture:
+    """A compressed image that is known to be sound, as the model takes it; `by_lines` as in `decode_into`."""
     pixels = np.zeros((config.frames, config.height, config.width, 3), np.uint8)
     valid = np.zeros(config.frames, bool)
-    decode_into(image, config, pixels, valid)
+    decode_into(image, config, pixels, valid, by_lines=by_lines)
     return Picture(pixels, valid)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int, UInt8
 
 from gpt4moe.config.check import require
+from gpt4moe.infer.batches import batches
 from gpt4moe.infer.pictures import Picture
 from gpt4moe.model.transformer import Transformer
 from gpt4moe.types import Array
@@ -28,22 +31,21 @@ def spell(model: Transformer, pictures: Sequence[Picture]) -> list[list[int]]:
     spells = vision is not None and vision.spelling is not None
     require(spells, "vision.spelling", None, "must be set for an encoder to spell", "train with SPELLING")
     graph, parameters = nnx.split((model.vision_encoder, model.spelling))
-
-    @jax.jit
-    def likeliest(parameters: nnx.State, images: Array) -> Array:
-        encoder, spelling = nnx.merge(graph, parameters)
-        clips = images if vision.encoder.max_frames > 1 else images[:, 0]
-        logits = spelling(encoder(clips))
-        return jnp.argmax(logits, axis=-1).reshape(*images.shape[:2], -1)
-
     made: list[list[int]] = []
-    for start in range(0, len(pictures), ROWS):
-        # The last ones again where there are too few left: another number would be another program to compile.
-        rows = [pictures[min(row, len(pictures) - 1)] for row in range(start, start + min(ROWS, len(pictures)))]
-        ids_BFP = np.asarray(likeliest(parameters, np.stack([picture.pixels for picture in rows])))
+    for rows in batches(len(pictures), ROWS):
+        ids_BFP = np.asarray(_likeliest(graph, parameters, np.stack([pictures[row].pixels for row in rows])))
         pairs = zip(ids_BFP, rows, strict=True)
-        made += [_collapsed(ids_FP[picture.valid], vision.spelling.num_ids) for ids_FP, picture in pairs]
+        made += [_collapsed(ids_FP[pictures[row].valid], vision.spelling.num_ids) for ids_FP, row in pairs]
     return made[: len(pictures)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _likeliest(
+    graph: nnx.GraphDef, parameters: nnx.State, images: UInt8[Array, "B F height width 3"]
+) -> Int[Array, "B F P"]:
+    encoder, spelling = nnx.merge(graph, parameters)
+    clips = images if encoder.config.max_frames > 1 else images[:, 0]
+    return jnp.argmax(spelling(encoder(clips)), axis=-1).reshape(*images.shape[:2], -1)
 
 
 def _collapsed(ids_FP: np.ndarray, blank: int) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from gpt4moe.config.sampling import SamplingConfig
 from gpt4moe.data.store import TokenStore
+from gpt4moe.infer.batches import batches
 from gpt4moe.infer.generate import generate_ids
 from gpt4moe.infer.pictures import Picture, fitted_picture
 from gpt4moe.infer.spelled import spell
@@ -125,11 +126,9 @@ def read(
     most = max(map(len, references))
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=most + most // 2 + 1)
     made = []
-    for start in range(0, len(prompts), ROWS):
+    for rows in batches(len(prompts), ROWS):
         if progress:
-            progress(start, len(prompts))
-        # The last rows again where there are too few left: another number of rows would be another program to compile.
-        rows = [min(row, len(prompts) - 1) for row in range(start, start + min(ROWS, len(prompts)))]
+            progress(rows[0], len(prompts))
         ids, of_rows = [prompts[row] for row in rows], [[pictures[row]] for row in rows]
         made += generate_ids(trained.model, trained.tokenizer, ids, sampling, of_rows)
     return made[: len(prompts)]

@@ -46,13 +46,13 @@ def attend(
         return splash_attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT)
     if backend == "gpu" and cudnn_fits(q_BTNH):
         return cudnn_attend(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT)
-    block = cpu_block(q_BTNH.shape[1], query_chunk) if backend == "cpu" else query_chunk
+    block = queries_of_block(q_BTNH.shape[1], query_chunk, backend)
     return attend_in_blocks(q_BTNH, k_BTMH, v_BTMH, segment_ids_BT, block)
 
 
-def cpu_block(length: int, query_chunk: int) -> int:
-    """Queries of a block on a CPU: few enough for the scores to stay in cache, at most `MOST_CPU_BLOCKS` blocks."""
-    return min(query_chunk, max(CPU_BLOCK, -(-length // MOST_CPU_BLOCKS)))
+def queries_of_block(length: int, query_chunk: int, backend: str) -> int:
+    """`query_chunk`, or on a CPU fewer, whose scores stay in cache, in `MOST_CPU_BLOCKS` blocks at most."""
+    return query_chunk if backend != "cpu" else min(query_chunk, max(CPU_BLOCK, -(-length // MOST_CPU_BLOCKS)))
 
 
 def attend_in_blocks(
@@ -95,10 +95,10 @@ def attend_across(
 
     One that sees none gets an average of no meaning. `backend` as in `attend`.
     """
-    is_cpu = (backend or jax.default_backend()) == "cpu"
-    if is_cpu and q_BTNH.shape[1] <= FEW_QUERIES:
+    backend = backend or jax.default_backend()
+    if backend == "cpu" and q_BTNH.shape[1] <= FEW_QUERIES:
         return jax.lax.map(lambda row: _attend_few(*row), (q_BTNH, k_BSMH, v_BSMH, numbers_BT2, number_BS))
-    block = cpu_block(q_BTNH.shape[1], query_chunk) if is_cpu else query_chunk
+    block = queries_of_block(q_BTNH.shape[1], query_chunk, backend)
     behind_all = jnp.int32(k_BSMH.shape[1])  # nothing is later than a query
     return _folded(q_BTNH, k_BSMH, v_BSMH, numbers_BT2, number_BS, behind_all, block)
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from gpt4moe.config.check import require
 from gpt4moe.model.attention_kernel import attend, attend_across, attend_cached, attend_part
 from gpt4moe.model.cache import KVCache, write
-from gpt4moe.parallel.island import Axes, Spread, island
+from gpt4moe.parallel.island import Spread, island
 from gpt4moe.types import Array
 
 
@@ -39,7 +39,7 @@ def _apply(
     query, key_value = PartitionSpec(*tokens, heads), PartitionSpec(*tokens, kv_heads)
 
     def shard(q: Array, k: Array, v: Array, segments_BT: Array) -> Array:
-        k, v = (_of_my_queries(x, heads if not kv_heads else ()) for x in (k, v))
+        k, v = (_of_my_queries(x, spread) for x in (k, v))
         if not spread.context:
             return attend(q, k, v, segments_BT, query_chunk, backend)
         k, v, all_segments_BT = (jax.lax.all_gather(x, spread.context, axis=1, tiled=True) for x in (k, v, segments_BT))
@@ -71,8 +71,7 @@ def _apply_across(
     query, key_value = PartitionSpec(*tokens, heads), PartitionSpec(spread.rows, None, kv_heads)
 
     def shard(q: Array, k: Array, v: Array, numbers_BT2: Array, number_BS: Array) -> Array:
-        mine = heads if not kv_heads else ()
-        k, v = (_of_my_queries(x, mine, "CrossAttentionConfig.num_kv_heads") for x in (k, v))
+        k, v = (_of_my_queries(x, spread, "CrossAttentionConfig.num_kv_heads") for x in (k, v))
         return attend_across(q, k, v, numbers_BT2, number_BS, query_chunk, backend)
 
     apply = island(shard, spread.mesh, (query, key_value, key_value, tokens, rows), query)
@@ -101,7 +100,7 @@ def _apply_through(
     def shard(cache: KVCache, q: Array, k: Array, v: Array, positions_BT: Array, valid_BT: Array):
         # All heads are written wherever they are kept, and each device reads those of its queries.
         whole = write(cache, k, v, positions_BT, valid_BT)
-        mine = [_of_my_queries(x, heads if not kv_heads else ()) for x in (whole.keys, whole.values)]
+        mine = [_of_my_queries(x, spread) for x in (whole.keys, whole.values)]
         return attend_cached(q, *mine, positions_BT, query_chunk), whole
 
     in_specs = (key_value, query, key_value, key_value, rows, rows)
@@ -109,10 +108,10 @@ def _apply_through(
     return apply(cache, q_BTNH, k_BTMH, v_BTMH, positions_BT, valid_BT)
 
 
-def _of_my_queries(k_BTMH: Array, axes: Axes, setting: str = "num_kv_heads") -> Array:
+def _of_my_queries(k_BTMH: Array, spread: Spread, setting: str = "num_kv_heads") -> Array:
     """The key or value heads that this device's query heads share, where it holds those of all."""
-    kv_heads = k_BTMH.shape[2]
-    if not axes or kv_heads == 1:
+    kv_heads, axes = k_BTMH.shape[2], spread.axes_of("heads")
+    if not axes or spread.axes_of("kv_heads") or kv_heads == 1:
         return k_BTMH
     span = jax.lax.axis_size(axes)
     fits = kv_heads % span == 0 or span % kv_heads == 0

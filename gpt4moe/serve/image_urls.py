@@ -7,7 +7,7 @@ import binascii
 import pathlib
 import urllib.parse
 
-from gpt4moe.data.images import image_problem, lines_problem
+from gpt4moe.data.images import TooManyLines, image_problem
 from gpt4moe.infer.pictures import Picture, fitted_picture
 from gpt4moe.serve.errors import ApiError
 from gpt4moe.serve.service import Service
@@ -20,10 +20,13 @@ def read_image(service: Service, url: str) -> Picture:
     if service.images is None:
         raise _refusal(url, "is an image, and the model reads none")
     data = _data_url(url) if url[:5].lower() == "data:" else _file(service, url)
-    problem = image_problem(data, service.images.max_pixels) or lines_problem(data, service.images)
+    problem = image_problem(data, service.images.max_pixels)
     if problem:
         raise _refusal(url, problem)
-    return fitted_picture(data, service.images)
+    try:
+        return fitted_picture(data, service.images, by_lines=True)
+    except TooManyLines as error:
+        raise _refusal(url, str(error)) from None
 
 
 def _data_url(url: str) -> bytes:

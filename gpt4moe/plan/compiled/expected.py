@@ -11,7 +11,7 @@ from gpt4moe.accounting import executed, flops
 from gpt4moe.config.compile import CompileConfig
 from gpt4moe.config.run import RunConfig
 from gpt4moe.model.attention_backends import SPLASH_BLOCKS, SPLASH_HEAD_MULTIPLE, SPLASH_LENGTH_MULTIPLE
-from gpt4moe.model.attention_kernel import cpu_block
+from gpt4moe.model.attention_kernel import queries_of_block
 from gpt4moe.model.dispatch import block_rows
 from gpt4moe.plan.compiled.work import Work
 from gpt4moe.train import feed
@@ -78,7 +78,7 @@ def _kernel(run: RunConfig, mesh: Mesh) -> executed.CoreKernel:
     if platform == "tpu" and mesh.shape["context"] == 1 and fits:
         block = next(size for size in SPLASH_BLOCKS if length % size == 0)
         return executed.CoreKernel(block, SPLASH_BACKWARD_PRODUCTS)
-    return executed.CoreKernel(cpu_block(length, chunk) if platform == "cpu" else chunk, BLOCKS_BACKWARD_PRODUCTS)
+    return executed.CoreKernel(queries_of_block(length, chunk, platform), BLOCKS_BACKWARD_PRODUCTS)
 
 
 def _expert_blocks(run: RunConfig, config: CompileConfig, mesh: Mesh) -> tuple[int, int]:
